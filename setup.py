@@ -1,0 +1,45 @@
+"""Installs the clone as the package `batiste`: the folders at the top are its subpackages."""
+
+from setuptools import setup
+
+ROOMS = (
+    "pallas_kernels", "sharding", "data", "models", "inference", "train", "evaluation", "configs",
+)
+
+setup(
+    name="batiste",
+    version="0.1.0",
+    description="A JAX, TPU-first research codebase for training Transformer language models.",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    package_dir={"batiste": "."},
+    packages=["batiste", *(f"batiste.{room}" for room in ROOMS)],
+    entry_points={"console_scripts": ["batiste = batiste.main:run"]},
+    install_requires=[
+        "jax>=0.10,<0.13",
+        "flax>=0.12.6",
+        "optax>=0.2.6",
+        "orbax-checkpoint>=0.11.30",
+        "tensorflow-datasets>=4.9.9",
+        "grain>=0.2.14",
+        "array_record>=0.8",
+        "sentencepiece>=0.2",
+        "chex>=0.1.90",
+        "absl-py>=2.1",
+        "ml_collections>=1.1",
+        "numpy>=2.0",
+        "tqdm>=4.66",
+        "tensorboardX>=2.6.2",
+        "matplotlib>=3.9",
+    ],
+    extras_require={
+        "tpu": ["jax[tpu]>=0.10,<0.13"],
+        "cuda": ["jax[cuda12]>=0.10,<0.13"],
+        "hf": ["transformers>=4.50", "safetensors>=0.4", "gguf>=0.10"],
+        "eval": ["sacrebleu>=2.4", "rouge-score>=0.1.2"],
+        "dev": [
+            "pytest>=8", "hypothesis>=6.100", "nbclient>=0.10", "ipykernel>=6.29", "nbformat>=5.10",
+            "libtpu>=0.0.40; platform_system == 'Linux' and platform_machine == 'x86_64'",
+        ],
+    },
+)
