@@ -1,0 +1,11 @@
+"""Meshes, the alphabet, and the one table that turns letters into shardings."""
+
+from batiste.sharding.alphabet import ALPHABET, check_letters
+from batiste.sharding.config import AXES, MeshConfig
+from batiste.sharding.mesh import make_mesh, place
+from batiste.sharding.rules import check_divisible, constrain, shardings, spec
+
+__all__ = [
+    "ALPHABET", "AXES", "MeshConfig", "check_divisible", "check_letters", "constrain", "make_mesh",
+    "place", "shardings", "spec",
+]

@@ -1,0 +1,18 @@
+"""Objectives, optimizers, the step, the loop, and everything a run writes down."""
+
+from batiste.train.checkpoint import Checkpoints
+from batiste.train.config import ObjectiveConfig, TrainConfig
+from batiste.train.flops import flops_per_token, total_peak_flops
+from batiste.train.ledger import Ledger
+from batiste.train.loop import Records, Run, fit
+from batiste.train.metrics import MetricsWriter, Progress, mfu_formula_line
+from batiste.train.objectives import causal_loss
+from batiste.train.report import ReportFacts, write_report
+from batiste.train.state import Program, TrainState, make_program
+from batiste.train.step import make_train_step
+
+__all__ = [
+    "Checkpoints", "Ledger", "MetricsWriter", "ObjectiveConfig", "Program", "Progress", "Records",
+    "ReportFacts", "Run", "TrainConfig", "TrainState", "causal_loss", "fit", "flops_per_token",
+    "make_program", "make_train_step", "mfu_formula_line", "total_peak_flops", "write_report",
+]

@@ -1,0 +1,71 @@
+"""Continues prompts of unequal length, token by token, with a KV cache."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from batiste.inference.config import SamplingConfig
+from batiste.inference.sampling import sample
+from batiste.models import Transformer
+
+
+def generate(
+    model: Transformer, prompts: Sequence[Sequence[int]], stop_id: int, config: SamplingConfig
+) -> Iterator[list[int | None]]:
+    """Yields, step by step, the next token of each prompt; None for a row that has ended.
+
+    prompts: token ids, at least one each. A row ends with `stop_id` (which is not yielded), after
+    `config.max_tokens`, or when the model's max_length is full. What a row draws depends on its
+    own prompt, its index and the seed alone, not on the rows beside it.
+    Raises ValueError when a prompt is empty or leaves no room.
+    """
+    config.validate()
+    max_length = model.config.max_length
+    lengths_B = np.array([len(prompt) for prompt in prompts], np.int32)
+    if lengths_B.min() < 1 or lengths_B.max() >= max_length:
+        raise ValueError(
+            f"prompts of {lengths_B.tolist()} tokens: expected 1 to {max_length - 1} each, to leave "
+            f"room within model.max_length={max_length}"
+        )
+    tokens_BT = np.zeros((len(prompts), lengths_B.max()), np.int32)
+    for row, prompt in zip(tokens_BT, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    graphdef, params = nnx.split(model, nnx.Param)
+    prefill, decode = _compiled(graphdef, config)
+    keys_B = jax.random.split(jax.random.key(config.seed), len(prompts))
+    token_B, cache = prefill(params, tokens_BT, lengths_B, keys_B)
+    budget = max_length if config.max_tokens is None else config.max_tokens
+    ended_B = np.zeros(len(prompts), bool)
+    for step in range(budget):
+        host_B = np.asarray(token_B)
+        ended_B |= (host_B == stop_id) | (lengths_B + step >= max_length)
+        if ended_B.all():
+            return
+        yield [None if ended else int(token) for token, ended in zip(host_B, ended_B, strict=True)]
+        token_B, cache = decode(params, token_B, cache, keys_B)
+
+
+def _compiled(graphdef: Any, config: SamplingConfig) -> tuple[Any, Any]:
+    def draw(model, x_BD, keys_B, length_B):
+        keys_B = jax.vmap(jax.random.fold_in)(keys_B, length_B)
+        return sample(model.logits(x_BD[:, None])[:, 0], keys_B, config)
+
+    @jax.jit
+    def prefill(params, tokens_BT, lengths_B, keys_B):
+        model = nnx.merge(graphdef, params)
+        cache = model.empty_cache(tokens_BT.shape[0], model.config.max_length)
+        x_BTD, cache = model.extend(tokens_BT, cache)
+        x_BD = jnp.take_along_axis(x_BTD, (lengths_B - 1)[:, None, None], axis=1)[:, 0]
+        return draw(model, x_BD, keys_B, lengths_B), cache._replace(length_B=lengths_B)
+
+    @jax.jit
+    def decode(params, token_B, cache, keys_B):
+        model = nnx.merge(graphdef, params)
+        x_BTD, cache = model.extend(token_B[:, None], cache)
+        return draw(model, x_BTD[:, 0], keys_B, cache.length_B), cache
+
+    return prefill, decode

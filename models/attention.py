@@ -1,0 +1,89 @@
+"""Multi-head attention with grouped queries, with or without a cache."""
+
+from typing import NamedTuple
+
+import jax
+from flax import nnx
+
+from batiste.models.config import TransformerConfig
+from batiste.models.layers import Norm, add_bias, project, residual_gain
+from batiste.models.parameter import matrix, vector
+from batiste.models.positions import alibi_slopes, rotate
+from batiste.pallas_kernels import AttentionMask, reference_attention
+from batiste.sharding import constrain
+
+class LayerCache(NamedTuple):
+    """Keys and values that one layer has seen."""
+
+    k_BSKH: jax.Array
+    v_BSKH: jax.Array
+
+
+class Attention(nnx.Module):
+    """Projects to heads, attends, projects back."""
+
+    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
+        sizes, stddev = config.sizes, config.init_stddev
+        self.scale = config.head_dim**-0.5
+        self.soft_cap = config.attention_soft_cap
+        self.alibi = config.positions == "alibi"
+        self.dropout_rate = config.dropout
+        self.query_DNH = matrix(rngs, "DNH", sizes, inputs="D", stddev=stddev)
+        self.key_DKH = matrix(rngs, "DKH", sizes, inputs="D", stddev=stddev)
+        self.value_DKH = matrix(rngs, "DKH", sizes, inputs="D", stddev=stddev)
+        self.out_NHD = matrix(
+            rngs, "NHD", sizes, inputs="NH", stddev=stddev, gain=residual_gain(config)
+        )
+        self.query_bias_NH = vector("NH", sizes, 0.0) if config.bias else None
+        self.key_bias_KH = vector("KH", sizes, 0.0) if config.bias else None
+        self.value_bias_KH = vector("KH", sizes, 0.0) if config.bias else None
+        self.out_bias_D = vector("D", sizes, 0.0) if config.bias else None
+        self.query_norm = Norm(config, "H") if config.qk_norm else None
+        self.key_norm = Norm(config, "H") if config.qk_norm else None
+        self.sinks_N = vector("N", sizes, 0.0) if config.attention_sinks else None
+
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        mask: AttentionMask,
+        rotation: tuple[jax.Array, jax.Array] | None,
+        cache: LayerCache | None,
+        dropout_key: jax.Array | None,
+    ) -> tuple[jax.Array, LayerCache | None]:
+        """Returns out_BTD, and the cache with this call's keys and values written into it."""
+        q_BTNH = add_bias(project(x_BTD, self.query_DNH[...]), self.query_bias_NH)
+        k_BTKH = add_bias(project(x_BTD, self.key_DKH[...]), self.key_bias_KH)
+        v_BTKH = add_bias(project(x_BTD, self.value_DKH[...]), self.value_bias_KH)
+        if self.query_norm is not None:
+            q_BTNH, k_BTKH = self.query_norm(q_BTNH), self.key_norm(k_BTKH)
+        if rotation is not None:
+            q_BTNH, k_BTKH = rotate(q_BTNH, rotation), rotate(k_BTKH, rotation)
+        k_BSKH, v_BSKH = k_BTKH, v_BTKH
+        if cache is not None:
+            cache = LayerCache(
+                _write(cache.k_BSKH, k_BTKH, mask), _write(cache.v_BSKH, v_BTKH, mask)
+            )
+            k_BSKH, v_BSKH = cache
+        out_BTNH = reference_attention(
+            constrain(q_BTNH, "BTNH"),
+            constrain(k_BSKH, "BSKH"),
+            constrain(v_BSKH, "BSKH"),
+            mask,
+            scale=self.scale,
+            soft_cap=self.soft_cap,
+            sinks_N=None if self.sinks_N is None else self.sinks_N[...],
+            alibi_slopes_N=alibi_slopes(q_BTNH.shape[2]) if self.alibi else None,
+            dropout_rate=self.dropout_rate,
+            dropout_key=dropout_key,
+        )
+        out_BTD = add_bias(project(out_BTNH, self.out_NHD[...], 2), self.out_bias_D)
+        return out_BTD, cache
+
+
+def _write(cache_BSKH: jax.Array, new_BTKH: jax.Array, mask: AttentionMask) -> jax.Array:
+    """Writes each row's new keys (or values) at that row's own place."""
+
+    def write_row(row_SKH: jax.Array, new_TKH: jax.Array, place: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_slice_in_dim(row_SKH, new_TKH, place, axis=0)
+
+    return jax.vmap(write_row)(cache_BSKH, new_BTKH, mask.query_offset_B)

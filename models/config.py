@@ -1,0 +1,136 @@
+"""The sizes and choices of one Transformer."""
+
+import dataclasses
+import difflib
+from collections.abc import Sequence
+
+ACTIVATIONS = ("relu", "relu2", "gelu", "swiglu", "geglu")
+NORMS = ("rms", "layer")
+NORM_PLACEMENTS = ("pre", "post", "sandwich")
+POSITIONS = ("rope", "learned", "sinusoidal", "alibi", "none")
+ROPE_SCALINGS = ("linear", "llama3")
+LAYER_KINDS = ("global", "local")
+REMAT_POLICIES = ("none", "dots", "full")
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclasses.dataclass
+class TransformerConfig:
+    """One decoder; presets in configs/ fill it in.
+
+    Sizes are counts. `window` is in tokens and applies to the "local" layers of `layer_pattern`,
+    which repeats over the depth. `dtype` is the compute dtype; parameters are stored in float32.
+    """
+
+    vocab_size: int = 4096
+    num_layers: int = 6
+    model_dim: int = 384
+    num_heads: int = 6
+    num_kv_heads: int = 6
+    head_dim: int = 64
+    mlp_dim: int = 1536
+    max_length: int = 256
+
+    activation: str = "swiglu"
+    norm: str = "rms"
+    norm_placement: str = "pre"
+    norm_epsilon: float = 1e-6
+    bias: bool = False
+    qk_norm: bool = False
+
+    positions: str = "rope"
+    rope_base: float = 10_000.0
+    rope_scaling: str | None = None
+    rope_factor: float = 8.0
+    rope_low_frequency_factor: float = 1.0
+    rope_high_frequency_factor: float = 4.0
+    rope_original_length: int = 8192
+
+    layer_pattern: tuple[str, ...] = ("global",)
+    window: int | None = None
+    attention_soft_cap: float | None = None
+    attention_sinks: bool = False
+    logit_soft_cap: float | None = None
+
+    tied_embeddings: bool = True
+    scale_embeddings: bool = False
+    dropout: float = 0.0
+    init_stddev: float | None = None
+    depth_scaled_init: bool = True
+
+    dtype: str = "float32"
+    remat: str = "none"
+    scan_unroll: int = 1
+
+    @property
+    def gated(self) -> bool:
+        """Whether the feed-forward has a gate beside its input projection."""
+        return self.activation in ("swiglu", "geglu")
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The size of each letter of the alphabet that this model's parameters use."""
+        return {
+            "V": self.vocab_size, "L": self.num_layers, "D": self.model_dim,
+            "N": self.num_heads, "K": self.num_kv_heads, "H": self.head_dim,
+            "F": self.mlp_dim, "T": self.max_length,
+        }
+
+    def validate(self) -> None:
+        """Raises ValueError, naming the field and a fix, for a model that cannot be built."""
+        for field, choices in (
+            ("activation", ACTIVATIONS), ("norm", NORMS), ("norm_placement", NORM_PLACEMENTS),
+            ("positions", POSITIONS), ("dtype", DTYPES),
+            ("remat", REMAT_POLICIES),
+        ):
+            _check_choice(field, getattr(self, field), choices)
+        if self.rope_scaling is not None:
+            _check_choice("rope_scaling", self.rope_scaling, ROPE_SCALINGS)
+        for field in (
+            "vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "head_dim",
+            "mlp_dim", "max_length", "scan_unroll",
+        ):
+            if getattr(self, field) < 1:
+                raise ValueError(f"model.{field}={getattr(self, field)}: expected at least 1")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"model.num_kv_heads={self.num_kv_heads} must divide model.num_heads="
+                f"{self.num_heads}: choose one of {_divisors(self.num_heads)}"
+            )
+        if self.positions in ("rope", "sinusoidal"):
+            field = "head_dim" if self.positions == "rope" else "model_dim"
+            if getattr(self, field) % 2:
+                raise ValueError(
+                    f"model.{field}={getattr(self, field)} must be even for "
+                    f"model.positions='{self.positions}', which rotates pairs"
+                )
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"model.dropout={self.dropout}: expected 0 <= dropout < 1")
+        self._validate_pattern()
+
+    def _validate_pattern(self) -> None:
+        if not self.layer_pattern:
+            raise ValueError("model.layer_pattern=(): expected at least one of 'global', 'local'")
+        for kind in self.layer_pattern:
+            _check_choice("layer_pattern", kind, LAYER_KINDS)
+        if "local" in self.layer_pattern and (self.window is None or self.window < 1):
+            raise ValueError(
+                f"model.window={self.window}: a 'local' layer in model.layer_pattern needs a "
+                "window of at least 1 token"
+            )
+        if "local" not in self.layer_pattern and self.window is not None:
+            raise ValueError(
+                f"model.window={self.window} has no effect: no layer of model.layer_pattern="
+                f"{self.layer_pattern} is 'local'; unset model.window or add one"
+            )
+
+
+def _check_choice(field: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        near = difflib.get_close_matches(str(value), choices, n=1)
+        hint = f"; did you mean '{near[0]}'?" if near else ""
+        raise ValueError(f"model.{field}={value!r}: expected one of {', '.join(choices)}{hint}")
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]

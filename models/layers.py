@@ -1,0 +1,131 @@
+"""Products with weights, norms, the feed-forward, dropout."""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from batiste.models.config import TransformerConfig
+from batiste.models.parameter import matrix, vector
+from batiste.sharding import constrain
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def project(x: jax.Array, w: jax.Array, contract: int = 1, dtype: Any = None) -> jax.Array:
+    """Sums the last `contract` dims of x with the first of w; the result has x's dtype, or `dtype`.
+
+    Multiplies in x's dtype, accumulates in fp32. The gradient of w is accumulated in fp32 and never
+    rounded to x's dtype. Autodiff alone would multiply fp32 cotangents with bf16 operands, which
+    XLA does at fp32 speed: a bf16 step on a CPU took 1.9 times as long.
+    """
+    contracted = tuple(range(x.ndim - contract, x.ndim))
+    product = _dot(x, w.astype(x.dtype), contracted, tuple(range(contract)))
+    return product.astype(x.dtype if dtype is None else dtype)
+
+
+def _dot(a: jax.Array, b: jax.Array, dims_of_a: tuple, dims_of_b: tuple) -> jax.Array:
+    dims = ((dims_of_a, dims_of_b), ((), ()))
+    return jax.lax.dot_general(a, b, dims, preferred_element_type=jnp.float32)
+
+
+def _project_forward(x, w, contract, dtype):
+    return project(x, w, contract, dtype), (x, w)
+
+
+def _project_backward(contract, dtype, saved, gradient):
+    x, w = saved
+    gradient = gradient.astype(x.dtype)
+    kept = tuple(range(x.ndim - contract))
+    out = tuple(range(len(kept), gradient.ndim))
+    gradient_x = _dot(gradient, w.astype(x.dtype), out, tuple(range(contract, w.ndim)))
+    # Contracting batch and time together, from the arrays as they lie, is 2.5 times as fast on a
+    # CPU as the product of a reshaped x.T, and needs no reshape of a sharded dim.
+    gradient_w = _dot(x, gradient, kept, kept)
+    return gradient_x.astype(x.dtype), gradient_w.astype(w.dtype)
+
+
+project.defvjp(_project_forward, _project_backward)
+
+
+def add_bias(x: jax.Array, bias: nnx.Param | None) -> jax.Array:
+    """Adds a bias over the last dims of x; None adds nothing."""
+    if bias is None:
+        return x
+    return x + jnp.expand_dims(bias[...].astype(x.dtype), range(x.ndim - bias.ndim))
+
+
+def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+    """Zeroes entries with probability `rate` and rescales the others; key None turns it off."""
+    if key is None or rate == 0:
+        return x
+    keep = jax.random.bernoulli(key, 1 - rate, x.shape)
+    return jnp.where(keep, x / (1 - rate), jnp.zeros((), x.dtype))
+
+
+class Norm(nnx.Module):
+    """RMSNorm (arXiv:1910.07467) or LayerNorm (arXiv:1607.06450) over the last dim, in fp32."""
+
+    def __init__(self, config: TransformerConfig, letter: str = "D"):
+        self.centered = config.norm == "layer"
+        self.epsilon = config.norm_epsilon
+        has_bias = self.centered and config.bias
+        setattr(self, f"scale_{letter}", vector(letter, config.sizes, 1.0))
+        setattr(self, f"bias_{letter}", vector(letter, config.sizes, 0.0) if has_bias else None)
+        self.letter = letter
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale, bias = getattr(self, f"scale_{self.letter}"), getattr(self, f"bias_{self.letter}")
+        y = x.astype(jnp.float32)
+        if self.centered:
+            y -= y.mean(axis=-1, keepdims=True)
+        y *= jax.lax.rsqrt(jnp.square(y).mean(axis=-1, keepdims=True) + self.epsilon)
+        y *= jnp.expand_dims(scale[...], range(x.ndim - 1))
+        return add_bias(y, bias).astype(x.dtype)
+
+
+class FeedForward(nnx.Module):
+    """Two projections around an activation, or three with a gate (GLU, arXiv:2002.05202)."""
+
+    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
+        sizes, stddev = config.sizes, config.init_stddev
+        self.activation = config.activation
+        self.up_DF = matrix(rngs, "DF", sizes, inputs="D", stddev=stddev)
+        self.gate_DF = (
+            matrix(rngs, "DF", sizes, inputs="D", stddev=stddev) if config.gated else None
+        )
+        self.down_FD = matrix(
+            rngs, "FD", sizes, inputs="F", stddev=stddev, gain=residual_gain(config)
+        )
+        self.up_bias_F = vector("F", sizes, 0.0) if config.bias else None
+        self.gate_bias_F = vector("F", sizes, 0.0) if config.bias and config.gated else None
+        self.down_bias_D = vector("D", sizes, 0.0) if config.bias else None
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        h_BTF = add_bias(project(x_BTD, self.up_DF[...]), self.up_bias_F)
+        if self.gate_DF is None:
+            h_BTF = activate(self.activation, h_BTF)
+        else:
+            gate_BTF = add_bias(project(x_BTD, self.gate_DF[...]), self.gate_bias_F)
+            h_BTF *= activate(self.activation, gate_BTF)
+        return add_bias(project(constrain(h_BTF, "BTF"), self.down_FD[...]), self.down_bias_D)
+
+
+def activate(name: str, x: jax.Array) -> jax.Array:
+    """The nonlinearity of an activation by its config name, in fp32; GELU in its tanh form."""
+    y = x.astype(jnp.float32)
+    if name in ("gelu", "geglu"):
+        y = jax.nn.gelu(y, approximate=True)
+    elif name == "swiglu":
+        y = jax.nn.silu(y)
+    else:
+        y = jax.nn.relu(y)
+        y = jnp.square(y) if name == "relu2" else y
+    return y.astype(x.dtype)
+
+
+def residual_gain(config: TransformerConfig) -> float:
+    """Shrinks what is added to the residual stream 2 L times (GPT-2), so its variance stays O(1)."""
+    return 1 / math.sqrt(2 * config.num_layers) if config.depth_scaled_init else 1.0

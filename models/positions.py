@@ -1,0 +1,60 @@
+"""Where a token stands: rotations, learned and sinusoidal tables, ALiBi slopes."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from batiste.models.config import TransformerConfig
+
+
+def rope_frequencies(config: TransformerConfig) -> jax.Array:
+    """Radians per position of each rotated pair, float32 of shape (H / 2,).
+
+    RoPE (arXiv:2104.09864); "linear" divides all by the factor (arXiv:2306.15595); "llama3"
+    divides only wavelengths beyond the original length and blends between (arXiv:2407.21783).
+    """
+    exponents = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
+    frequencies = config.rope_base**-exponents
+    if config.rope_scaling is None:
+        return frequencies
+    slow = frequencies / config.rope_factor
+    if config.rope_scaling == "linear":
+        return slow
+    turns = config.rope_original_length * frequencies / (2 * math.pi)
+    low, high = config.rope_low_frequency_factor, config.rope_high_frequency_factor
+    blend = jnp.clip((turns - low) / (high - low), 0, 1)
+    return (1 - blend) * slow + blend * frequencies
+
+
+def rotation(config: TransformerConfig, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Cosine and sine of each position's rotation, float32 of shape (B, T, 1, H / 2)."""
+    frequencies = rope_frequencies(config)
+    angles = positions_BT[:, :, None, None].astype(jnp.float32) * frequencies[None, None, None]
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x_BTNH: jax.Array, cos_sin: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Rotates pairs (h, h + H / 2) of every head, in fp32."""
+    cos, sin = cos_sin
+    first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x_BTNH.dtype)
+
+
+def sinusoids(positions_BT: jax.Array, model_dim: int) -> jax.Array:
+    """The fixed table of the 2017 Transformer (arXiv:1706.03762), float32 BTD."""
+    exponents = jnp.arange(0, model_dim, 2, dtype=jnp.float32) / model_dim
+    angles = positions_BT[:, :, None].astype(jnp.float32) * (10_000.0**-exponents)[None, None]
+    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+
+
+def alibi_slopes(num_heads: int) -> jax.Array:
+    """One slope per head, float32 of shape (N,) (arXiv:2108.12409).
+
+    A geometric series for a power of two; other counts take every second slope of the next one.
+    """
+    power = 2 ** math.floor(math.log2(num_heads))
+    slopes = [2 ** (-8 * (n + 1) / power) for n in range(power)]
+    slopes += [2 ** (-4 * (2 * n + 1) / power) for n in range(num_heads - power)]
+    return jnp.asarray(slopes, jnp.float32)

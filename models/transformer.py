@@ -1,0 +1,209 @@
+"""One Transformer: embed, a scanned stack of blocks, norm, logits."""
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from batiste.models.attention import Attention, LayerCache
+from batiste.models.config import TransformerConfig
+from batiste.models.layers import FeedForward, Norm, dropout, project
+from batiste.models.parameter import matrix
+from batiste.models.positions import rotation, sinusoids
+from batiste.pallas_kernels import AttentionMask
+from batiste.sharding import constrain
+
+REMAT = {
+    "dots": jax.checkpoint_policies.dots_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+class Cache(NamedTuple):
+    """What decoding remembers: keys and values of all layers, and how many tokens each row has."""
+
+    k_LBSKH: jax.Array
+    v_LBSKH: jax.Array
+    length_B: jax.Array
+
+
+class Block(nnx.Module):
+    """Attention and feed-forward, each added to the residual stream."""
+
+    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
+        self.attention = Attention(config, rngs=rngs)
+        self.feed_forward = FeedForward(config, rngs=rngs)
+        before, after = config.norm_placement != "post", config.norm_placement != "pre"
+        self.attention_norm = Norm(config) if before else None
+        self.feed_forward_norm = Norm(config) if before else None
+        self.attention_post_norm = Norm(config) if after else None
+        self.feed_forward_post_norm = Norm(config) if after else None
+        self.norms_the_sum = config.norm_placement == "post"
+        self.dropout_rate = config.dropout
+
+    def __call__(self, x_BTD, mask, rotation, cache, dropout_key):
+        """Returns x_BTD after the block, and this layer's cache (None stays None)."""
+        keys = (None,) * 3 if dropout_key is None else jax.random.split(dropout_key, 3)
+        h_BTD = x_BTD if self.attention_norm is None else self.attention_norm(x_BTD)
+        h_BTD, cache = self.attention(h_BTD, mask, rotation, cache, keys[0])
+        x_BTD = self._add(x_BTD, dropout(h_BTD, self.dropout_rate, keys[1]), self.attention_post_norm)
+        h_BTD = x_BTD if self.feed_forward_norm is None else self.feed_forward_norm(x_BTD)
+        h_BTD = dropout(self.feed_forward(h_BTD), self.dropout_rate, keys[2])
+        return self._add(x_BTD, h_BTD, self.feed_forward_post_norm), cache
+
+    def _add(self, x_BTD: jax.Array, h_BTD: jax.Array, norm: Norm | None) -> jax.Array:
+        """pre: x + h. sandwich: x + norm(h). post: norm(x + h)."""
+        if norm is None:
+            return constrain(x_BTD + h_BTD, "BTD")
+        if self.norms_the_sum:
+            return constrain(norm(x_BTD + h_BTD), "BTD")
+        return constrain(x_BTD + norm(h_BTD), "BTD")
+
+
+class Transformer(nnx.Module):
+    """A decoder; `config` decides everything, and is validated here."""
+
+    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
+        config.validate()
+        self.config = config
+        sizes, stddev = config.sizes, config.init_stddev
+        self.embedding_VD = matrix(rngs, "VD", sizes, inputs="D", stddev=stddev)
+        learned = config.positions == "learned"
+        self.position_TD = (
+            matrix(rngs, "TD", sizes, inputs="D", stddev=stddev) if learned else None
+        )
+        build = nnx.vmap(lambda rngs: Block(config, rngs=rngs), in_axes=0, out_axes=0)
+        self.layers = nnx.split_rngs(splits=config.num_layers)(build)(rngs)
+        self.norm = Norm(config) if config.norm_placement != "post" else None
+        tied = config.tied_embeddings
+        self.head_DV = None if tied else matrix(rngs, "DV", sizes, inputs="D", stddev=stddev)
+
+    def __call__(
+        self,
+        tokens_BT: jax.Array,
+        positions_BT: jax.Array | None = None,
+        segments_BT: jax.Array | None = None,
+        dropout_key: jax.Array | None = None,
+    ) -> jax.Array:
+        """Logits in float32, logits_BTV; arguments as in `features`."""
+        return self.logits(self.features(tokens_BT, positions_BT, segments_BT, dropout_key))
+
+    def features(
+        self,
+        tokens_BT: jax.Array,
+        positions_BT: jax.Array | None = None,
+        segments_BT: jax.Array | None = None,
+        dropout_key: jax.Array | None = None,
+    ) -> jax.Array:
+        """The last hidden states, x_BTD in the compute dtype.
+
+        positions_BT: place of each token in its document, int32; None counts along the row.
+        segments_BT: document of each token, int32, 0 for padding; None is one document a row.
+        dropout_key: None turns dropout off.
+        """
+        if positions_BT is None:
+            positions_BT = jnp.broadcast_to(
+                jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None], tokens_BT.shape
+            )
+        segments = (segments_BT, segments_BT)
+        return self._stack(tokens_BT, positions_BT, segments, None, dropout_key)[0]
+
+    def extend(self, tokens_BT: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+        """The hidden states of tokens that continue each row of the cache, and the cache after.
+
+        A row may hold padding at its end: the caller sets `length_B` to what is real, and the
+        next call overwrites the rest.
+        """
+        positions_BT = cache.length_B[:, None] + jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None]
+        return self._stack(tokens_BT, positions_BT, (None, None), cache, None)
+
+    def logits(self, x_BTD: jax.Array) -> jax.Array:
+        """The head, in float32 from the product on; soft-capped if the config says so."""
+        x_BTD = x_BTD if self.norm is None else self.norm(x_BTD)
+        head_DV = self.embedding_VD[...].T if self.head_DV is None else self.head_DV[...]
+        logits_BTV = constrain(project(x_BTD, head_DV, 1, jnp.float32), "BTV")
+        soft_cap = self.config.logit_soft_cap
+        return logits_BTV if soft_cap is None else soft_cap * jnp.tanh(logits_BTV / soft_cap)
+
+    def empty_cache(self, batch: int, length: int) -> Cache:
+        """Room for `length` tokens in each of `batch` rows, in the compute dtype."""
+        config = self.config
+        shape = (config.num_layers, batch, length, config.num_kv_heads, config.head_dim)
+        zeros = functools.partial(jnp.zeros, shape, config.dtype)
+        return Cache(zeros(), zeros(), jnp.zeros((batch,), jnp.int32))
+
+    def _stack(self, tokens_BT, positions_BT, segments, cache, dropout_key):
+        config = self.config
+        embed_key = layers_key = None
+        if dropout_key is not None and config.dropout > 0:
+            embed_key, layers_key = jax.random.split(dropout_key)
+        x_BTD = dropout(self._embed(tokens_BT, positions_BT), config.dropout, embed_key)
+        turn = rotation(config, positions_BT) if config.positions == "rope" else None
+        masks = {
+            kind: AttentionMask(
+                causal=True,
+                window=config.window if kind == "local" else None,
+                query_segments_BT=segments[0],
+                key_segments_BS=segments[1],
+                query_offset_B=None if cache is None else cache.length_B,
+            )
+            for kind in config.layer_pattern
+        }
+        graphdef, weights = nnx.split(self.layers)
+
+        def apply(kind, x_BTD, layer):
+            weights, layer_cache, key = layer
+            return nnx.merge(graphdef, weights)(x_BTD, masks[kind], turn, layer_cache, key)
+
+        layer_cache = None if cache is None else LayerCache(cache.k_LBSKH, cache.v_LBSKH)
+        keys = None if layers_key is None else jax.random.split(layers_key, config.num_layers)
+        x_BTD, layer_cache = _scan_pattern(config, apply, x_BTD, (weights, layer_cache, keys))
+        if cache is not None:
+            cache = Cache(*layer_cache, cache.length_B + tokens_BT.shape[1])
+        return x_BTD, cache
+
+    def _embed(self, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
+        config = self.config
+        x_BTD = self.embedding_VD[...][tokens_BT]
+        if config.scale_embeddings:
+            x_BTD *= math.sqrt(config.model_dim)
+        if config.positions == "learned":
+            x_BTD += self.position_TD[...][positions_BT]
+        elif config.positions == "sinusoidal":
+            x_BTD += sinusoids(positions_BT, config.model_dim)
+        return constrain(x_BTD.astype(config.dtype), "BTD")
+
+
+def _scan_pattern(config, apply, x_BTD, layers):
+    """Scans over whole periods of the layer pattern; what is left of the depth follows unrolled.
+
+    `layers` is a tree with leading L; returns x_BTD and the stacked second results of `apply`.
+    """
+    pattern = config.layer_pattern
+    if config.remat != "none":
+        apply = jax.checkpoint(apply, policy=REMAT[config.remat], static_argnums=(0,))
+    periods = config.num_layers // len(pattern)
+    whole = periods * len(pattern)
+
+    def period(x_BTD, layers):
+        results = []
+        for index, kind in enumerate(pattern):
+            x_BTD, result = apply(kind, x_BTD, jax.tree.map(lambda leaf: leaf[index], layers))
+            results.append(result)
+        return x_BTD, jax.tree.map(lambda *leaves: jnp.stack(leaves), *results)
+
+    grouped = jax.tree.map(
+        lambda leaf: leaf[:whole].reshape(periods, len(pattern), *leaf.shape[1:]), layers
+    )
+    x_BTD, results = jax.lax.scan(period, x_BTD, grouped, unroll=min(config.scan_unroll, periods))
+    results = jax.tree.map(lambda leaf: leaf.reshape(whole, *leaf.shape[2:]), results)
+    for index in range(whole, config.num_layers):
+        layer = jax.tree.map(lambda leaf, index=index: leaf[index], layers)
+        x_BTD, result = apply(pattern[index - whole], x_BTD, layer)
+        results = jax.tree.map(
+            lambda done, last: jnp.concatenate([done, last[None]]), results, result
+        )
+    return x_BTD, results

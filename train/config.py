@@ -1,0 +1,92 @@
+"""What a training run does: steps, optimizer, objective, checkpoints, when to evaluate and stop."""
+
+import dataclasses
+
+from batiste.train.optimizer import OptimizerConfig
+from batiste.train.precision import LossScaleConfig
+from batiste.train.schedule import ScheduleConfig
+
+
+@dataclasses.dataclass
+class ObjectiveConfig:
+    """The loss: label_smoothing in [0, 1), z_loss weight (arXiv:2204.02311), tokens per chunk.
+
+    loss_chunk: logits are computed for so many positions of each row at a time, and never all at
+    once; None computes all.
+    """
+
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    loss_chunk: int | None = None
+
+
+@dataclasses.dataclass
+class CheckpointConfig:
+    """When to save, and what to keep: every `every` steps; the last `keep`; also each multiple."""
+
+    every: int = 100
+    keep: int = 2
+    keep_every: int | None = None
+
+
+@dataclasses.dataclass
+class EvaluationConfig:
+    """When to measure the validation loss: every `every` steps, over at most `max_batches`."""
+
+    every: int = 100
+    max_batches: int | None = None
+
+
+@dataclasses.dataclass
+class StopConfig:
+    """Early stopping: after `patience` evaluations without a better loss; at a budget of FLOPs."""
+
+    patience: int | None = None
+    flops: float | None = None
+
+
+@dataclasses.dataclass
+class TrainConfig:
+    """`batch_size` is in sequences, over all devices; `accumulation` splits it in time."""
+
+    seed: int = 0
+    num_steps: int = 1000
+    batch_size: int = 16
+    accumulation: int = 1
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = dataclasses.field(default_factory=ScheduleConfig)
+    objective: ObjectiveConfig = dataclasses.field(default_factory=ObjectiveConfig)
+    loss_scale: LossScaleConfig = dataclasses.field(default_factory=LossScaleConfig)
+    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
+    stop: StopConfig = dataclasses.field(default_factory=StopConfig)
+
+    def validate(self) -> None:
+        """Raises ValueError, naming the field and a fix, for a run that cannot be."""
+        self.optimizer.validate()
+        self.schedule.validate()
+        self.loss_scale.validate()
+        positive = {
+            "num_steps": self.num_steps, "batch_size": self.batch_size,
+            "accumulation": self.accumulation, "objective.loss_chunk": self.objective.loss_chunk,
+            "checkpoint.every": self.checkpoint.every, "checkpoint.keep": self.checkpoint.keep,
+            "checkpoint.keep_every": self.checkpoint.keep_every,
+            "evaluation.every": self.evaluation.every,
+            "evaluation.max_batches": self.evaluation.max_batches,
+            "stop.patience": self.stop.patience, "stop.flops": self.stop.flops,
+        }
+        for field, value in positive.items():
+            if value is not None and value <= 0:
+                raise ValueError(f"train.{field}={value}: expected a positive number")
+        if self.batch_size % self.accumulation:
+            raise ValueError(
+                f"train.accumulation={self.accumulation} must divide train.batch_size="
+                f"{self.batch_size}"
+            )
+        if not 0 <= self.objective.label_smoothing < 1:
+            raise ValueError(
+                f"train.objective.label_smoothing={self.objective.label_smoothing}: expected "
+                "0 <= label_smoothing < 1"
+            )
+        if self.objective.z_loss < 0:
+            raise ValueError(f"train.objective.z_loss={self.objective.z_loss}: expected >= 0")

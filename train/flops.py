@@ -1,0 +1,61 @@
+"""How many FLOPs a token costs, and how many the devices could do."""
+
+import math
+import statistics
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from batiste.models import TransformerConfig
+from batiste.sharding.devices import peak_flops
+from batiste.train.optimizer import parameter_group
+
+CALIBRATION_SIZE = 2048
+CALIBRATION_RUNS = 5
+
+
+def flops_per_token(config: TransformerConfig, params: Any, letters: Any, length: int) -> float:
+    """Training FLOPs per token: 6 per weight in a matrix product, 12 per visible key and head dim.
+
+    A forward product costs 2 per weight, the backward pass twice that; embeddings are looked up,
+    not multiplied, unless they are the head too. A causal query sees half of the row on average,
+    a local one at most its window. Rematerialization is not counted (PaLM, arXiv:2204.02311, B).
+    params: arrays or abstract ones. length: tokens per row.
+    """
+    multiplied = {"matrix", "head"} | ({"embedding"} if config.tied_embeddings else set())
+    weights = sum(
+        math.prod(leaf.shape)
+        for name, leaf in zip(jax.tree.leaves(letters), jax.tree.leaves(params), strict=True)
+        if parameter_group(name) in multiplied and not name.startswith("T")
+    )
+    keys = 0.0
+    for layer in range(config.num_layers):
+        local = config.layer_pattern[layer % len(config.layer_pattern)] == "local"
+        keys += min(config.window, length / 2) if local else length / 2
+    return 6 * weights + 12 * config.num_heads * config.head_dim * keys
+
+
+def total_peak_flops(mesh: jax.sharding.Mesh, dtype: str) -> tuple[float, str]:
+    """Peak FLOP/s of all devices of the mesh, and where the figure comes from.
+
+    A device that the table does not know (a CPU) is measured: the median of a few square products
+    in the compute dtype, accumulated in fp32.
+    """
+    device = mesh.devices.flat[0]
+    known = peak_flops(device.device_kind)
+    if known is not None:
+        return known * mesh.size, f"data sheet of {device.device_kind}, bf16"
+    a = jax.device_put(jnp.ones((CALIBRATION_SIZE, CALIBRATION_SIZE), dtype), device)
+    product = jax.jit(lambda a: jnp.matmul(a, a, preferred_element_type=jnp.float32))
+    jax.block_until_ready(product(a))
+    seconds = []
+    for _ in range(CALIBRATION_RUNS):
+        start = time.perf_counter()
+        jax.block_until_ready(product(a))
+        seconds.append(time.perf_counter() - start)
+    # Fake CPU devices share the same cores, so the mesh as a whole has no more than one of them.
+    devices = 1 if device.platform == "cpu" else mesh.size
+    rate = devices * 2 * CALIBRATION_SIZE**3 / statistics.median(seconds)
+    return rate, f"measured here: {dtype} product of {CALIBRATION_SIZE} squares"

@@ -1,0 +1,136 @@
+"""The training loop: dispatch a step, then look at the one before."""
+
+import contextlib
+import dataclasses
+import math
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+
+from batiste.train.checkpoint import Checkpoints
+from batiste.train.config import TrainConfig
+from batiste.train.ledger import Ledger
+from batiste.train.metrics import MetricsWriter, Progress
+from batiste.train.state import TrainState
+
+
+@dataclasses.dataclass
+class Run:
+    """What the loop drives.
+
+    batches: Batches on the mesh, the one of step `state.step` first. evaluate: the validation loss
+    of a state in nats per token. last_step: where the run ends, by its steps or its FLOP budget.
+    """
+
+    train_step: Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]
+    batches: Iterator[Any]
+    evaluate: Callable[[TrainState], float]
+    last_step: int
+
+
+@dataclasses.dataclass
+class Records:
+    """Where a run writes. `meta` is saved with every checkpoint; its "validation" list grows."""
+
+    checkpoints: Checkpoints
+    metrics: MetricsWriter
+    progress: Progress
+    ledger: Ledger
+    meta: dict[str, Any]
+
+
+def fit(
+    config: TrainConfig, state: TrainState, run: Run, records: Records
+) -> tuple[TrainState, str]:
+    """Trains from `state` to `run.last_step`; returns the state and why it stopped.
+
+    The reason is "done", "patience", or the signal that asked for it ("SIGINT", "SIGTERM"); in
+    every case the state is saved and committed. Raises ValueError when the loss is not finite.
+    """
+    pending = None
+    reason = "done"
+    first = int(jax.device_get(state.step))
+    with _signals() as received, jax.transfer_guard("disallow"):
+        for step in range(first + 1, run.last_step + 1):
+            state, metrics = run.train_step(state, next(run.batches))
+            if pending is not None:
+                _record(records, *pending)
+            pending = (step, metrics)
+            if step == first + 1:
+                jax.block_until_ready(metrics)
+                records.ledger.lap("compile and first step")
+
+            last = step == run.last_step or bool(received)
+            evaluation_due = step % config.evaluation.every == 0 or step == run.last_step
+            if not (last or evaluation_due or step % config.checkpoint.every == 0):
+                continue
+            _record(records, *pending)
+            pending = None
+            records.ledger.lap("train")
+            if evaluation_due:
+                loss = run.evaluate(state)
+                records.metrics.write(step, "validation", loss=loss)
+                records.meta["validation"].append([step, loss])
+                records.ledger.lap("evaluate")
+                if _out_of_patience(records.meta["validation"], config.stop.patience):
+                    reason, last = "patience", True
+            if last or step % config.checkpoint.every == 0:
+                records.checkpoints.save(step, state, records.meta)
+                records.ledger.lap("checkpoint")
+            if last:
+                reason = received[0] if received else reason
+                break
+        records.checkpoints.wait()
+        records.ledger.lap("checkpoint")
+    records.progress.close()
+    return state, reason
+
+
+def _record(records: Records, step: int, metrics: dict[str, jax.Array]) -> None:
+    """Fetches the metrics of a step (waiting for it) and writes them down."""
+    values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+    records.progress.update(step, values["loss"])
+    rate = records.progress.tokens_per_second
+    if rate is not None:
+        values["tokens_per_second"] = rate
+    records.metrics.write(step, "train", **values)
+    if not math.isfinite(values["loss"]) and "loss_scale" not in values:
+        records.checkpoints.wait()
+        raise ValueError(
+            f"the loss of step {step} is {values['loss']}: lower train.schedule.learning_rate or "
+            f"train.optimizer.clip_norm; the last checkpoint is of step "
+            f"{records.checkpoints.latest_step}"
+        )
+
+
+def _out_of_patience(validation: list[list[float]], patience: int | None) -> bool:
+    """Whether the best loss is `patience` evaluations old."""
+    if patience is None:
+        return False
+    best = min(range(len(validation)), key=lambda index: validation[index][1])
+    return len(validation) - 1 - best >= patience
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[list[str]]:
+    """The names of signals that asked the run to stop; a second one of a kind ends it at once."""
+    received: list[str] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received  # Only the main thread may install handlers (a notebook may use another).
+        return
+    previous = {}
+
+    def handle(number, frame):
+        received.append(signal.Signals(number).name)
+        signal.signal(number, previous[number])
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        previous[number] = signal.signal(number, handle)
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

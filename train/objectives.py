@@ -1,0 +1,74 @@
+"""Losses as (sum, denominator) pairs, so that they add up over micro-batches; nobody divides here."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from batiste.models import Transformer
+from batiste.train.config import ObjectiveConfig
+
+
+class Terms(NamedTuple):
+    """Sums over the tokens of each row, float32.
+
+    loss: what is minimized, label smoothing and z-loss included. cross_entropy: in nats.
+    tokens: the sum of the loss weights, the denominator of both.
+    """
+
+    loss_B: jax.Array
+    cross_entropy_B: jax.Array
+    tokens_B: jax.Array
+
+
+def token_losses(
+    logits_BTV: jax.Array, targets_BT: jax.Array, config: ObjectiveConfig
+) -> tuple[jax.Array, jax.Array]:
+    """Loss and cross-entropy of each token in nats, both float32 BT, from float32 logits.
+
+    Label smoothing mixes the target with a uniform distribution (arXiv:1512.00567); z-loss adds
+    z_loss * log(Z)^2, which keeps the normalizer near 1 (PaLM, arXiv:2204.02311).
+    """
+    log_z_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
+    hit_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
+    cross_entropy_BT = log_z_BT - hit_BT
+    loss_BT = cross_entropy_BT
+    if config.label_smoothing:
+        uniform_BT = log_z_BT - logits_BTV.mean(axis=-1)
+        loss_BT = (1 - config.label_smoothing) * loss_BT + config.label_smoothing * uniform_BT
+    if config.z_loss:
+        loss_BT += config.z_loss * jnp.square(log_z_BT)
+    return loss_BT, cross_entropy_BT
+
+
+def causal_loss(model: Transformer, batch, dropout_key, config: ObjectiveConfig) -> Terms:
+    """Next-token prediction over a Batch; with `loss_chunk`, never all logits at once."""
+    x_BTD = model.features(batch.tokens_BT, batch.positions_BT, batch.segments_BT, dropout_key)
+
+    def terms(x_BTD, targets_BT, weights_BT):
+        losses = token_losses(model.logits(x_BTD), targets_BT, config)
+        return Terms(*((x * weights_BT).sum(axis=1) for x in (*losses, jnp.ones_like(weights_BT))))
+
+    if config.loss_chunk is None:
+        return terms(x_BTD, batch.targets_BT, batch.weights_BT)
+    return _chunked(terms, (x_BTD, batch.targets_BT, batch.weights_BT), config.loss_chunk)
+
+
+def _chunked(terms, arrays, chunk: int) -> Terms:
+    """Sums `terms` over chunks of time; the backward pass recomputes each chunk's logits."""
+    length = arrays[0].shape[1]
+    whole = length - length % chunk
+
+    def split(x):
+        return x[:, :whole].reshape(x.shape[0], -1, chunk, *x.shape[2:]).swapaxes(0, 1)
+
+    remat = jax.checkpoint(terms)
+    zero = Terms(*(jnp.zeros(arrays[0].shape[:1], jnp.float32),) * 3)
+    total, _ = jax.lax.scan(
+        lambda total, chunks: (jax.tree.map(jnp.add, total, remat(*chunks)), None),
+        zero,
+        tuple(split(x) for x in arrays),
+    )
+    if whole < length:
+        total = jax.tree.map(jnp.add, total, remat(*(x[:, whole:] for x in arrays)))
+    return total
