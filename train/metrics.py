@@ -122,10 +122,9 @@ class Progress:
     WINDOW = 50
     SECONDS_BETWEEN_LINES = 10.0  # where the stream is not a terminal
 
-    def __init__(self, total_steps: int, first_step: int, *, tokens_per_step: int,
-                 flops_per_token: float, peak_flops: float | None, stream: TextIO = sys.stderr):
+    def __init__(self, total_steps: int, *, tokens_per_step: int, flops_per_token: float,
+                 peak_flops: float | None, stream: TextIO = sys.stderr):
         self._total_steps = total_steps
-        self._first_step = first_step
         self._tokens_per_step = tokens_per_step
         self._mfu_per_rate = None if peak_flops is None else flops_per_token / peak_flops
         self._stream = stream

@@ -126,11 +126,21 @@ def make_optimizer(config: OptimizerConfig, schedule: optax.Schedule,
         optax.identity() if config.clip_value is None else optax.clip(config.clip_value),
         optax.identity() if config.clip_norm is None else
         optax.clip_by_global_norm(config.clip_norm),
-        _preconditioner(config, letters_tree),
+        _with_standard_promotion(_preconditioner(config, letters_tree)),
         optax.add_decayed_weights(config.weight_decay, jax.tree.map(is_decayed, letters_tree)),
         optax.stateless(lambda updates, _: jax.tree.map(jnp.multiply, multipliers, updates)),
         optax.scale_by_learning_rate(schedule),
     )
+
+
+def _with_standard_promotion(
+        inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Optax raises a float to an integer count, which strict dtype promotion refuses."""
+    def update(updates, state, params=None):
+        with jax.numpy_dtype_promotion("standard"):
+            return inner.update(updates, state, params)
+
+    return optax.GradientTransformation(inner.init, update)
 
 
 def _preconditioner(config: OptimizerConfig, letters_tree: Any) -> optax.GradientTransformation:

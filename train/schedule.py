@@ -89,10 +89,11 @@ def make_schedule(config: ScheduleConfig, total_steps: int) -> optax.Schedule:
         raise ValueError(f"train.schedule.warmup_steps: expected at most the run's {total_steps} "
                          f"steps, got {config.warmup_steps}")
     peak_step = max(config.warmup_steps - 1, 0)
-    decay = _decay(config, total_steps - 1 - peak_step)
-    if peak_step == 0:
-        return decay
-    return optax.join_schedules([_warmup(config, peak_step), decay], [peak_step])
+    curve = _decay(config, total_steps - 1 - peak_step)
+    if peak_step > 0:
+        curve = optax.join_schedules([_warmup(config, peak_step), curve], [peak_step])
+    # Optax mixes the step with floats, which strict dtype promotion refuses for an integer.
+    return lambda step: jnp.asarray(curve(jnp.asarray(step, jnp.float32)), jnp.float32)
 
 
 def _warmup(config: ScheduleConfig, peak_step: int) -> optax.Schedule:
