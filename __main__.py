@@ -1,6 +1,6 @@
 """`python -m batiste` is the command `batiste`."""
 
-from batiste.main import run
+from batiste.command_line import run
 
 if __name__ == "__main__":
     run()

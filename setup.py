@@ -14,7 +14,7 @@ setup(
     python_requires=">=3.11",
     package_dir={"batiste": "."},
     packages=["batiste", *(f"batiste.{room}" for room in ROOMS)],
-    entry_points={"console_scripts": ["batiste = batiste.main:run"]},
+    entry_points={"console_scripts": ["batiste = batiste.command_line:run"]},
     install_requires=[
         "jax>=0.10,<0.13",
         "flax>=0.12.6",

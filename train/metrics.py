@@ -55,20 +55,20 @@ def _encode(record: dict[str, Any]) -> str:
 class MetricsWriter:
     """Appends records to metrics.jsonl and TensorBoard event files in a work directory.
 
-    Opening it to continue from `first_step` removes what the run had written for that step and
-    later ones, which are about to be computed again; TensorBoard hides them too. One process of a
-    run writes. A record is on its way to the disk when `write` returns (flushed), so a killed
+    A step is counted from 1: the record of step n is of the run after n updates. Opening it to
+    continue after `steps_done` removes what the run had written for later steps, which are about to
+    be computed again; TensorBoard hides them too. One process of a run writes. A record is on its way to the disk when `write` returns (flushed), so a killed
     process loses at most the record it was writing.
     """
 
-    def __init__(self, workdir: str | os.PathLike, first_step: int):
+    def __init__(self, workdir: str | os.PathLike, steps_done: int):
         import tensorboardX  # costs 0.3 s, and only a process that writes needs it
 
         workdir = pathlib.Path(workdir)
         workdir.mkdir(parents=True, exist_ok=True)
         path = workdir / METRICS_FILE
         temporary = path.with_suffix(".tmp")
-        kept = [record for record in read_metrics(workdir) if record["step"] < first_step]
+        kept = [record for record in read_metrics(workdir) if record["step"] <= steps_done]
         with open(temporary, "w", encoding="utf-8") as file:
             file.writelines(map(_encode, kept))
             file.flush()
@@ -76,7 +76,7 @@ class MetricsWriter:
         os.replace(temporary, path)
         self._file = open(path, "a", encoding="utf-8")
         self._tensorboard = tensorboardX.SummaryWriter(
-            str(workdir / TENSORBOARD_FOLDER), purge_step=first_step)
+            str(workdir / TENSORBOARD_FOLDER), purge_step=steps_done + 1)
 
     def write(self, step: int, kind: str = "train", **values: float) -> None:
         """Writes one record; `values` are scalars (loss in nats per token, rates per second).

@@ -1,0 +1,241 @@
+"""`batiste VERB --flags`: reads flags, calls main.py, and turns what a person can mend into a line."""
+
+import contextlib
+import difflib
+import errno
+import pathlib
+import re
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+
+from absl import flags
+from ml_collections import config_flags
+
+ROOT = pathlib.Path(__file__).resolve().parent
+USAGE = """usage: batiste VERB [--flags]
+
+  prepare   --config=FILE --workdir=DIR    raw text to tokenized records
+  train     --config=FILE --workdir=DIR    prepare, train, evaluate, sample; again: continue
+  evaluate  --workdir=DIR                  loss, perplexity, bits per byte
+  generate  --workdir=DIR --prompt=TEXT    stream text
+
+FILE is a Python file such as configs/quickstart.py; every field of it is a flag, for instance
+--config.model.num_layers=8. `batiste VERB --help` lists the flags.
+"""
+EXIT_CODES = {"SIGINT": 130, "SIGTERM": 143}
+
+
+def run(argv: Sequence[str] | None = None) -> None:
+    """Runs one command line (default: this process's) and exits with its code."""
+    argv = list(sys.argv if argv is None else argv)
+    with _one_line_errors():
+        verb = argv[1] if len(argv) > 1 else "help"
+        if verb in ("help", "--help", "-h", "--helpfull"):
+            print(USAGE)
+            sys.exit(0 if len(argv) > 1 else 2)
+        if verb not in VERBS:
+            near = difflib.get_close_matches(verb, VERBS, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ValueError(f"verb {verb!r}: expected one of {', '.join(VERBS)}{hint}")
+        define, call = VERBS[verb]
+        sys.exit(call(_parse(define, [f"batiste {verb}", *argv[2:]])))
+
+
+def _define_config(values: flags.FlagValues, argv: list[str]) -> None:
+    config_flags.DEFINE_config_file(
+        "config", None, "Python file with get_config; FILE:ARG passes it ARG.",
+        flag_values=values, sys_argv=argv,
+    )
+
+
+def _define_prepare(values: flags.FlagValues, argv: list[str]) -> None:
+    _define_config(values, argv)
+    flags.DEFINE_string("workdir", None, "Directory of the run.", flag_values=values)
+
+
+def _define_train(values: flags.FlagValues, argv: list[str]) -> None:
+    _define_prepare(values, argv)
+    flags.DEFINE_string(
+        "resume", "auto", "auto: continue if there is a checkpoint; must: demand one; never: "
+        "refuse to find one.", flag_values=values,
+    )
+
+
+def _define_evaluate(values: flags.FlagValues, argv: list[str]) -> None:
+    del argv
+    flags.DEFINE_string("workdir", None, "Directory of the run.", flag_values=values)
+
+
+def _define_generate(values: flags.FlagValues, argv: list[str]) -> None:
+    _define_evaluate(values, argv)
+    flags.DEFINE_multi_string("prompt", None, "Text to continue; may be repeated.", flag_values=values)
+    flags.DEFINE_float("temperature", None, "0 is greedy.", 0.0, flag_values=values)
+    flags.DEFINE_integer("top_k", None, "Keep the k likeliest tokens.", 1, flag_values=values)
+    flags.DEFINE_float("top_p", None, "Keep the likeliest tokens up to p.", flag_values=values)
+    flags.DEFINE_integer("seed", None, "Another seed, another text.", flag_values=values)
+    flags.DEFINE_integer("max_tokens", None, "Stop after so many.", 1, flag_values=values)
+
+
+def _prepare(values: flags.FlagValues) -> int:
+    from batiste import main
+
+    prepared = main.prepare(_experiment(values), _required(values, "workdir"))
+    for split in ("train", "validation"):
+        print(f"{split}: {prepared.num_records(split):,} records, {prepared.num_bytes(split):,} bytes")
+    print(prepared.directory)
+    return 0
+
+
+def _train(values: flags.FlagValues) -> int:
+    from batiste import main
+
+    workdir = _required(values, "workdir")
+    if values.config is None:
+        experiment = main.load_experiment(workdir)
+    else:
+        experiment = _experiment(values)
+    result = main.train(experiment, workdir, values.resume)
+    if result.validation is None:
+        print(f"stopped by {result.reason} after step {result.step}, saved; the same command continues")
+        return EXIT_CODES[result.reason]
+    if result.reason == "patience":
+        print(f"stopped early after step {result.step}: the validation loss no longer falls")
+    _print_perplexity(result.validation)
+    report = pathlib.Path(workdir, "report.md")
+    samples = re.search(r"^## Samples\n.*?(?=^## )", report.read_text(), re.S | re.M)
+    print(f"\n{samples[0]}" if samples else "", f"report: {report}", sep="\n")
+    return 0
+
+
+def _evaluate(values: flags.FlagValues) -> int:
+    from batiste import main
+
+    _print_perplexity(main.evaluate(_required(values, "workdir")))
+    return 0
+
+
+def _generate(values: flags.FlagValues) -> int:
+    import dataclasses
+
+    from batiste import main
+
+    workdir = _required(values, "workdir")
+    config = main.load_experiment(workdir).sample
+    given = {name: values[name].value for name in
+             ("temperature", "top_k", "top_p", "seed", "max_tokens") if values[name].present}
+    config = dataclasses.replace(config, **given)
+    prompts = values.prompt if values.prompt else list(config.prompts)
+    if len(prompts) == 1:
+        print(prompts[0], end="", flush=True)
+        main.generate(workdir, prompts, config, lambda text: print(text[0], end="", flush=True))
+        print()
+        return 0
+    for prompt, text in zip(prompts, main.generate(workdir, prompts, config), strict=True):
+        print(f"=== {prompt!r}\n{prompt}{text}")
+    return 0
+
+
+VERBS: dict[str, tuple[Callable, Callable]] = {
+    "prepare": (_define_prepare, _prepare),
+    "train": (_define_train, _train),
+    "evaluate": (_define_evaluate, _evaluate),
+    "generate": (_define_generate, _generate),
+}
+
+
+def _print_perplexity(result) -> None:
+    error = "" if result.standard_error is None else f" ± {result.standard_error:.4f}"
+    print(f"validation: loss {result.loss:.4f} nats per token, perplexity {result.perplexity:.2f}, "
+          f"{result.bits_per_byte:.4f}{error} bits per byte, {result.tokens:,} tokens")
+
+
+def _parse(define: Callable, argv: list[str]) -> flags.FlagValues:
+    """Parses flags into values of their own, so that nothing is global and twice is fine."""
+    argv = [argv[0], *(_find_config(argument) for argument in argv[1:])]
+    values = flags.FlagValues()
+    flags.DEFINE_bool("help", False, "Show this help.", short_name="h", flag_values=values)
+    define(values, argv)
+    try:
+        rest = values(argv)[1:]
+    except flags.UnrecognizedFlagError as error:
+        names = list(values)
+        near = difflib.get_close_matches(error.flagname, names, n=1)
+        hint = f"; did you mean --{near[0]}?" if near else ""
+        raise ValueError(f"unknown flag --{error.flagname}{hint} ({argv[0]} --help lists all)") from None
+    except (flags.Error, KeyError, AttributeError, TypeError, IOError) as error:
+        raise ValueError(_explain(error, argv)) from None
+    if values.help:
+        print(f"{argv[0]} flags:\n{values.get_help()}")
+        sys.exit(0)
+    if rest:
+        raise ValueError(f"unexpected argument {rest[0]!r}: flags are written --name=value")
+    return values
+
+
+def _find_config(argument: str) -> str:
+    """Lets --config=configs/x.py be found in the package when not in the current directory."""
+    match = re.fullmatch(r"--?config=([^:]+)((?::.*)?)", argument)
+    if not match or pathlib.Path(match[1]).is_file():
+        return argument
+    if (ROOT / match[1]).is_file():
+        return f"--config={ROOT / match[1]}{match[2]}"
+    known = sorted(f"configs/{path.name}" for path in (ROOT / "configs").glob("*.py")
+                   if "def get_config" in path.read_text())
+    near = difflib.get_close_matches(match[1], known, n=1, cutoff=0.4)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise ValueError(f"config={match[1]}: no such file; known are {', '.join(known)}{hint}")
+
+
+def _explain(error: Exception, argv: list[str]) -> str:
+    """What is wrong with an override, with the nearest name that exists."""
+    from batiste.configs.experiment import Experiment, flatten
+
+    text = " ".join(str(error).split())
+    names = list(flatten(Experiment()))
+    for argument in argv:
+        match = re.match(r"--?(?:no)?config\.([^=]+)", argument)
+        if match and match[1] not in names:
+            near = difflib.get_close_matches(match[1], names, n=1, cutoff=0.5)
+            last = [name for name in names if name.rsplit(".")[-1] == match[1].rsplit(".")[-1]]
+            hint = f"; did you mean --config.{(last or near)[0]}?" if last or near else ""
+            return f"unknown field --config.{match[1]}{hint}"
+    return text
+
+
+def _experiment(values: flags.FlagValues):
+    from batiste.configs.experiment import Experiment
+
+    _required(values, "config")
+    if not isinstance(values.config, Experiment):
+        raise ValueError(f"config: get_config must return an Experiment, got {type(values.config)}")
+    return values.config
+
+
+def _required(values: flags.FlagValues, name: str):
+    value = values[name].value
+    if value is None:
+        raise ValueError(f"--{name} is needed (batiste --help shows how)")
+    return value
+
+
+@contextlib.contextmanager
+def _one_line_errors() -> Iterator[None]:
+    """Errors that batiste raised on purpose, and those of disks and files, end in one line.
+
+    On purpose: a ValueError whose innermost frame is batiste's own. Any other is a defect and
+    keeps its traceback.
+    """
+    try:
+        yield
+    except ValueError as error:
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        if not pathlib.Path(last.filename).resolve().is_relative_to(ROOT):
+            raise
+        sys.exit(f"error: {error}")
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS,
+                               errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EFBIG):
+            raise
+        place = f": {error.filename}" if error.filename else ""
+        sys.exit(f"error: {error.strerror}{place}")

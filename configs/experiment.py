@@ -1,0 +1,94 @@
+"""One experiment: what each room needs, side by side; only main.py sees it whole."""
+
+import dataclasses
+import types
+import typing
+from typing import Any
+
+from batiste.data import DataConfig
+from batiste.inference import SamplingConfig
+from batiste.models import TransformerConfig
+from batiste.sharding import MeshConfig
+from batiste.train import TrainConfig
+
+
+@dataclasses.dataclass
+class Experiment:
+    """A whole run; every field is a flag: --config.model.num_layers=8."""
+
+    model: TransformerConfig = dataclasses.field(default_factory=TransformerConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    sample: SamplingConfig = dataclasses.field(default_factory=SamplingConfig)
+
+    def validate(self) -> None:
+        """Raises ValueError, naming the field and a fix, for an experiment that cannot run."""
+        for room in (self.model, self.data, self.mesh, self.train, self.sample):
+            room.validate()
+        if self.data.sequence_length > self.model.max_length:
+            raise ValueError(
+                f"data.sequence_length={self.data.sequence_length} exceeds model.max_length="
+                f"{self.model.max_length}: raise model.max_length"
+            )
+        for field in ("num_heads", "num_kv_heads", "mlp_dim", "vocab_size"):
+            size = getattr(self.model, field)
+            if size % self.mesh.tensor:
+                raise ValueError(
+                    f"model.{field}={size} is not divisible by mesh.tensor={self.mesh.tensor}: "
+                    f"choose mesh.tensor among the divisors of {size}"
+                )
+
+    def validate_on(self, num_devices: int) -> None:
+        """Raises ValueError when mesh, batch and model do not fit together on these devices."""
+        self.validate()
+        sizes = dict(zip(("slice", "data"), self.mesh.shape(num_devices)))
+        micro_batch = self.train.batch_size // self.train.accumulation
+        if micro_batch % sizes["data"]:
+            raise ValueError(
+                f"train.batch_size={self.train.batch_size} / train.accumulation="
+                f"{self.train.accumulation} = {micro_batch} sequences do not divide over mesh.data="
+                f"{sizes['data']}: make train.batch_size a multiple of "
+                f"{sizes['data'] * self.train.accumulation}"
+            )
+        if self.mesh.zero and self.model.model_dim % sizes["data"]:
+            raise ValueError(
+                f"model.model_dim={self.model.model_dim} is not divisible by mesh.data="
+                f"{sizes['data']}, over which mesh.zero={self.mesh.zero} splits it"
+            )
+
+
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Every field under its dotted name, {"model.num_layers": 6, ...}; tuples become lists."""
+    flat = {}
+    for field in dataclasses.fields(config):
+        value, name = getattr(config, field.name), prefix + field.name
+        if dataclasses.is_dataclass(value):
+            flat |= flatten(value, name + ".")
+        elif isinstance(value, tuple) and value and dataclasses.is_dataclass(value[0]):
+            for index, item in enumerate(value):
+                flat |= flatten(item, f"{name}[{index}].")
+        else:
+            flat[name] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+def from_dict(kind: type, values: Any) -> Any:
+    """Rebuilds a config from `dataclasses.asdict` after a trip through JSON.
+
+    Raises ValueError naming the fields that this version of the config does not have.
+    """
+    if isinstance(kind, types.UnionType):
+        (kind,) = (each for each in typing.get_args(kind) if each is not types.NoneType)
+    if values is None:
+        return None
+    if typing.get_origin(kind) is tuple:
+        return tuple(from_dict(typing.get_args(kind)[0], value) for value in values)
+    if not dataclasses.is_dataclass(kind):
+        return values
+    hints = typing.get_type_hints(kind)
+    unknown = sorted(set(values) - set(hints))
+    if unknown:
+        raise ValueError(f"{kind.__name__} has no field {', '.join(unknown)}: the stored config is "
+                         "of another version of batiste")
+    return kind(**{name: from_dict(hints[name], value) for name, value in values.items()})
