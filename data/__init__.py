@@ -1,0 +1,17 @@
+"""Raw text to batches: prepare a corpus once, then read any batch of it by its step.
+
+`prepare` reads documents, holds some out, trains a tokenizer, packs records and stores them;
+`Loader` gives the batch of a step. This room runs on the host alone and never imports jax.
+"""
+
+from batiste.data.config import DataConfig, SourceConfig
+from batiste.data.loader import Loader
+from batiste.data.packing import Batch
+from batiste.data.prepare import prepare
+from batiste.data.prepared import Prepared, load_prepared
+from batiste.data.tokenizer import Tokenizer, load_tokenizer
+
+__all__ = [
+    "Batch", "DataConfig", "Loader", "Prepared", "SourceConfig", "Tokenizer",
+    "load_prepared", "load_tokenizer", "prepare",
+]

@@ -1,0 +1,82 @@
+"""What a corpus is made of, and how it becomes records."""
+
+import dataclasses
+import difflib
+import math
+
+TOKENIZERS = ("bpe", "unigram", "characters", "bytes")
+PACKINGS = ("concatenate", "first_fit")
+
+
+@dataclasses.dataclass
+class SourceConfig:
+    """One place that documents come from.
+
+    path: "stdlib", the modules of the running interpreter's standard library without its tests;
+        "tfds:NAME" or "tfds:DIRECTORY", the train split of a TFDS data set; or a glob of local
+        files: .jsonl (one document per line) or plain text, each also with .gz.
+    text_field: the field of a JSONL line, or the feature of a TFDS data set, that holds the text.
+    weight: the share of the training records drawn from this source, relative to the others.
+    """
+
+    path: str = "stdlib"
+    text_field: str = "text"
+    weight: float = 1.0
+
+
+@dataclasses.dataclass
+class DataConfig:
+    """A corpus, its tokenizer and its records.
+
+    validation_fraction: the share of documents held out, chosen by the hash of their text.
+    tokenizer: "bpe", "unigram", "characters", "bytes", or the path of a SentencePiece .model.
+    vocab_size: tokens to learn for "bpe" and "unigram", the most to keep for "characters" (rarer
+        ones are spelled in bytes); "bytes" and a .model bring their own size and do not read it.
+    sequence_length: T, the inputs of a record.
+    packing: "concatenate" cuts one stream of documents every T tokens and fills every record;
+        "first_fit" keeps a document in one record where it fits, at the price of some padding.
+    seed: the order of the training examples. It is handed to `Loader` and does not change what is
+        prepared.
+    """
+
+    sources: tuple[SourceConfig, ...] = dataclasses.field(
+        default_factory=lambda: (SourceConfig(),))
+    validation_fraction: float = 0.05
+    tokenizer: str = "bpe"
+    vocab_size: int = 4096
+    sequence_length: int = 256
+    packing: str = "concatenate"
+    seed: int = 0
+
+    def validate(self) -> None:
+        """Raises ValueError naming the first field that cannot work."""
+        if not self.sources:
+            raise ValueError("data.sources=(): expected at least one SourceConfig")
+        for index, source in enumerate(self.sources):
+            name = f"data.sources[{index}]"
+            if not source.path:
+                raise ValueError(f"{name}.path={source.path!r}: expected stdlib, tfds:NAME, "
+                                 "tfds:DIRECTORY or a glob of files")
+            if not (math.isfinite(source.weight) and source.weight > 0):
+                raise ValueError(f"{name}.weight={source.weight}: expected a number above 0; "
+                                 "leave a source out to give it no share")
+        if not 0 < self.validation_fraction < 1:
+            raise ValueError(f"data.validation_fraction={self.validation_fraction}: "
+                             "expected a number between 0 and 1, such as 0.05")
+        if not self.tokenizer.endswith(".model"):
+            _require_choice("tokenizer", self.tokenizer, TOKENIZERS, " or a path to a .model file")
+        _require_choice("packing", self.packing, PACKINGS)
+        for field, least in (("vocab_size", 1), ("sequence_length", 2), ("seed", 0)):
+            value = getattr(self, field)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(
+                    f"data.{field}={value!r}: expected a whole number of at least {least}")
+
+
+def _require_choice(field: str, value: str, choices: tuple[str, ...], rest: str = "") -> None:
+    if value in choices:
+        return
+    near = difflib.get_close_matches(value, choices, n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise ValueError(
+        f"data.{field}={value!r}: expected one of {', '.join(choices)}{rest}{hint}")

@@ -1,0 +1,121 @@
+"""Documents to records of T+1 tokens, and records to batches.
+
+A document is BOS and its tokens. The BOS of the next document also ends the one before it: as a
+target it says "this document is over", as an input it begins the next, so one boundary token does
+both and EOS would only cost a second one. A record needs nothing but its tokens: BOS cannot occur
+inside a document and padding only follows the last one, so segments and positions are read off.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+# Records that first-fit keeps open. More fill a little better and search longer: on the standard
+# library at T=256, 64 / 256 / 1,024 open records fill 0.9936 / 0.9962 / 0.9966.
+OPEN_RECORDS = 256
+
+
+class Batch(NamedTuple):
+    """B records of T tokens; padding has segment 0 and weight 0.
+
+    A weight is 1 exactly where the target continues or ends the document of its input. Segments
+    count from 1 in a record; positions restart at each document, and at the start of a record for
+    a document that continues from another.
+    """
+
+    tokens_BT: np.ndarray  # int32
+    targets_BT: np.ndarray  # int32
+    weights_BT: np.ndarray  # float32
+    segments_BT: np.ndarray  # int32
+    positions_BT: np.ndarray  # int32
+
+
+def concatenate(
+    documents: Iterable[np.ndarray], length: int, bos_id: int, pad_id: int,
+) -> Iterator[np.ndarray]:
+    """Yields records of `length`+1 tokens cut from one stream, each beginning on the last token of
+    the one before, so that every token is a target once; only the last record is padded."""
+    pending, size = [], 0
+    for document in documents:
+        pending += ([bos_id], document)
+        size += 1 + len(document)
+        if size > length:
+            stream = np.concatenate(pending)
+            while len(stream) > length:
+                yield stream[:length + 1]
+                stream = stream[length:]
+            pending, size = [stream], len(stream)
+    if not pending:
+        return
+    stream = np.concatenate([*pending, [bos_id]])
+    while len(stream) > 1:
+        yield _padded(stream[:length + 1], length + 1, pad_id)
+        stream = stream[length:]
+
+
+def first_fit(
+    documents: Iterable[np.ndarray], length: int, bos_id: int, pad_id: int,
+) -> Iterator[np.ndarray]:
+    """Yields records of `length`+1 tokens that hold whole documents.
+
+    A document longer than a record fills records of its own; what is left of it opens a new record,
+    because only at a record's start can a document go without its BOS.
+    """
+    open_records: list[_Open] = []
+    for document in documents:
+        tokens = np.concatenate([[bos_id], document])
+        continued = len(tokens) > length
+        while len(tokens) > length:
+            yield tokens[:length + 1]
+            tokens = tokens[length:]
+        record = None
+        if not continued:
+            record = next((r for r in open_records if r.used + len(tokens) <= length), None)
+        if record is None:
+            record = _Open()
+            open_records.append(record)
+        record.add(tokens)
+        if record.used == length or len(open_records) > OPEN_RECORDS:
+            fullest = max(open_records, key=lambda r: r.used)
+            open_records.remove(fullest)
+            yield fullest.close(length, bos_id, pad_id)
+    for record in open_records:
+        yield record.close(length, bos_id, pad_id)
+
+
+class _Open:
+    """A record that first-fit may still add to."""
+
+    def __init__(self):
+        self.used = 0
+        self._parts: list[np.ndarray] = []
+
+    def add(self, tokens: np.ndarray) -> None:
+        self.used += len(tokens)
+        self._parts.append(tokens)
+
+    def close(self, length: int, bos_id: int, pad_id: int) -> np.ndarray:
+        return _padded(np.concatenate([*self._parts, [bos_id]]), length + 1, pad_id)
+
+
+def _padded(tokens: np.ndarray, length: int, pad_id: int) -> np.ndarray:
+    return np.pad(tokens, (0, length - len(tokens)), constant_values=pad_id)
+
+
+def unpack(records: np.ndarray, bos_id: int, pad_id: int) -> Batch:
+    """Turns records [B, T+1] into a `Batch`; a record of padding alone becomes a row of weight 0."""
+    tokens_BT = records[:, :-1].astype(np.int32)
+    targets_BT = records[:, 1:].astype(np.int32)
+    real_BT = targets_BT != pad_id
+    starts_BT = tokens_BT == bos_id
+    starts_BT[:, 0] = True
+    index_T = np.arange(tokens_BT.shape[1], dtype=np.int32)
+    start_index_BT = np.maximum.accumulate(index_T * starts_BT, axis=1)
+    return Batch(
+        tokens_BT=tokens_BT,
+        targets_BT=targets_BT,
+        weights_BT=real_BT.astype(np.float32),
+        segments_BT=np.cumsum(starts_BT, axis=1, dtype=np.int32) * real_BT,
+        positions_BT=(index_T - start_index_BT) * real_BT,
+    )
