@@ -11,10 +11,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class TwinShape:
-    """Sizes of the decoder, in the letters of the repository; the defaults hold 17 M parameters.
-
-    14 M of them multiply activations: all but the input embedding and the positions.
-    """
+    """Sizes of the decoder, in the letters of the repository; the defaults hold 14 M parameters."""
 
     L: int = 6
     D: int = 384
@@ -25,7 +22,7 @@ class TwinShape:
 
 
 def build_twin(shape: TwinShape):
-    """A pre-norm GELU decoder with learned positions, no biases and an untied head, in fp32."""
+    """A pre-norm GELU decoder with learned positions, no biases and a tied head, in fp32."""
     import torch
     from torch import nn
     from torch.nn import functional
@@ -57,6 +54,7 @@ def build_twin(shape: TwinShape):
             self.embed, self.positions = nn.Embedding(V, D), nn.Embedding(T, D)
             self.blocks = nn.ModuleList(Block() for _ in range(L))
             self.norm, self.head = nn.LayerNorm(D), linear(D, V)
+            self.head.weight = self.embed.weight
             for parameter in self.parameters():
                 if parameter.ndim == 2:
                     nn.init.normal_(parameter, std=0.02)

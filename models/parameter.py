@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from batiste.sharding import check_letters
+from batiste.sharding import check_letters, gather
 
 
 def matrix(
@@ -34,6 +34,15 @@ def vector(letters: str, sizes: dict[str, int], value: float) -> nnx.Param:
     """A norm scale or a bias: constant at the start, float32."""
     shape = tuple(sizes[letter] for letter in check_letters(letters))
     return nnx.Param(jnp.full(shape, value, jnp.float32), letters=letters)
+
+
+def gathered(params: nnx.State) -> nnx.State:
+    """The same parameters, each whole over `data` for the use that follows (see sharding.gather)."""
+    return jax.tree.map(
+        lambda param: param.replace(gather(param.get_value(), param.get_metadata("letters"))),
+        params,
+        is_leaf=lambda node: isinstance(node, nnx.Param),
+    )
 
 
 def letters_tree(params: nnx.State) -> dict[str, Any]:

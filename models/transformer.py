@@ -11,10 +11,10 @@ from flax import nnx
 from batiste.models.attention import Attention, LayerCache
 from batiste.models.config import TransformerConfig
 from batiste.models.layers import FeedForward, Norm, dropout, project
-from batiste.models.parameter import matrix
+from batiste.models.parameter import gathered, matrix
 from batiste.models.positions import rotation, sinusoids
 from batiste.pallas_kernels import AttentionMask
-from batiste.sharding import constrain
+from batiste.sharding import constrain, gather
 
 REMAT = {
     "dots": jax.checkpoint_policies.dots_saveable,
@@ -123,7 +123,10 @@ class Transformer(nnx.Module):
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """The head, in float32 from the product on; soft-capped if the config says so."""
         x_BTD = x_BTD if self.norm is None else self.norm(x_BTD)
-        head_DV = self.embedding_VD[...].T if self.head_DV is None else self.head_DV[...]
+        if self.head_DV is None:
+            head_DV = gather(self.embedding_VD[...], "VD").T
+        else:
+            head_DV = gather(self.head_DV[...], "DV")
         logits_BTV = constrain(project(x_BTD, head_DV, 1, jnp.float32), "BTV")
         soft_cap = self.config.logit_soft_cap
         return logits_BTV if soft_cap is None else soft_cap * jnp.tanh(logits_BTV / soft_cap)
@@ -156,7 +159,8 @@ class Transformer(nnx.Module):
 
         def apply(kind, x_BTD, layer):
             weights, layer_cache, key = layer
-            return nnx.merge(graphdef, weights)(x_BTD, masks[kind], turn, layer_cache, key)
+            block = nnx.merge(graphdef, gathered(weights))
+            return block(x_BTD, masks[kind], turn, layer_cache, key)
 
         layer_cache = None if cache is None else LayerCache(cache.k_LBSKH, cache.v_LBSKH)
         keys = None if layers_key is None else jax.random.split(layers_key, config.num_layers)
@@ -167,11 +171,11 @@ class Transformer(nnx.Module):
 
     def _embed(self, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
         config = self.config
-        x_BTD = self.embedding_VD[...][tokens_BT]
+        x_BTD = gather(self.embedding_VD[...], "VD")[tokens_BT]
         if config.scale_embeddings:
             x_BTD *= math.sqrt(config.model_dim)
         if config.positions == "learned":
-            x_BTD += self.position_TD[...][positions_BT]
+            x_BTD += gather(self.position_TD[...], "TD")[positions_BT]
         elif config.positions == "sinusoidal":
             x_BTD += sinusoids(positions_BT, config.model_dim)
         return constrain(x_BTD.astype(config.dtype), "BTD")

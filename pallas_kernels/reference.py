@@ -28,42 +28,78 @@ def reference_attention(
     """
     B, T, N, H = q_BTNH.shape
     S, K = k_BSKH.shape[1:3]
-    q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
-    logits_BKGTS = scale * jnp.einsum(
-        "BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32
-    )
+    logits_BKTGS = scale * _scores(q_BTNH.reshape(B, T, K, N // K, H), k_BSKH)
     if soft_cap is not None:
-        logits_BKGTS = soft_cap * jnp.tanh(logits_BKGTS / soft_cap)
+        logits_BKTGS = soft_cap * jnp.tanh(logits_BKTGS / soft_cap)
     if alibi_slopes_N is not None:
         distance_BTS = jnp.abs(mask.distance_BTS(T, S)).astype(jnp.float32)
         slopes_KG = alibi_slopes_N.reshape(K, N // K)
-        logits_BKGTS -= slopes_KG[None, :, :, None, None] * distance_BTS[:, None, None]
-    probabilities_BKGTS = _softmax(logits_BKGTS, mask.visible_BTS(T, S), sinks_N)
+        logits_BKTGS -= slopes_KG[None, :, None, :, None] * distance_BTS[:, None, :, None]
+    probabilities_BKTGS = _softmax(logits_BKTGS, mask.visible_BTS(T, S), sinks_N)
     if dropout_key is not None:
-        keep = jax.random.bernoulli(dropout_key, 1 - dropout_rate, probabilities_BKGTS.shape)
-        probabilities_BKGTS = jnp.where(keep, probabilities_BKGTS / (1 - dropout_rate), 0)
-    out_BTKGH = jnp.einsum(
-        "BKGTS,BSKH->BTKGH",
-        probabilities_BKGTS.astype(v_BSKH.dtype),
-        v_BSKH,
-        preferred_element_type=jnp.float32,
-    )
+        keep = jax.random.bernoulli(dropout_key, 1 - dropout_rate, probabilities_BKTGS.shape)
+        probabilities_BKTGS = jnp.where(keep, probabilities_BKTGS / (1 - dropout_rate), 0)
+    out_BTKGH = _mix(probabilities_BKTGS, v_BSKH)
     return out_BTKGH.reshape(B, T, N, H).astype(q_BTNH.dtype)
 
 
+# The two products below are each other's gradients. They multiply in the dtype of the small operand
+# and accumulate in fp32, backward too, and the T x S matrix is never the operand that has to be
+# transposed: forward and backward together, bf16 on a CPU, 70 ms became 47.
+
+
+@jax.custom_vjp
+def _scores(q_BTKGH: jax.Array, k_BSKH: jax.Array) -> jax.Array:
+    return _dot(q_BTKGH, k_BSKH, ((4,), (3,)), ((0, 2), (0, 2)))
+
+
+@jax.custom_vjp
+def _mix(p_BKTGS: jax.Array, v_BSKH: jax.Array) -> jax.Array:
+    out_BKTGH = _dot(p_BKTGS.astype(v_BSKH.dtype), v_BSKH, ((4,), (1,)), ((0, 1), (0, 2)))
+    return out_BKTGH.swapaxes(1, 2)
+
+
+def _mix_back(p_BKTGS: jax.Array, x_BTKGH: jax.Array) -> jax.Array:
+    p_BKTGS = p_BKTGS.astype(x_BTKGH.dtype)
+    out_BKHS = _dot(x_BTKGH, p_BKTGS, ((1, 3), (2, 3)), ((0, 2), (0, 1)))
+    return out_BKHS.transpose(0, 3, 1, 2)
+
+
+def _dot(a: jax.Array, b: jax.Array, contract: tuple, batch: tuple) -> jax.Array:
+    return jax.lax.dot_general(a, b, (contract, batch), preferred_element_type=jnp.float32)
+
+
+def _scores_backward(saved, gradient_BKTGS):
+    q_BTKGH, k_BSKH = saved
+    gradient_q = _mix(gradient_BKTGS, k_BSKH).astype(q_BTKGH.dtype)
+    return gradient_q, _mix_back(gradient_BKTGS, q_BTKGH).astype(k_BSKH.dtype)
+
+
+def _mix_backward(saved, gradient_BTKGH):
+    p_BKTGS, v_BSKH = saved
+    gradient_BTKGH = gradient_BTKGH.astype(v_BSKH.dtype)
+    gradient_v = _mix_back(p_BKTGS, gradient_BTKGH).astype(v_BSKH.dtype)
+    return _scores(gradient_BTKGH, v_BSKH), gradient_v
+
+
+_scores.defvjp(lambda q, k: (_scores(q, k), (q, k)), _scores_backward)
+_mix.defvjp(lambda p, v: (_mix(p, v), (p, v)), _mix_backward)
+
+
 def _softmax(
-    logits_BKGTS: jax.Array, visible_BTS: jax.Array | None, sinks_N: jax.Array | None
+    logits_BKTGS: jax.Array, visible_BTS: jax.Array | None, sinks_N: jax.Array | None
 ) -> jax.Array:
     """Softmax in fp32 over visible keys and the sink; all zeros where nothing is visible."""
     if visible_BTS is not None:
-        logits_BKGTS = jnp.where(visible_BTS[:, None, None], logits_BKGTS, -jnp.inf)
-    peak_BKGT1 = logits_BKGTS.max(axis=-1, keepdims=True)
+        logits_BKTGS = jnp.where(visible_BTS[:, None, :, None], logits_BKTGS, -jnp.inf)
+    peak_BKTG1 = logits_BKTGS.max(axis=-1, keepdims=True)
     if sinks_N is not None:
-        sinks_BKGT1 = sinks_N.reshape(1, *logits_BKGTS.shape[1:3], 1, 1).astype(jnp.float32)
-        peak_BKGT1 = jnp.maximum(peak_BKGT1, sinks_BKGT1)
-    peak_BKGT1 = jax.lax.stop_gradient(jnp.where(jnp.isfinite(peak_BKGT1), peak_BKGT1, 0))
-    weights_BKGTS = jnp.exp(logits_BKGTS - peak_BKGT1)
-    total_BKGT1 = weights_BKGTS.sum(axis=-1, keepdims=True)
+        K, _, G = logits_BKTGS.shape[1:4]
+        sinks_BKTG1 = sinks_N.astype(jnp.float32).reshape(1, K, 1, G, 1)
+        peak_BKTG1 = jnp.maximum(peak_BKTG1, sinks_BKTG1)
+    peak_BKTG1 = jax.lax.stop_gradient(jnp.where(jnp.isfinite(peak_BKTG1), peak_BKTG1, 0))
+    weights_BKTGS = jnp.exp(logits_BKTGS - peak_BKTG1)
+    total_BKTG1 = weights_BKTGS.sum(axis=-1, keepdims=True)
     if sinks_N is not None:
-        total_BKGT1 = total_BKGT1 + jnp.exp(sinks_BKGT1 - peak_BKGT1)
-    return weights_BKGTS / jnp.where(total_BKGT1 == 0, 1, total_BKGT1)
+        total_BKTG1 = total_BKTG1 + jnp.exp(sinks_BKTG1 - peak_BKTG1)
+    return weights_BKTGS / jnp.where(total_BKTG1 == 0, 1, total_BKTG1)

@@ -3,9 +3,9 @@
 from batiste.sharding.alphabet import ALPHABET, check_letters
 from batiste.sharding.config import AXES, MeshConfig
 from batiste.sharding.mesh import make_mesh, place
-from batiste.sharding.rules import check_divisible, constrain, shardings, spec
+from batiste.sharding.rules import check_divisible, constrain, gather, shardings, spec, zero_level
 
 __all__ = [
-    "ALPHABET", "AXES", "MeshConfig", "check_divisible", "check_letters", "constrain", "make_mesh",
-    "place", "shardings", "spec",
+    "ALPHABET", "AXES", "MeshConfig", "check_divisible", "check_letters", "constrain", "gather",
+    "make_mesh", "place", "shardings", "spec", "zero_level",
 ]

@@ -1,5 +1,9 @@
 """One table from letters to mesh axes; every sharding in the repository derives from it."""
 
+import contextlib
+import contextvars
+import functools
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -20,6 +24,7 @@ RULES = {
     "E": "expert",
 }
 ZERO_RULE = {"D": "data"}
+_zero = contextvars.ContextVar("zero", default=0)
 
 
 def spec(letters: str, *, zero: bool = False) -> PartitionSpec:
@@ -41,6 +46,42 @@ def constrain(x: jax.Array, letters: str) -> jax.Array:
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, spec(letters))
+
+
+@contextlib.contextmanager
+def zero_level(zero: int) -> Iterator[None]:
+    """Says, while a step is traced, what of the weights is split over `data` (see MeshConfig)."""
+    token = _zero.set(zero)
+    try:
+        yield
+    finally:
+        _zero.reset(token)
+
+
+def gather(weight: jax.Array, letters: str) -> jax.Array:
+    """A weight made whole over `data` where it is used; its gradient is left as ZeRO wants it.
+
+    Said here and not left to the compiler, which otherwise may move activations instead of weights:
+    without it an embedding lookup under ZeRO-3 became an all-to-all.
+    """
+    if jax.sharding.get_abstract_mesh().empty or _zero.get() < 2:
+        return weight
+    return _gather(weight, letters)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _gather(weight: jax.Array, letters: str) -> jax.Array:
+    return jax.lax.with_sharding_constraint(weight, spec(letters))
+
+
+def _scatter(letters: str, _: None, gradient: jax.Array) -> tuple[jax.Array]:
+    # Reduced first, then split: the TPU compiler fuses the two into a reduce-scatter. Asked for the
+    # split alone, it may move activations instead (an all-to-all for the embedding).
+    whole = jax.lax.with_sharding_constraint(gradient, spec(letters))
+    return (jax.lax.with_sharding_constraint(whole, spec(letters, zero=True)),)
+
+
+_gather.defvjp(lambda weight, letters: (_gather(weight, letters), None), _scatter)
 
 
 def shardings(mesh: Mesh, letters_tree: Any, *, zero: bool = False) -> Any:

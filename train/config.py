@@ -4,7 +4,7 @@ import dataclasses
 
 from batiste.train.optimizer import OptimizerConfig
 from batiste.train.precision import LossScaleConfig
-from batiste.train.schedule import ScheduleConfig
+from batiste.train.schedule import ScheduleConfig, make_schedule
 
 
 @dataclasses.dataclass
@@ -64,7 +64,7 @@ class TrainConfig:
     def validate(self) -> None:
         """Raises ValueError, naming the field and a fix, for a run that cannot be."""
         self.optimizer.validate()
-        self.schedule.validate()
+        make_schedule(self.schedule, self.num_steps)
         self.loss_scale.validate()
         positive = {
             "num_steps": self.num_steps, "batch_size": self.batch_size,

@@ -44,6 +44,7 @@ class Program(NamedTuple):
     letters: Any
     abstract_state: TrainState
     gradient_shardings: Any
+    zero: int
     initialize: Callable[[], TrainState]
 
 
@@ -96,5 +97,6 @@ def make_program(
     return Program(
         graphdef, optimizer, schedule, letters, abstract_state,
         gradient_shardings=shardings(mesh, letters, zero=zero >= 2),
+        zero=zero,
         initialize=jax.jit(initialize, out_shardings=state_shardings),
     )

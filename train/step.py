@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from batiste.sharding import constrain
+from batiste.sharding import constrain, zero_level
 from batiste.train.config import TrainConfig
 from batiste.train.objectives import causal_loss
 from batiste.train.precision import adjust, all_finite, keep_if, unscale
@@ -72,7 +72,9 @@ def _accumulate(program: Program, config: TrainConfig, params, batch, key_and_sc
 
     def scaled_loss(params, batch, key):
         model = nnx.merge(program.graphdef, params)
-        terms = jax.tree.map(jnp.sum, causal_loss(model, batch, key, config.objective))
+        with zero_level(program.zero):
+            terms = causal_loss(model, batch, key, config.objective)
+        terms = jax.tree.map(jnp.sum, terms)
         return terms.loss_B if scale is None else terms.loss_B * scale, tuple(terms)
 
     differentiate = jax.grad(scaled_loss, has_aux=True)

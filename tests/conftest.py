@@ -1,0 +1,58 @@
+"""Eight fake CPU devices, strict JAX, a compilation cache, and the small models the laws use."""
+
+import os
+import pathlib
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+
+import jax
+import pytest
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(__file__).parents[1] / ".jax_cache"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+from batiste.data import Batch
+from batiste.models import TransformerConfig
+from batiste.train import TrainConfig
+
+
+@pytest.fixture
+def model_config() -> TransformerConfig:
+    """A model whose dims all differ (L 3, D 24, N 4, K 2, H 6, F 40, V 37, T 16)."""
+    return TransformerConfig(
+        vocab_size=37, num_layers=3, model_dim=24, num_heads=4, num_kv_heads=2, head_dim=6,
+        mlp_dim=40, max_length=16,
+    )
+
+
+@pytest.fixture
+def train_config() -> TrainConfig:
+    """Three steps of eight rows."""
+    config = TrainConfig(num_steps=3, batch_size=8)
+    config.schedule.warmup_steps = 1
+    return config
+
+
+@pytest.fixture
+def batch() -> Batch:
+    """Eight rows of eleven tokens in packed documents of unequal length, padded unequally."""
+    return make_batch(rows=8, length=11, vocab_size=37, seed=0)
+
+
+def make_batch(rows: int, length: int, vocab_size: int, seed: int) -> Batch:
+    """Random tokens; row b has a document boundary at 3 + b % 5 and b % 4 tokens of padding."""
+    import numpy as np
+
+    random = np.random.default_rng(seed)
+    stream = random.integers(0, vocab_size, (rows, length + 1)).astype(np.int32)
+    place = np.arange(length)[None]
+    boundary = 3 + np.arange(rows)[:, None] % 5
+    real = place < length - np.arange(rows)[:, None] % 4
+    segments = np.where(real, 1 + (place >= boundary), 0).astype(np.int32)
+    positions = np.where(place >= boundary, place - boundary, place).astype(np.int32)
+    following = np.concatenate([segments[:, 1:], np.zeros((rows, 1), np.int32)], axis=1)
+    weights = ((segments != 0) & (segments == following)).astype(np.float32)
+    return Batch(stream[:, :-1], stream[:, 1:], weights, segments, positions)
