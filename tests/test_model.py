@@ -1,0 +1,287 @@
+"""Laws of the network: causality, segments, cached = full, positions and attention as formulas."""
+
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from batiste.models import Transformer, TransformerConfig
+from batiste.models.positions import alibi_slopes, rope_frequencies, rotate, rotation, sinusoids
+from batiste.pallas_kernels import AttentionMask, reference_attention
+
+VARIANTS = {
+    "plain": {},
+    "mha, gelu, layer norm, biases, learned positions": dict(
+        num_kv_heads=4, activation="gelu", norm="layer", bias=True, positions="learned"),
+    "mqa, relu2, post norm, alibi": dict(
+        num_kv_heads=1, activation="relu2", norm_placement="post", positions="alibi"),
+    "sandwich, geglu, soft caps, local and global layers": dict(
+        norm_placement="sandwich", activation="geglu", attention_soft_cap=1.5, logit_soft_cap=2.0,
+        layer_pattern=("local", "global"), window=3, scale_embeddings=True),
+    "sinks, qk norm, untied, sinusoidal": dict(
+        attention_sinks=True, qk_norm=True, tied_embeddings=False, positions="sinusoidal"),
+    "llama3 rope, unrolled": dict(rope_scaling="llama3", rope_original_length=8, scan_unroll=3),
+    "linear rope, relu": dict(rope_scaling="linear", activation="relu", init_stddev=0.3),
+    "no positions, remat": dict(positions="none", remat="full"),
+}
+
+
+def build(config: TransformerConfig, **change) -> Transformer:
+    """A model with every parameter random, so that biases, scales and sinks take part."""
+    model = Transformer(dataclasses.replace(config, **change), rngs=nnx.Rngs(0))
+    graphdef, params = nnx.split(model)
+    leaves, structure = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    leaves = [leaf + 0.2 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys)]
+    return nnx.merge(graphdef, jax.tree.unflatten(structure, leaves))
+
+
+@pytest.fixture
+def tokens_BT():
+    return jax.random.randint(jax.random.key(2), (5, 11), 0, 37)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_cached_decoding_equals_full_forward(model_config, tokens_BT, name):
+    model = build(model_config, **VARIANTS[name])
+    full = model(tokens_BT)
+    cache, pieces = model.empty_cache(5, 16), []
+    for start, end in itertools.pairwise([0, 4, 5, 6, 11]):
+        x_BTD, cache = model.extend(tokens_BT[:, start:end], cache)
+        pieces.append(x_BTD)
+    cached = model.logits(jnp.concatenate(pieces, axis=1))
+    np.testing.assert_allclose(cached, full, atol=2e-5 * float(jnp.abs(full).max()))
+    assert cache.length_B.tolist() == [11] * 5
+
+
+def test_cached_rows_of_unequal_length_equal_each_alone(model_config, tokens_BT):
+    model = build(model_config)
+    lengths_B = jnp.array([3, 7, 4, 1, 6])
+    _, cache = model.extend(tokens_BT[:, :7], model.empty_cache(5, 16))
+    x_BTD, _ = model.extend(tokens_BT[:, 7:8], cache._replace(length_B=lengths_B))
+    for row, length in enumerate(lengths_B.tolist()):
+        alone = jnp.concatenate([tokens_BT[row, :length], tokens_BT[row, 7:8]])[None]
+        np.testing.assert_allclose(x_BTD[row, 0], model.features(alone)[0, -1], atol=1e-5)
+
+
+def input_gradient(model, tokens_BT, segments_BT, position):
+    """|d logits[:, position] / d embedding of each input token|, as a B x T array."""
+
+    def logits_at(embedded_BTD):
+        original = model._embed
+        model._embed = lambda tokens, positions: embedded_BTD
+        try:
+            logits = model(tokens_BT, None, segments_BT)[:, position]
+        finally:
+            model._embed = original
+        return jnp.square(logits).sum()
+
+    positions_BT = jnp.tile(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), (tokens_BT.shape[0], 1))
+    gradient = jax.grad(logits_at)(model._embed(tokens_BT, positions_BT))
+    return np.abs(gradient).sum(axis=-1)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_causality_and_segments_by_gradient(model_config, tokens_BT, name):
+    model = build(model_config, **VARIANTS[name])
+    segments_BT = jnp.where(jnp.arange(11) < 4, 1, 2)[None] * jnp.ones((5, 1), jnp.int32)
+    window = 11
+    if model.config.layer_pattern == ("local", "global"):
+        window = 11  # The global layer sees everything, so nothing of the segment is out of reach.
+    for position in (3, 8):
+        seen = input_gradient(model, tokens_BT, segments_BT, position) > 0
+        start = 0 if position < 4 else 4
+        expected = (np.arange(11) <= position) & (np.arange(11) >= max(start, position - window))
+        np.testing.assert_array_equal(seen, np.tile(expected, (5, 1)))
+
+
+def test_a_window_hides_what_is_further_back(model_config, tokens_BT):
+    model = build(model_config, num_layers=2, layer_pattern=("local",), window=3)
+    seen = input_gradient(model, tokens_BT, None, 9) > 0
+    reach = 2 * (3 - 1)  # Each of two layers looks back at most window - 1 places.
+    np.testing.assert_array_equal(seen[0], (np.arange(11) <= 9) & (np.arange(11) >= 9 - reach))
+
+
+def test_packed_documents_equal_each_alone(model_config, tokens_BT):
+    for name in ("plain", "mqa, relu2, post norm, alibi",
+                 "mha, gelu, layer norm, biases, learned positions"):
+        model = build(model_config, **VARIANTS[name])
+        positions_BT = jnp.tile(jnp.array([*range(4), *range(7)], jnp.int32), (5, 1))
+        segments_BT = jnp.tile(jnp.array([1] * 4 + [2] * 7, jnp.int32), (5, 1))
+        packed = model(tokens_BT, positions_BT, segments_BT)
+        np.testing.assert_allclose(packed[:, :4], model(tokens_BT[:, :4]), atol=2e-5)
+        np.testing.assert_allclose(packed[:, 4:], model(tokens_BT[:, 4:]), atol=2e-5)
+
+
+def naive_attention(q, k, v, mask, scale, soft_cap, sinks, slopes):
+    """Attention one query at a time in float64, from the definition."""
+    B, T, N, H = q.shape
+    S, K = k.shape[1:3]
+    out = np.zeros(q.shape)
+    offset = np.zeros(B, int) if mask.query_offset_B is None else np.asarray(mask.query_offset_B)
+    for b, t, n in itertools.product(range(B), range(T), range(N)):
+        weights = {}
+        for s in range(S):
+            distance = offset[b] + t - s
+            if mask.causal and distance < 0:
+                continue
+            if mask.window is not None and abs(distance) >= mask.window:
+                continue
+            if mask.query_segments_BT is not None and (
+                mask.query_segments_BT[b, t] != mask.key_segments_BS[b, s]
+                or mask.query_segments_BT[b, t] == 0
+            ):
+                continue
+            logit = scale * np.dot(q[b, t, n], k[b, s, n // (N // K)])
+            logit = logit if soft_cap is None else soft_cap * np.tanh(logit / soft_cap)
+            weights[s] = np.exp(logit - (0 if slopes is None else slopes[n] * abs(distance)))
+        total = sum(weights.values()) + (0 if sinks is None else np.exp(sinks[n]))
+        for s, weight in weights.items():
+            out[b, t, n] += weight / total * v[b, s, n // (N // K)]
+    return out
+
+
+MASKS = {
+    "full": lambda: AttentionMask(causal=False),
+    "causal": lambda: AttentionMask(causal=True),
+    "window": lambda: AttentionMask(causal=True, window=2),
+    "two-sided window": lambda: AttentionMask(causal=False, window=3),
+    "segments with padding": lambda: AttentionMask(
+        causal=True, query_segments_BT=jnp.array([[1, 1, 2, 2, 0], [1, 2, 2, 0, 0]]),
+        key_segments_BS=jnp.array([[1, 1, 2, 2, 2, 0, 0], [1, 1, 2, 2, 0, 0, 0]])),
+    "offset": lambda: AttentionMask(causal=True, query_offset_B=jnp.array([0, 2])),
+}
+
+
+@pytest.mark.parametrize("features", ["none", "all"])
+@pytest.mark.parametrize("name", MASKS)
+def test_reference_attention_equals_the_definition(name, features):
+    mask = MASKS[name]()
+    keys = jax.random.split(jax.random.key(3), 4)
+    q = jax.random.normal(keys[0], (2, 5, 6, 4))
+    k, v = (jax.random.normal(key, (2, 7, 3, 4)) for key in keys[1:3])
+    sinks = jax.random.normal(keys[3], (6,)) if features == "all" else None
+    slopes = alibi_slopes(6) if features == "all" else None
+    soft_cap = 1.3 if features == "all" else None
+    options = dict(scale=0.7, soft_cap=soft_cap, sinks_N=sinks, alibi_slopes_N=slopes,
+                   dropout_rate=0.0, dropout_key=None)
+
+    def loss(q, k, v):
+        return jnp.sum(reference_attention(q, k, v, mask, **options) * jnp.cos(q))
+
+    got = reference_attention(q, k, v, mask, **options)
+    as64 = [np.asarray(x, np.float64) for x in (q, k, v)]
+    want = naive_attention(*as64, mask, 0.7, soft_cap, sinks, slopes)
+    np.testing.assert_allclose(got, want, atol=2e-6)
+    # Gradients of all inputs against central differences of the float64 definition.
+    gradients = jax.grad(loss, argnums=(0, 1, 2))(q, k, v)
+    random = np.random.default_rng(0)
+    for which, gradient in enumerate(gradients):
+        assert np.isfinite(gradient).all()
+        direction = random.normal(size=gradient.shape)
+        ends = []
+        for sign in (1, -1):
+            moved = list(as64)
+            moved[which] = moved[which] + sign * 1e-4 * direction
+            out = naive_attention(*moved, mask, 0.7, soft_cap, sinks, slopes)
+            ends.append((out * np.cos(moved[0])).sum())
+        slope = (ends[0] - ends[1]) / 2e-4
+        np.testing.assert_allclose((np.asarray(gradient) * direction).sum(), slope, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_attention_is_near_fp32_in_value_and_gradient(dtype):
+    mask = AttentionMask(causal=True)
+    keys = jax.random.split(jax.random.key(4), 3)
+    q = jax.random.normal(keys[0], (3, 33, 6, 16))
+    k, v = (jax.random.normal(key, (3, 33, 2, 16)) for key in keys[1:])
+    options = dict(scale=0.25, soft_cap=None, sinks_N=None, alibi_slopes_N=None, dropout_rate=0.0,
+                   dropout_key=None)
+
+    def loss(q, k, v):
+        return jnp.square(reference_attention(q, k, v, mask, **options).astype(jnp.float32)).sum()
+
+    want = jax.grad(loss, argnums=(0, 1, 2))(q, k, v)
+    got = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(*(x.astype(dtype) for x in (q, k, v)))
+    for mine, theirs in zip(got, want):
+        assert mine.dtype == dtype
+        error = jnp.abs(mine.astype(jnp.float32) - theirs).max() / jnp.abs(theirs).max()
+        assert error < 0.03
+
+
+def test_rope_turns_scores_into_a_function_of_distance():
+    config = TransformerConfig(head_dim=8)
+    q, k = jax.random.normal(jax.random.key(5), (2, 1, 1, 1, 8))
+    def score(query_place, key_place):
+        turned = [rotate(x, rotation(config, jnp.array([[place]])))
+                  for x, place in ((q, query_place), (k, key_place))]
+        return float((turned[0] * turned[1]).sum())
+    np.testing.assert_allclose(score(9, 4), score(105, 100), rtol=1e-4)
+    assert abs(score(9, 4) - score(9, 5)) > 1e-3
+
+
+def test_rope_scalings_are_the_published_ones():
+    plain = np.asarray(rope_frequencies(TransformerConfig(head_dim=128, rope_base=500_000.0)))
+    linear = rope_frequencies(TransformerConfig(
+        head_dim=128, rope_base=500_000.0, rope_scaling="linear", rope_factor=4.0))
+    np.testing.assert_allclose(linear, plain / 4, rtol=1e-6)
+    llama3 = np.asarray(rope_frequencies(TransformerConfig(
+        head_dim=128, rope_base=500_000.0, rope_scaling="llama3", rope_factor=8.0)))
+    wavelength = 2 * np.pi / plain
+    # Meta's rule: wavelengths under 8192 / 4 stay, over 8192 / 1 are divided, others are blended.
+    np.testing.assert_allclose(llama3[wavelength < 2048], plain[wavelength < 2048], rtol=1e-6)
+    np.testing.assert_allclose(llama3[wavelength > 8192], plain[wavelength > 8192] / 8, rtol=1e-6)
+    between = (wavelength >= 2048) & (wavelength <= 8192)
+    assert between.any()
+    smooth = (8192 / wavelength[between] - 1) / 3
+    np.testing.assert_allclose(
+        llama3[between], (1 - smooth) * plain[between] / 8 + smooth * plain[between], rtol=1e-5)
+
+
+def test_alibi_slopes_and_sinusoids_are_the_published_ones():
+    np.testing.assert_allclose(alibi_slopes(8), [2.0**-i for i in range(1, 9)])
+    np.testing.assert_allclose(  # The paper's rule for 12 heads: 8 of its own, 4 of 16's.
+        alibi_slopes(12), [2.0**-i for i in range(1, 9)] + [2.0**-(i + 0.5) for i in range(4)])
+    table = sinusoids(jnp.array([[0, 5]]), 6)[0]
+    angles = 5 / 10_000 ** (np.array([0, 2, 4]) / 6)
+    np.testing.assert_allclose(table[1], [*np.sin(angles), *np.cos(angles)], atol=1e-6)
+
+
+@pytest.mark.parametrize("policy", ["dots", "full"])
+def test_rematerialization_changes_memory_and_nothing_else(model_config, tokens_BT, policy):
+    def gradient_and_memory(remat):
+        model = build(model_config, num_layers=6, remat=remat)
+        graphdef, params = nnx.split(model)
+        gradient = jax.jit(jax.grad(lambda p: jnp.square(nnx.merge(graphdef, p)(tokens_BT)).sum()))
+        memory = gradient.lower(params).compile().memory_analysis().temp_size_in_bytes
+        return gradient(params), memory
+
+    (want, most), (got, less) = gradient_and_memory("none"), gradient_and_memory(policy)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), got, want)
+    assert less < most
+
+
+def test_dropout_drops_at_its_rate_and_only_with_a_key(model_config, tokens_BT):
+    model = build(model_config, dropout=0.3)
+    calm = model(tokens_BT)
+    np.testing.assert_array_equal(calm, build(model_config)(tokens_BT))
+    one, same, other = (model(tokens_BT, dropout_key=jax.random.key(seed)) for seed in (1, 1, 2))
+    np.testing.assert_array_equal(one, same)
+    assert (one != other).any() and (one != calm).any()
+    from batiste.models.layers import dropout
+    x = dropout(jnp.ones((300, 300)), 0.3, jax.random.key(0))
+    assert abs(float((x == 0).mean()) - 0.3) < 0.01 and abs(float(x.mean()) - 1) < 0.01
+
+
+def test_depth_scaled_initialization_keeps_the_stream_bounded(model_config, tokens_BT):
+    def spread(**change):
+        model = Transformer(
+            dataclasses.replace(model_config, num_layers=48, **change), rngs=nnx.Rngs(0))
+        return float(model.features(tokens_BT).std() / model._embed(
+            tokens_BT, jnp.zeros_like(tokens_BT)).std())
+
+    assert spread(depth_scaled_init=True) < 0.5 * spread(depth_scaled_init=False)
