@@ -75,8 +75,10 @@ class MetricsWriter:
             os.fsync(file.fileno())
         os.replace(temporary, path)
         self._file = open(path, "a", encoding="utf-8")
+        # The file's name is the time in seconds: a restart within one would overwrite the file.
         self._tensorboard = tensorboardX.SummaryWriter(
-            str(workdir / TENSORBOARD_FOLDER), purge_step=first_step)
+            str(workdir / TENSORBOARD_FOLDER), purge_step=first_step,
+            filename_suffix=f".from_step_{first_step}")
 
     def write(self, step: int, kind: str = "train", **values: float) -> None:
         """Writes one record; `values` are scalars (loss in nats per token, rates per second).
