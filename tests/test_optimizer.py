@@ -167,6 +167,50 @@ def test_clipping_is_by_value_and_then_by_the_norm_of_everything():
                      clipped(**fields), expected)
 
 
+def by_the_paper(kind, w, gradients):
+    """The updates of a matrix in NumPy, t counted from 1, before decay and learning rate."""
+    m, v, v_row, v_col = np.zeros_like(w), np.zeros_like(w), np.zeros(len(w)), np.zeros(w.shape[1])
+    for t, g in enumerate(gradients, start=1):
+        match kind:
+            case "adamw":
+                m, v = 0.8 * m + 0.2 * g, 0.7 * v + 0.3 * g**2
+                yield m / (1 - 0.8**t) / (np.sqrt(v / (1 - 0.7**t)) + 0.1)
+            case "lion":
+                yield np.sign(0.8 * m + 0.2 * g)
+                m = 0.7 * m + 0.3 * g
+            case "sgd":
+                m = 0.6 * m + g
+                yield m
+            case "adafactor":
+                decay = 1 - t**-0.8
+                v_row = decay * v_row + (1 - decay) * np.mean(g**2, 1)
+                v_col = decay * v_col + (1 - decay) * np.mean(g**2, 0)
+                u = g / np.sqrt(np.outer(v_row, v_col) / v_row.mean())
+                yield u / max(1, np.sqrt(np.mean(u**2))) * np.sqrt(np.mean(w**2))
+            case "muon":
+                m = 0.6 * m + 0.4 * g
+                x = 0.6 * m / (1 - 0.6**(t + 1)) + 0.4 * g / (1 - 0.6**t)  # Nesterov
+                x = x / np.linalg.norm(x)
+                for _ in range(5):
+                    gram = x @ x.T
+                    x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+                yield x * 0.2 * np.sqrt(max(x.shape))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_kind_follows_its_paper(kind):
+    letters = {"up": "DF"}
+    params, gradients = tree(0, letters), [tree(seed, letters) for seed in (1, 2, 3)]
+    gradients[2]["up"] = 5 * gradients[2]["up"]  # so that Adafactor clips
+    config = OptimizerConfig(kind=kind, beta1=0.8, beta2=0.7, epsilon=0.1 if kind == "adamw" else
+                             1e-8, momentum=0.6, **PLAIN)
+    wanted = by_the_paper(kind, np.asarray(params["up"], np.float64),
+                          [np.asarray(g["up"], np.float64) for g in gradients])
+    for updates, update in zip(updates_of(config, params, gradients, letters), wanted,
+                               strict=True):
+        np.testing.assert_allclose(updates["up"], -RATE * update, rtol=1e-3, atol=2e-6)
+
+
 def test_the_schedule_scales_update_and_decay_of_every_step():
     letters = {"query": "LDNH", "norm": "LD"}
     params, gradient = tree(0, letters), tree(1, letters)

@@ -156,7 +156,7 @@ class Progress:
     @property
     def steps_per_second(self) -> float | None:
         """Rate over the recent updates, None before there are two."""
-        if len(self._recent) < 2 or self._recent[-1][0] == self._recent[0][0]:
+        if not self._recent or self._recent[-1][0] == self._recent[0][0]:
             return None
         (start, first), (end, last) = self._recent[0], self._recent[-1]
         return (last - first) / (end - start)
