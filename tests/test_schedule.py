@@ -14,12 +14,6 @@ EXTRA = {"step": {"step_every": 9, "step_factor": 0.5}, "warmup_stable_decay": {
 REACHES_FINAL = ("linear", "cosine", "exponential", "warmup_stable_decay")
 
 
-@pytest.fixture(autouse=True)
-def strict_jax():
-    with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
-        yield
-
-
 def config(kind, **fields):
     return ScheduleConfig(**{"kind": kind, "learning_rate": PEAK, "warmup_steps": WARMUP,
                              "final_fraction": FINAL, **EXTRA.get(kind, {}), **fields})

@@ -75,8 +75,10 @@ class MetricsWriter:
             os.fsync(file.fileno())
         os.replace(temporary, path)
         self._file = open(path, "a", encoding="utf-8")
+        # The file's name is the time in seconds: a restart within one would overwrite the file.
         self._tensorboard = tensorboardX.SummaryWriter(
-            str(workdir / TENSORBOARD_FOLDER), purge_step=steps_done + 1)
+            str(workdir / TENSORBOARD_FOLDER), purge_step=steps_done + 1,
+            filename_suffix=f".from_step_{steps_done}")
 
     def write(self, step: int, kind: str = "train", **values: float) -> None:
         """Writes one record; `values` are scalars (loss in nats per token, rates per second).
@@ -154,7 +156,7 @@ class Progress:
     @property
     def steps_per_second(self) -> float | None:
         """Rate over the recent updates, None before there are two."""
-        if len(self._recent) < 2 or self._recent[-1][0] == self._recent[0][0]:
+        if not self._recent or self._recent[-1][0] == self._recent[0][0]:
             return None
         (start, first), (end, last) = self._recent[0], self._recent[-1]
         return (last - first) / (end - start)

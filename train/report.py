@@ -2,11 +2,14 @@
 
 import dataclasses
 import importlib.metadata
+import math
 import os
 import pathlib
 import platform
 import re
 from typing import Any
+
+import numpy as np
 
 from batiste.train.metrics import duration, read_metrics
 
@@ -81,15 +84,22 @@ def draw_curve(path: pathlib.Path, train: list[tuple[int, float]],
     figure.savefig(path)
 
 
-def smoothed(losses: tuple[float, ...]) -> list[float]:
-    """Returns the exponential moving average, free of start-up bias, over about 1/50 of the run."""
-    decay = 1 - 1 / max(len(losses) / 50, 1)
-    averages, total, weight = [], 0.0, 0.0
-    for loss in losses:
-        # Weights decay from 1, so dividing by their sum leaves no bias towards a made-up start.
-        total, weight = decay * total + loss, decay * weight + 1
-        averages.append(total / weight)
-    return averages
+def smoothed(losses: tuple[float, ...]) -> np.ndarray:
+    """Returns the moving average over about 1/25 of the run, centred so that it does not lag.
+
+    The window shrinks towards both ends to stay centred. Losses that are not finite are left out.
+    """
+    values, steps = np.asarray(losses), np.arange(len(losses))
+    finite = np.isfinite(values)
+    half = np.minimum(len(losses) // 50, np.minimum(steps, steps[::-1]))
+
+    def window_sums(x):
+        sums = np.concatenate([[0.0], np.cumsum(x)])
+        return sums[steps + half + 1] - sums[steps - half]
+
+    counts = window_sums(finite)
+    return np.where(counts > 0, window_sums(np.where(finite, values, 0)) / np.maximum(counts, 1),
+                    np.nan)
 
 
 def _headline(facts: ReportFacts, train: list[tuple[int, float]],
@@ -100,7 +110,7 @@ def _headline(facts: ReportFacts, train: list[tuple[int, float]],
     last_step, last_loss = train[-1]
     lines.append(f"Last training loss: {last_loss:.4f} nats per token (step {last_step:,}).")
     if validation:
-        step, loss = min(validation, key=lambda point: point[1])
+        step, loss = min(validation, key=lambda point: (math.isnan(point[1]), point[1]))
         lines.append(f"Best validation loss: **{loss:.4f}** nats per token (step {step:,}).")
     return "\n".join(lines)
 
