@@ -76,7 +76,7 @@ class Attention(nnx.Module):
             dropout_rate=self.dropout_rate,
             dropout_key=dropout_key,
         )
-        out_BTD = add_bias(project(out_BTNH, self.out_NHD[...], 2), self.out_bias_D)
+        out_BTD = add_bias(project(out_BTNH, self.out_NHD[...], (0, 1)), self.out_bias_D)
         return out_BTD, cache
 
 

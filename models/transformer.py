@@ -124,10 +124,11 @@ class Transformer(nnx.Module):
         """The head, in float32 from the product on; soft-capped if the config says so."""
         x_BTD = x_BTD if self.norm is None else self.norm(x_BTD)
         if self.head_DV is None:
-            head_DV = gather(self.embedding_VD[...], "VD").T
+            table_VD = gather(self.embedding_VD[...], "VD")
+            logits_BTV = project(x_BTD, table_VD, (1,), jnp.float32)
         else:
-            head_DV = gather(self.head_DV[...], "DV")
-        logits_BTV = constrain(project(x_BTD, head_DV, 1, jnp.float32), "BTV")
+            logits_BTV = project(x_BTD, gather(self.head_DV[...], "DV"), (0,), jnp.float32)
+        logits_BTV = constrain(logits_BTV, "BTV")
         soft_cap = self.config.logit_soft_cap
         return logits_BTV if soft_cap is None else soft_cap * jnp.tanh(logits_BTV / soft_cap)
 
