@@ -3,6 +3,7 @@
 import difflib
 import hashlib
 import pathlib
+import re
 from collections.abc import Iterator
 
 import numpy as np
@@ -84,15 +85,18 @@ def _from_directory(source: str, directory: str) -> tfds.core.DatasetBuilder:
 
 
 def _from_name(name: str) -> tfds.core.DatasetBuilder:
+    # Without the community's, which only TensorFlow can look up.
+    known = tfds.list_builders(with_community_datasets=False)
+    base = re.split("[/:]", name)[0]
+    if base not in known:
+        near = difflib.get_close_matches(base, known, n=5, cutoff=0.5)
+        hint = f"did you mean {', '.join(near)}?" if near else "see tfds.list_builders()"
+        raise ValueError(f"tfds:{name}: no such TFDS data set or directory; {hint}")
     try:
         builder = tfds.builder(name, file_format="array_record")
         builder.download_and_prepare()
         return builder
-    except tfds.core.DatasetNotFoundError:
-        near = difflib.get_close_matches(name, tfds.list_builders(), n=5, cutoff=0.5)
-        hint = f"did you mean {', '.join(near)}?" if near else "see tfds.list_builders()"
-        raise ValueError(f"tfds:{name}: no such TFDS data set or directory; {hint}") from None
     except ImportError as error:
         raise ValueError(f"tfds:{name}: preparing it needs a package that is not installed "
-                         f"({error}); prepare it elsewhere with file_format='array_record' and "
-                         "name its directory") from None
+                         f"({error}); install that, or prepare the data set elsewhere with "
+                         "file_format='array_record' and name its directory") from None
