@@ -105,7 +105,7 @@ def _padded(tokens: np.ndarray, length: int, pad_id: int) -> np.ndarray:
 
 
 def unpack(records: np.ndarray, bos_id: int, pad_id: int) -> Batch:
-    """Turns records [B, T+1] into a `Batch`; a record of padding alone becomes a row of weight 0."""
+    """Turns records [B, T+1] into a `Batch`; a record of padding alone has weight 0 throughout."""
     tokens_BT = records[:, :-1].astype(np.int32)
     targets_BT = records[:, 1:].astype(np.int32)
     real_BT = targets_BT != pad_id

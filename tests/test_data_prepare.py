@@ -5,7 +5,6 @@ import gzip
 import json
 import os
 import pathlib
-import resource
 import signal
 import subprocess
 import sys
@@ -244,7 +243,8 @@ def test_a_full_disk_is_one_clear_line_and_leaves_nothing(tmp_path, limit):
     code = ("import sys, resource; from batiste.data import *\n"
             "import batiste.data.record_writer\n"
             "resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]),) * 2)\n"
-            "try: prepare(DataConfig((SourceConfig(sys.argv[1]),), tokenizer='bytes'), sys.argv[2])\n"
+            "config = DataConfig((SourceConfig(sys.argv[1]),), tokenizer='bytes')\n"
+            "try: prepare(config, sys.argv[2])\n"
             "except OSError as error: print('OSError', error)\n")
     done = subprocess.run(
         [sys.executable, "-c", code, corpus, str(tmp_path / "data"), str(limit)],
@@ -320,7 +320,8 @@ def test_more_than_one_percent_of_bad_lines_is_an_error_with_the_list_kept(tmp_p
     path = tmp_path / "corpus.jsonl"
     good = [json.dumps({"text": text}).encode() for text in texts_of(150)]
     path.write_bytes(b"\n".join([*good, *(bad for bad, _ in BAD_LINES[:2])]))
-    with pytest.raises(ValueError, match=r"2 of 152 documents .*corpus.jsonl:151: not JSON") as error:
+    message = r"2 of 152 documents .*corpus.jsonl:151: not JSON"
+    with pytest.raises(ValueError, match=message) as error:
         prepare(config_for(str(path)), tmp_path / "data")
     listed = pathlib.Path(str(error.value).split("listed in ")[1])
     assert len(listed.read_text().splitlines()) == 2

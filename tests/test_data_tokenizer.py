@@ -10,7 +10,8 @@ from batiste.data import load_tokenizer
 from batiste.data.tokenizer import ByteTokenizer, SentencePieceTokenizer
 from batiste.data.tokenizer_training import train
 
-TEXTS = [f"def f{n}(self, x):\n\tif x:\n        return été[{n}] + {n * 7}\n\n\n" for n in range(200)]
+TEXTS = [f"def f{n}(self, x):\n\tif x:\n        return été[{n}] + {n * 7}\n\n\n"
+         for n in range(200)]
 KINDS = ("bpe", "unigram", "characters", "bytes")
 SIZES = {"bpe": 330, "unigram": 310, "characters": 4096}
 ANY_TEXT = st.text(st.one_of(
