@@ -40,7 +40,8 @@ def prepare(config: DataConfig, directory) -> Prepared:
     config.validate()
     directory = pathlib.Path(directory)
     sources = [open_source(source) for source in config.sources]
-    fingerprint = _fingerprint(config, sources)
+    hashes = [source.fingerprint() for source in sources]
+    fingerprint = _fingerprint(config, hashes)
     target = directory / fingerprint[:12]
     directory.mkdir(parents=True, exist_ok=True)
     with _locked(directory):  # a second process waits here, then finds the work done
@@ -50,7 +51,7 @@ def prepare(config: DataConfig, directory) -> Prepared:
             work = directory / (UNFINISHED + fingerprint[:12])
             try:
                 work.mkdir()
-                _prepare_in(work, config, sources, fingerprint)
+                _prepare_in(work, config, sources, hashes, fingerprint)
                 _sync_and_rename(work, target)
             finally:
                 shutil.rmtree(work, ignore_errors=True)
@@ -64,14 +65,14 @@ def _locked(directory: pathlib.Path) -> Iterator[None]:
         yield
 
 
-def _fingerprint(config: DataConfig, sources: list[Source]) -> str:
+def _fingerprint(config: DataConfig, hashes: list[str]) -> str:
     """Hashes what decides the records: not the seed, nor a vocabulary size nobody reads."""
     learned = config.tokenizer in SAMPLE_BYTES
     existing = not learned and config.tokenizer != "bytes"
     decides = {
         "pipeline": PIPELINE,
-        "sources": [(source.fingerprint(), described.weight)
-                    for source, described in zip(sources, config.sources)],
+        "sources": [(content, source.weight)
+                    for content, source in zip(hashes, config.sources)],
         "validation_fraction": config.validation_fraction,
         "tokenizer": load_tokenizer(config.tokenizer).hash if existing else config.tokenizer,
         "vocab_size": config.vocab_size if learned else None,
@@ -82,7 +83,8 @@ def _fingerprint(config: DataConfig, sources: list[Source]) -> str:
 
 
 def _prepare_in(
-    work: pathlib.Path, config: DataConfig, sources: list[Source], fingerprint: str,
+    work: pathlib.Path, config: DataConfig, sources: list[Source], hashes: list[str],
+    fingerprint: str,
 ) -> None:
     # Beside the work and not in it, because it must survive when it is the reason to stop.
     quarantine = Quarantine(work.with_name(f"quarantine-{fingerprint[:12]}.jsonl"))
@@ -98,9 +100,9 @@ def _prepare_in(
     manifest = {
         "fingerprint": fingerprint,
         "config": dataclasses.asdict(config),
-        "sources": [{"path": source.name, "fingerprint": source.fingerprint(),
+        "sources": [{"path": source.name, "hash": content,
                      "empty_documents": found.empty_documents}
-                    for source, found in zip(sources, surveys)],
+                    for source, content, found in zip(sources, hashes, surveys)],
         "quarantined": quarantine.total,
         "tokenizer": {"kind": config.tokenizer, "name": tokenizer.name,
                       "vocab_size": tokenizer.vocab_size, "hash": tokenizer.hash,

@@ -33,8 +33,8 @@ class TfdsSource:
     def _require_text(self) -> None:
         info = self._builder.info
         features = dict(info.features.items()) if hasattr(info.features, "items") else {}
-        texts = [key for key, feature in features.items()
-                 if feature.shape == () and feature.np_dtype == np.object_]
+        texts = sorted(key for key, feature in features.items()
+                       if feature.shape == () and feature.np_dtype == np.object_)
         if self._text_field not in texts:
             raise ValueError(f"{self.name}: no text feature {self._text_field!r}; it has "
                              f"{', '.join(texts) or 'none'}; set text_field")

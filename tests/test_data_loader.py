@@ -2,7 +2,6 @@
 
 import itertools
 import threading
-import time
 
 import numpy as np
 import pytest
@@ -60,15 +59,15 @@ def test_iterating_from_a_step_is_reading_it_by_index(prepared):
 
 
 def test_closing_stops_the_threads(prepared):
-    before = threading.active_count()
+    before = set(threading.enumerate())
     stream = Loader(prepared, "train", 6, seed=5).iterate(0)
     next(stream)
-    assert threading.active_count() > before
+    started = set(threading.enumerate()) - before
+    assert started
     stream.close()
-    deadline = time.monotonic() + 10
-    while threading.active_count() > before and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert threading.active_count() == before
+    for thread in started:
+        thread.join(timeout=20)
+    assert not any(thread.is_alive() for thread in started)
 
 
 def test_a_failure_while_reading_ahead_reaches_the_reader(prepared):
@@ -120,6 +119,11 @@ def test_each_source_of_a_mixture_is_permuted_in_its_own_epochs():
         assert len(own) > 20 * size
         for epoch in range(len(own) // size):
             assert sorted(own[epoch * size:(epoch + 1) * size]) == list(range(start, start + size))
+
+
+def test_sources_of_one_size_are_not_shuffled_alike():
+    drawn = Order((50, 50), [1.0, 1.0], seed=2).records_at(np.arange(100))
+    assert list(drawn[drawn < 50]) != list(drawn[drawn >= 50] - 50)
 
 
 @pytest.mark.parametrize("weights", (
