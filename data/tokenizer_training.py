@@ -9,7 +9,7 @@ from batiste.data.tokenizer import SPACE, TAB
 
 # What a learned piece may span: a line break with the indentation and the first word after it, or
 # a word with the punctuation around it. Counting these once instead of reading sentences makes
-# training take a second, and pieces such as "\n        return" or "(self," save tokens on code:
+# training take seconds, and pieces such as "\n        return" or "(self," save tokens on code:
 # on the standard library a vocabulary of 4,096 gives 3.91 bytes per token, against 3.18 with
 # the word boundaries of GPT-2.
 UNIT = re.compile(r"\n+ *\w*\W?| ?\w+[^\w\n]*\w*[^\w\n ]*|[^\w\n]+")

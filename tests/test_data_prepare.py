@@ -336,6 +336,17 @@ def test_undecodable_text_is_set_aside_with_its_line(tmp_path):
     assert entry["line"] == 3 and "0xe9" in entry["reason"]
 
 
+def test_only_the_undecodable_document_of_a_large_file_is_set_aside(tmp_path):
+    lines = [f"line {n} of many\n".encode() for n in range(LARGE_FILE_BYTES // 10)]
+    lines[20_000] = b"caf\xe9\n"
+    (tmp_path / "large.txt").write_bytes(b"".join(lines))
+    quarantine = Quarantine(tmp_path / "quarantine.jsonl")
+    documents = open_source(SourceConfig(str(tmp_path / "large.txt"))).documents(quarantine)
+    kept = sum(map(len, documents))
+    assert json.loads(quarantine.path.read_text())["line"] == 20_001
+    assert sum(map(len, lines)) - 2 * DOCUMENT_BYTES < kept < sum(map(len, lines))
+
+
 def test_a_broken_gzip_file_is_one_clear_line(tmp_path):
     path = pathlib.Path(write_lines(tmp_path / "a.jsonl.gz", texts_of(50)))
     path.write_bytes(path.read_bytes()[:-20])
