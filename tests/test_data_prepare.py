@@ -155,13 +155,14 @@ def test_every_field_matters(tmp_path, corpus):
         changed = dataclasses.replace(base, **{field: change(corpus)})
         seen.add(prepare(changed, tmp_path / "data").fingerprint)
     assert len(seen) == len(CHANGES) + 1
+    seen.add(prepare(config_for(corpus), tmp_path / "data").fingerprint)
     both = tmp_path / "both.jsonl"
     both.write_text("".join(json.dumps({"text": text, "title": f"{n} {text}"}) + "\n"
                             for n, text in enumerate(texts_of(60))))
     for source in (SourceConfig(corpus, weight=2.0), SourceConfig(str(both)),
                    SourceConfig(str(both), text_field="title")):
         seen.add(prepare(config_for(corpus, sources=(source,)), tmp_path / "data").fingerprint)
-    assert len(seen) == len(CHANGES) + 4
+    assert len(seen) == len(CHANGES) + 5
 
 
 def test_a_tokenizer_file_is_used_and_its_content_counts(tmp_path, corpus):
@@ -225,15 +226,15 @@ def test_a_killed_preparation_leaves_nothing_that_looks_finished(tmp_path, corpu
     assert finished(tmp_path) == [prepared.directory]
 
 
-def test_two_processes_prepare_once(tmp_path, corpus):
-    code = ("import sys; from batiste.data import *; print(prepare(DataConfig((SourceConfig("
-            "sys.argv[1]),), tokenizer='bytes', sequence_length=31), sys.argv[2]).directory)")
-    processes = [subprocess.Popen(
-        [sys.executable, "-c", code, corpus, str(tmp_path / "data")], stdout=subprocess.PIPE,
-        env=os.environ | {"PYTHONPATH": PACKAGE_PARENT}, text=True) for _ in range(2)]
-    answers = {process.communicate()[0].strip() for process in processes}
-    assert answers == {str(finished(tmp_path / "data")[0])}
-    assert all(process.returncode == 0 for process in processes)
+def test_a_preparation_waits_for_the_one_under_way(tmp_path, corpus):
+    """And does not take its work for something left over."""
+    process = start_preparing(tmp_path)
+    deadline = time.monotonic() + 60
+    while not unfinished(tmp_path) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    prepared = prepare(config_for(corpus), tmp_path)
+    assert len(finished(tmp_path)) == 2 and prepared.directory in finished(tmp_path)
+    assert process.wait() == 0
 
 
 @pytest.mark.parametrize("limit", (100_000, 20_000))

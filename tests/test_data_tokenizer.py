@@ -117,6 +117,8 @@ def existing(tmp_path_factory):
 
 @settings(max_examples=100, deadline=None)
 @given(text=ANY_TEXT)
+@example("\u2581 is not a space\u2581\u2581 ")
+@example("\ue009\t\ue009")
 def test_an_existing_model_with_byte_fallback_loses_nothing(existing, text):
     tokenizer = existing
     ids = tokenizer.encode(text)
