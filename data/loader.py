@@ -1,19 +1,16 @@
 """The batch of a step, as a pure function of (seed, mixture, step)."""
 
-import collections
-import concurrent.futures
-import itertools
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import numpy as np
 
+from batiste.data.order import Order
 from batiste.data.packing import Batch, unpack
 from batiste.data.prepared import Prepared
 
 PREFETCH_THREADS = 2
 PREFETCH_BATCHES = 8
-WEIGHT_STEPS = 1 << 20  # weights are rounded to this fraction, far below the 0.1 % that is promised
 
 
 class Loader:
@@ -46,8 +43,8 @@ class Loader:
                  if len(reader)]
         self._readers = [reader for reader, _ in pairs]
         self._ends = np.cumsum([len(reader) for reader in self._readers])
-        self._order = _order([len(reader) for reader in self._readers],
-                             [weight for _, weight in pairs], seed)
+        self._order = Order([len(reader) for reader in self._readers],
+                            [weight for _, weight in pairs], seed)
 
     @property
     def num_batches(self) -> int:
@@ -57,19 +54,19 @@ class Loader:
     def batch(self, step: int, rows: slice | None = None) -> Batch:
         """Returns the global batch of `step`, or only `rows` of it."""
         start = step * self._batch_size
-        indices = range(start, start + self._batch_size)[rows or slice(None)]
-        return self._unpack(self._read(np.array([self._order[index] for index in indices], int)))
+        positions = np.arange(start, start + self._batch_size)[rows or slice(None)]
+        return self._unpack(self._read(self._order.records_at(positions)))
 
     def iterate(self, start_step: int, rows: slice | None = None) -> Iterator[Batch]:
-        """Yields the batches from `start_step` on without end, read ahead in threads.
+        """Returns the batches from `start_step` on without end, read ahead in threads.
 
-        It is a generator: its `close()` stops the threads.
+        `close()` on it stops the threads.
         """
-        return self._ahead(lambda step: self.batch(step, rows), itertools.count(start_step))
+        return _read_ahead(lambda step: self.batch(step, rows), start_step, sys.maxsize)
 
     def epoch_batches(self, rows: slice | None = None) -> Iterator[Batch]:
-        """Yields each record once, in the stored order; rows beyond the last have weight 0."""
-        return self._ahead(lambda step: self._epoch_batch(step, rows), range(self.num_batches))
+        """Returns each record once, in the stored order; rows beyond the last have weight 0."""
+        return _read_ahead(lambda step: self._epoch_batch(step, rows), 0, self.num_batches)
 
     def _epoch_batch(self, step: int, rows: slice | None) -> Batch:
         start = step * self._batch_size
@@ -92,59 +89,9 @@ class Loader:
     def _unpack(self, records: np.ndarray) -> Batch:
         return unpack(records, self._bos_id, self._pad_id)
 
-    @staticmethod
-    def _ahead(read, steps) -> Iterator[Batch]:
-        steps = iter(steps)
-        with concurrent.futures.ThreadPoolExecutor(PREFETCH_THREADS) as threads:
-            waiting = collections.deque(
-                threads.submit(read, step) for step in itertools.islice(steps, PREFETCH_BATCHES))
-            try:
-                while waiting:
-                    batch = waiting.popleft().result()
-                    waiting.extend(threads.submit(read, step)
-                                   for step in itertools.islice(steps, 1))
-                    yield batch
-            finally:
-                threads.shutdown(wait=True, cancel_futures=True)
 
-
-def _order(sizes: Sequence[int], weights: Sequence[float], seed: int):
-    """Returns a Grain data set whose element k is the index of record k of the training order."""
+def _read_ahead(read, start: int, stop: int) -> Iterator[Batch]:
     import grain
-    # Grain shuffles epoch e with seed + e, so neighbouring seeds, and sources, would share orders.
-    seeds = [int(np.random.SeedSequence((seed, source)).generate_state(1)[0])
-             for source in range(len(sizes))]
-    starts = np.cumsum([0, *sizes])
-    shuffled = [
-        grain.MapDataset.range(int(start), int(start) + size).shuffle(seed=source_seed).repeat()
-        for start, size, source_seed in zip(starts, sizes, seeds)]
-    return grain.MapDataset.select_from_datasets(shuffled, _Mixture(weights))
-
-
-class _Mixture:
-    """Grain's selection map with weights kept to a millionth.
-
-    `MapDataset.mix` rounds them to the hundredth of the smallest: 1 : 1.009 becomes 1 : 1.
-    """
-
-    def __init__(self, weights: Sequence[float]):
-        total = sum(weights)
-        self._shares = [max(1, round(WEIGHT_STEPS * weight / total)) for weight in weights]
-
-    def __len__(self) -> int:
-        return sys.maxsize
-
-    def __getitem__(self, index: int) -> tuple[int, int]:
-        """Returns the source of element `index`, and how many that source gave before it.
-
-        Source by source: of the first k elements left over, the source has k minus what the rest
-        have, and `rest / left` of them, rounded down, are the rest's.
-        """
-        left, before, after = sum(self._shares), index, index + 1
-        for source, share in enumerate(self._shares):
-            rest = left - share
-            rest_before, rest_after = before * rest // left, after * rest // left
-            if rest_before == rest_after:
-                return source, before - rest_before
-            left, before, after = rest, rest_before, rest_after
-        raise IndexError(index)
+    options = grain.ReadOptions(
+        num_threads=PREFETCH_THREADS, prefetch_buffer_size=PREFETCH_BATCHES)
+    return iter(grain.MapDataset.range(start, stop).map(read).to_iter_dataset(options))

@@ -11,9 +11,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-# Records that first-fit keeps open. More fill a little better and search longer: on the standard
-# library at T=256, 64 / 256 / 1,024 open records fill 0.9936 / 0.9962 / 0.9966.
-OPEN_RECORDS = 256
+# Records that first-fit keeps open. Documents of log-normal length (median 90, T=256) fill 0.974 of
+# the records with 16 open, 0.982 with 64, 0.984 with 256 or 1,024; the search takes 2 times longer
+# with 256 than with 64.
+OPEN_RECORDS = 64
 
 
 class Batch(NamedTuple):
@@ -104,7 +105,7 @@ def _padded(tokens: np.ndarray, length: int, pad_id: int) -> np.ndarray:
 
 
 def unpack(records: np.ndarray, bos_id: int, pad_id: int) -> Batch:
-    """Turns records [B, T+1] into a `Batch`; a record of padding alone becomes a row of weight 0."""
+    """Turns records [B, T+1] into a `Batch`; a record of padding alone has weight 0 throughout."""
     tokens_BT = records[:, :-1].astype(np.int32)
     targets_BT = records[:, 1:].astype(np.int32)
     real_BT = targets_BT != pad_id

@@ -1,6 +1,7 @@
 """Records of T+1 tokens to disk, through a TFDS builder and without TensorFlow."""
 
 import contextlib
+import errno
 import hashlib
 import io
 import os
@@ -55,14 +56,20 @@ def write_records(
     """Writes the records of `length`+1 tokens of each split as ArrayRecord files.
 
     Returns for each split its files (name relative to `directory`, bytes, records), its number of
-    records, and the hash of them all in order. OSError if what is read back from the disk is not
-    what was written.
+    records, and the hash of them all in order. OSError if the disk is full, or if what is read back
+    is not what was written.
     """
     tfds.disable_progress_bar()  # ours shows bytes and the time left
     builder = TokenRecords(length=length, dtype=dtype, splits=splits, data_dir=directory)
     downloads = directory / "downloads"
-    with contextlib.redirect_stdout(io.StringIO()):  # it would announce a download
-        builder.download_and_prepare(download_dir=downloads)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # it would announce a download
+            builder.download_and_prepare(download_dir=downloads)
+    except RuntimeError as error:  # how ArrayRecord reports a disk that is full or broken
+        reason = " ".join(str(error).split())
+        full = "No space left" in reason
+        raise OSError(errno.ENOSPC if full else errno.EIO, f"cannot store records: {reason}",
+                      str(directory)) from error
     shutil.rmtree(downloads, ignore_errors=True)
     return {split: _verified(directory, builder, split, length, dtype) for split in splits}
 

@@ -3,6 +3,7 @@
 import difflib
 import hashlib
 import pathlib
+import re
 from collections.abc import Iterator
 
 import numpy as np
@@ -32,8 +33,8 @@ class TfdsSource:
     def _require_text(self) -> None:
         info = self._builder.info
         features = dict(info.features.items()) if hasattr(info.features, "items") else {}
-        texts = [key for key, feature in features.items()
-                 if feature.shape == () and feature.np_dtype == np.object_]
+        texts = sorted(key for key, feature in features.items()
+                       if feature.shape == () and feature.np_dtype == np.object_)
         if self._text_field not in texts:
             raise ValueError(f"{self.name}: no text feature {self._text_field!r}; it has "
                              f"{', '.join(texts) or 'none'}; set text_field")
@@ -84,15 +85,18 @@ def _from_directory(source: str, directory: str) -> tfds.core.DatasetBuilder:
 
 
 def _from_name(name: str) -> tfds.core.DatasetBuilder:
+    # Without the community's, which only TensorFlow can look up.
+    known = tfds.list_builders(with_community_datasets=False)
+    base = re.split("[/:]", name)[0]
+    if base not in known:
+        near = difflib.get_close_matches(base, known, n=5, cutoff=0.5)
+        hint = f"did you mean {', '.join(near)}?" if near else "see tfds.list_builders()"
+        raise ValueError(f"tfds:{name}: no such TFDS data set or directory; {hint}")
     try:
         builder = tfds.builder(name, file_format="array_record")
         builder.download_and_prepare()
         return builder
-    except tfds.core.DatasetNotFoundError:
-        near = difflib.get_close_matches(name, tfds.list_builders(), n=5, cutoff=0.5)
-        hint = f"did you mean {', '.join(near)}?" if near else "see tfds.list_builders()"
-        raise ValueError(f"tfds:{name}: no such TFDS data set or directory; {hint}") from None
     except ImportError as error:
         raise ValueError(f"tfds:{name}: preparing it needs a package that is not installed "
-                         f"({error}); prepare it elsewhere with file_format='array_record' and "
-                         "name its directory") from None
+                         f"({error}); install that, or prepare the data set elsewhere with "
+                         "file_format='array_record' and name its directory") from None

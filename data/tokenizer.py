@@ -89,10 +89,7 @@ class SentencePieceTokenizer(Tokenizer):
     def __init__(self, model: bytes):
         import sentencepiece
         processor = sentencepiece.SentencePieceProcessor()
-        try:
-            processor.LoadFromSerializedProto(_without_dummy_prefix(model))
-        except RuntimeError as error:
-            raise ValueError(f"not a SentencePiece model: {error}") from None
+        processor.LoadFromSerializedProto(_without_dummy_prefix(model))
         pieces = [processor.IdToPiece(i) for i in range(processor.vocab_size())]
         # Kept as spelled only by our own training; another model's tab goes the way it learned.
         self._maps_tab = TAB in pieces
@@ -149,8 +146,12 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 def _without_dummy_prefix(model: bytes) -> bytes:
+    from google.protobuf.message import DecodeError
     from sentencepiece import sentencepiece_model_pb2
-    proto = sentencepiece_model_pb2.ModelProto.FromString(model)
+    try:
+        proto = sentencepiece_model_pb2.ModelProto.FromString(model)
+    except DecodeError as error:
+        raise ValueError(f"not a SentencePiece model: {error}") from None
     proto.normalizer_spec.add_dummy_prefix = False
     return proto.SerializeToString()
 

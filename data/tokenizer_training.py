@@ -9,14 +9,14 @@ from batiste.data.tokenizer import SPACE, TAB
 
 # What a learned piece may span: a line break with the indentation and the first word after it, or
 # a word with the punctuation around it. Counting these once instead of reading sentences makes
-# training take a second, and pieces such as "\n        return" or "(self," save tokens on code:
+# training take seconds, and pieces such as "\n        return" or "(self," save tokens on code:
 # on the standard library a vocabulary of 4,096 gives 3.91 bytes per token, against 3.18 with
 # the word boundaries of GPT-2.
 UNIT = re.compile(r"\n+ *\w*\W?| ?\w+[^\w\n]*\w*[^\w\n ]*|[^\w\n]+")
 # SentencePiece reserves these in training, or would take them for a space or a tab.
 RESERVED = re.compile(f"[\0\u2585{SPACE}{TAB}]")
+FIXED_TOKENS = 258  # every byte, BOS and padding
 MODEL_TYPES = {"bpe": "bpe", "unigram": "unigram", "characters": "char"}
-PIECE_CHARACTERS = 16  # SentencePiece's default; 32 gains nothing measurable
 
 
 def train(kind: str, vocab_size: int, texts: Iterable[str]) -> bytes:
@@ -26,6 +26,8 @@ def train(kind: str, vocab_size: int, texts: Iterable[str]) -> bytes:
     Raises ValueError if the texts do not support a vocabulary of that size, naming the limit.
     """
     import sentencepiece
+    if vocab_size <= FIXED_TOKENS:
+        raise ValueError(_too_small(vocab_size, FIXED_TOKENS))
     counts: collections.Counter[str] = collections.Counter()
     for text in texts:
         counts.update(UNIT.findall(RESERVED.sub("\n", text).replace("\t", TAB)))
@@ -46,7 +48,6 @@ def train(kind: str, vocab_size: int, texts: Iterable[str]) -> bytes:
             split_by_unicode_script=False,
             split_by_number=False,
             allow_whitespace_only_pieces=True,
-            max_sentencepiece_length=PIECE_CHARACTERS,
             max_sentence_length=1 << 20,
             hard_vocab_limit=kind != "characters",
             # Padding takes the place of the unknown piece, which byte fallback never needs.
@@ -64,6 +65,10 @@ def _explain(vocab_size: int, error: str) -> str:
         return (f"data.vocab_size={vocab_size}: the training text supports at most "
                 f"{match[1]} tokens; set data.vocab_size={match[1]} or less, or add text")
     if match := re.search(r"required_chars\. \d+ vs (\d+)", error):
-        return (f"data.vocab_size={vocab_size}: bytes and common characters alone need {match[1]}; "
-                f"set data.vocab_size above {match[1]}, or data.tokenizer=bytes")
+        return _too_small(vocab_size, int(match[1]))
     return f"data.vocab_size={vocab_size}: SentencePiece could not train: {error}"
+
+
+def _too_small(vocab_size: int, least: int) -> str:
+    return (f"data.vocab_size={vocab_size}: bytes, common characters, BOS and padding alone need "
+            f"{least}; set data.vocab_size above {least}, or data.tokenizer=bytes")

@@ -1,0 +1,363 @@
+"""Preparing: the same inputs are reused, a death leaves nothing, bad input is one clear line."""
+
+import dataclasses
+import gzip
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from batiste.data import DataConfig, Loader, SourceConfig, load_prepared, prepare
+from batiste.data.corpus import documents_of
+from batiste.data.quarantine import Quarantine
+from batiste.data.sources import DOCUMENT_BYTES, LARGE_FILE_BYTES, open_source
+
+PACKAGE_PARENT = str(pathlib.Path(__file__).resolve().parents[2])
+
+
+def write_lines(path, texts, field="text"):
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "wb") as stream:
+        stream.writelines(json.dumps({field: text}).encode() + b"\n" for text in texts)
+    return str(path)
+
+
+def texts_of(count, start=0):
+    return [f"document {n}: {n * 17} and \u00e9\t{n % 13}\n" * (1 + n % 5)
+            for n in range(start, start + count)]
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    return write_lines(tmp_path / "corpus.jsonl", texts_of(120))
+
+
+def config_for(path, **fields):
+    return DataConfig(**{
+        "sources": (SourceConfig(path),), "tokenizer": "bytes", "sequence_length": 31,
+        "validation_fraction": 0.2} | fields)
+
+
+def finished(directory):
+    """The preparations in a directory that look finished."""
+    return [path.parent for path in pathlib.Path(directory).rglob("manifest.json")]
+
+
+def unfinished(directory):
+    return list(pathlib.Path(directory).glob(".preparing-*"))
+
+
+# Reading
+
+
+def test_the_standard_library_is_always_there():
+    source = open_source(SourceConfig())
+    documents = list(source.documents(None))
+    assert len(documents) > 500 and sum(map(len, documents)) > 8e6
+    assert any(document.startswith('"""functools.py') for document in documents)
+    assert not any("class TestPartial" in document for document in documents)
+
+
+def test_text_and_jsonl_plain_and_compressed_read_alike(tmp_path):
+    texts = texts_of(9)
+    write_lines(tmp_path / "a.jsonl", texts)
+    write_lines(tmp_path / "b.jsonl.gz", texts)
+    for n, text in enumerate(texts):
+        (tmp_path / f"c{n}.txt").write_bytes(text.encode())
+        with gzip.open(tmp_path / f"d{n}.txt.gz", "wb") as stream:
+            stream.write(text.encode())
+    for pattern in ("a.jsonl", "b.jsonl.gz", "c*.txt", "d*.txt.gz"):
+        source = open_source(SourceConfig(str(tmp_path / pattern)))
+        assert list(source.documents(None)) == texts
+
+
+def test_a_large_text_file_is_cut_at_line_ends_without_loss(tmp_path):
+    text = "".join(f"line {n} of many\r\n" for n in range(LARGE_FILE_BYTES // 12))
+    (tmp_path / "large.txt").write_bytes(text.encode())
+    (tmp_path / "small.txt").write_bytes(text[:LARGE_FILE_BYTES].encode())
+    documents = list(open_source(SourceConfig(str(tmp_path / "large.txt"))).documents(None))
+    assert "".join(documents) == text
+    assert len(documents) > 10 and max(map(len, documents)) < 2 * DOCUMENT_BYTES
+    assert all(document.endswith("\n") for document in documents)
+    assert len(list(open_source(SourceConfig(str(tmp_path / "small.txt"))).documents(None))) == 1
+
+
+def test_a_document_stays_in_its_split_whatever_is_around_it(tmp_path):
+    few, many = texts_of(40, start=60), texts_of(200)
+    splits = []
+    for name, texts in (("few", few), ("many", many)):
+        source = open_source(SourceConfig(write_lines(tmp_path / f"{name}.jsonl", texts)))
+        splits.append(set(documents_of(source, "validation", 0.2)))
+        assert set(documents_of(source, "train", 0.2)) == set(texts) - splits[-1]
+    assert splits[0] == splits[1] & set(few)
+    assert 20 < len(splits[1]) < 60
+
+
+# Preparing
+
+
+@pytest.mark.parametrize("packing", ("concatenate", "first_fit"))
+def test_the_manifest_counts_what_there_is(tmp_path, corpus, packing):
+    prepared = prepare(config_for(corpus, packing=packing), tmp_path / "data")
+    texts = texts_of(120)
+    manifest = json.loads((prepared.directory / "manifest.json").read_text())
+    counts = [manifest[split] for split in ("train", "validation")]
+    assert sum(count["documents"] for count in counts) == len(texts)
+    size = sum(len(text.encode()) for text in texts)
+    assert sum(count["bytes"] for count in counts) == size
+    assert sum(count["tokens"] for count in counts) == size + len(texts)  # bytes and boundaries
+    for split in ("train", "validation"):
+        weights = np.concatenate(
+            [batch.weights_BT for batch in Loader(prepared, split, 1, 0).epoch_batches()])
+        assert weights.mean() == pytest.approx(manifest[split]["fill"], abs=1e-4)
+        assert len(weights) == prepared.num_records(split)
+    assert 0 < manifest["validation"]["xz_bits_per_byte"] < (
+        manifest["validation"]["xz_bits_per_byte_per_document"])
+
+
+def test_the_same_inputs_are_reused_wherever_they_lie(tmp_path, corpus):
+    first = prepare(config_for(corpus), tmp_path / "data")
+    moved = write_lines(tmp_path / "moved.jsonl", texts_of(120))
+    stamp = (first.directory / "manifest.json").stat().st_mtime_ns
+    for again in (prepare(config_for(corpus), tmp_path / "data"),
+                  prepare(config_for(moved, seed=7), tmp_path / "data"),
+                  prepare(config_for(corpus, vocab_size=999), tmp_path / "data")):
+        assert again.directory == first.directory and again.fingerprint == first.fingerprint
+    assert (first.directory / "manifest.json").stat().st_mtime_ns == stamp
+    other = prepare(config_for(corpus), tmp_path / "elsewhere")
+    for split in ("train", "validation"):
+        assert [source["hash"] for source in other.manifest[split]["sources"]] == [
+            source["hash"] for source in first.manifest[split]["sources"]]
+
+
+CHANGES = {
+    "sources": lambda path: (SourceConfig(path), SourceConfig(path)),
+    "validation_fraction": lambda path: 0.3,
+    "tokenizer": lambda path: "unigram",
+    "vocab_size": lambda path: 301,
+    "sequence_length": lambda path: 37,
+    "packing": lambda path: "first_fit",
+}
+
+
+def test_every_field_matters(tmp_path, corpus):
+    """Each changes the fingerprint; but the seed, which is handed to the loader."""
+    assert {field.name for field in dataclasses.fields(DataConfig)} == {*CHANGES, "seed"}
+    base = config_for(corpus, tokenizer="bpe", vocab_size=300)
+    seen = {prepare(base, tmp_path / "data").fingerprint}
+    for field, change in CHANGES.items():
+        changed = dataclasses.replace(base, **{field: change(corpus)})
+        seen.add(prepare(changed, tmp_path / "data").fingerprint)
+    assert len(seen) == len(CHANGES) + 1
+    seen.add(prepare(config_for(corpus), tmp_path / "data").fingerprint)
+    both = tmp_path / "both.jsonl"
+    both.write_text("".join(json.dumps({"text": text, "title": f"{n} {text}"}) + "\n"
+                            for n, text in enumerate(texts_of(60))))
+    for source in (SourceConfig(corpus, weight=2.0), SourceConfig(str(both)),
+                   SourceConfig(str(both), text_field="title")):
+        seen.add(prepare(config_for(corpus, sources=(source,)), tmp_path / "data").fingerprint)
+    assert len(seen) == len(CHANGES) + 5
+
+
+def test_a_tokenizer_file_is_used_and_its_content_counts(tmp_path, corpus):
+    trained = prepare(config_for(corpus, tokenizer="bpe", vocab_size=300), tmp_path / "data")
+    model = tmp_path / "own.model"
+    model.write_bytes((trained.directory / "tokenizer.model").read_bytes())
+    used = prepare(config_for(corpus, tokenizer=str(model)), tmp_path / "data")
+    assert used.tokenizer.hash == trained.tokenizer.hash
+    assert used.manifest["train"]["sources"][0]["hash"] == (
+        trained.manifest["train"]["sources"][0]["hash"])
+
+
+def test_the_tokenizer_learns_from_the_train_split_only(tmp_path):
+    texts = texts_of(150)
+    source = open_source(SourceConfig(write_lines(tmp_path / "a.jsonl", texts)))
+    held_out = set(documents_of(source, "validation", 0.2))
+    kept = [text for text in texts if text not in held_out]
+    more = [text for text in texts_of(400, start=150)]
+    source = open_source(SourceConfig(write_lines(tmp_path / "more.jsonl", more)))
+    extra = sorted(documents_of(source, "validation", 0.2))
+    prepared = [prepare(config_for(write_lines(tmp_path / f"{name}.jsonl", documents),
+                                   tokenizer="bpe", vocab_size=300), tmp_path / "data")
+                for name, documents in (("one", kept + sorted(held_out)), ("two", kept + extra))]
+    assert prepared[0].fingerprint != prepared[1].fingerprint
+    assert prepared[0].tokenizer.hash == prepared[1].tokenizer.hash
+
+
+# Dying
+
+
+PREPARE_STDLIB = """
+import sys
+from batiste.data import DataConfig, prepare
+prepare(DataConfig(tokenizer="bytes", sequence_length=64), sys.argv[1])
+"""
+
+
+def start_preparing(directory):
+    return subprocess.Popen(
+        [sys.executable, "-c", PREPARE_STDLIB, str(directory)],
+        env=os.environ | {"PYTHONPATH": PACKAGE_PARENT}, stderr=subprocess.DEVNULL)
+
+
+@pytest.mark.parametrize("reached", ("*", "token_records/**/*array_record*"))
+def test_a_killed_preparation_leaves_nothing_that_looks_finished(tmp_path, corpus, reached):
+    process = start_preparing(tmp_path)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob(f".preparing-*/{reached}")) and time.monotonic() < deadline:
+        if reached == "*" and unfinished(tmp_path):
+            break
+        time.sleep(0.005)
+    assert process.poll() is None, "it was over before it could be killed"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    left = unfinished(tmp_path)
+    assert left and not finished(tmp_path)
+    with pytest.raises(ValueError, match="no finished preparation"):
+        load_prepared(left[0])
+    prepared = prepare(config_for(corpus), tmp_path)
+    assert not unfinished(tmp_path)
+    assert finished(tmp_path) == [prepared.directory]
+
+
+def test_a_preparation_waits_for_the_one_under_way(tmp_path, corpus):
+    """And does not take its work for something left over."""
+    process = start_preparing(tmp_path)
+    deadline = time.monotonic() + 60
+    while not unfinished(tmp_path) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    prepared = prepare(config_for(corpus), tmp_path)
+    assert len(finished(tmp_path)) == 2 and prepared.directory in finished(tmp_path)
+    assert process.wait() == 0
+
+
+@pytest.mark.parametrize("limit", (100_000, 20_000))
+def test_a_full_disk_is_one_clear_line_and_leaves_nothing(tmp_path, limit):
+    """A limit on the size of a file stands for the disk; what the system answers is real."""
+    corpus = write_lines(tmp_path / "corpus.jsonl", [os.urandom(500).hex() for _ in range(900)])
+    code = ("import sys, resource; from batiste.data import *\n"
+            "import batiste.data.record_writer\n"
+            "resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]),) * 2)\n"
+            "config = DataConfig((SourceConfig(sys.argv[1]),), tokenizer='bytes')\n"
+            "try: prepare(config, sys.argv[2])\n"
+            "except OSError as error: print('OSError', error)\n")
+    done = subprocess.run(
+        [sys.executable, "-c", code, corpus, str(tmp_path / "data"), str(limit)],
+        env=os.environ | {"PYTHONPATH": PACKAGE_PARENT}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.startswith("OSError") and len(done.stdout.splitlines()) == 1
+    assert not finished(tmp_path / "data") and not unfinished(tmp_path / "data")
+
+
+def test_damage_is_noticed(tmp_path, corpus):
+    prepared = prepare(config_for(corpus), tmp_path / "data")
+    records = next(prepared.directory.rglob("*train*array_record*"))
+    os.truncate(records, records.stat().st_size - 1)
+    with pytest.raises(ValueError, match="expected .* bytes, found"):
+        load_prepared(prepared.directory)
+    records.unlink()
+    with pytest.raises(ValueError, match="found missing"):
+        prepare(config_for(corpus), tmp_path / "data")
+
+
+# Bad input
+
+
+@pytest.mark.parametrize("fields, message", (
+    ({"packing": "first-fit"}, "data.packing='first-fit': .* did you mean first_fit"),
+    ({"tokenizer": "bpee"}, "data.tokenizer='bpee': .* did you mean bpe"),
+    ({"tokenizer": "nowhere.model"}, "nowhere.model: no such tokenizer"),
+    ({"validation_fraction": 0.0}, "data.validation_fraction=0.0: expected"),
+    ({"sequence_length": 1}, "data.sequence_length=1: expected"),
+    ({"vocab_size": 4096.0}, "data.vocab_size=4096.0: expected"),
+    ({"seed": -1}, "data.seed=-1: expected"),
+    ({"sources": ()}, "data.sources"),
+    ({"sources": (SourceConfig(weight=0.0),)}, r"data.sources\[0\].weight=0.0"),
+    ({"sources": (SourceConfig(path=""),)}, r"data.sources\[0\].path"),
+    ({"sources": (SourceConfig(path="/nowhere/*.txt"),)}, "'/nowhere/.*no such file"),
+    ({"tokenizer": "bpe", "vocab_size": 10**6}, "data.vocab_size=1000000: .* at most \\d+ tokens"),
+    ({"validation_fraction": 1e-9}, "holds out none of 120 documents"),
+))
+def test_bad_configuration_names_the_field(tmp_path, corpus, fields, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        prepare(config_for(corpus, **fields), tmp_path / "data")
+    assert "\n" not in str(caught.value)
+    assert not finished(tmp_path / "data") and not unfinished(tmp_path / "data")
+
+
+def test_an_empty_corpus_is_one_clear_line(tmp_path):
+    (tmp_path / "empty.txt").write_text("")
+    with pytest.raises(ValueError, match="empty.txt: 0 documents with text"):
+        prepare(config_for(str(tmp_path / "empty.txt")), tmp_path / "data")
+
+
+BAD_LINES = (
+    (b"{not json", "not JSON"), (b'{"body": "x"}', "no text in field 'text'"),
+    (b'{"text": 3}', "no text in field"), (b'"text"', "no text in field"),
+    (b'{"text": "\xff"}', "not UTF-8: byte 0xff"), (b'{"text": "\\ud800"}', "half a surrogate"),
+)
+
+
+@pytest.mark.parametrize("bad, reason", BAD_LINES)
+def test_a_bad_line_is_set_aside_with_its_place_and_reason(tmp_path, bad, reason):
+    path = tmp_path / "corpus.jsonl"
+    good = [json.dumps({"text": text}).encode() for text in texts_of(150)]
+    path.write_bytes(b"\n".join([*good[:70], bad, b"", *good[70:], b""]))
+    prepared = prepare(config_for(str(path)), tmp_path / "data")
+    entries = (prepared.directory / "quarantine.jsonl").read_text().splitlines()
+    (entry,) = map(json.loads, entries)
+    assert entry["file"] == str(path) and entry["line"] == 71 and reason in entry["reason"]
+    assert prepared.manifest["quarantined"] == 1
+    assert sum(prepared.manifest[split]["documents"] for split in ("train", "validation")) == 150
+
+
+def test_more_than_one_percent_of_bad_lines_is_an_error_with_the_list_kept(tmp_path):
+    path = tmp_path / "corpus.jsonl"
+    good = [json.dumps({"text": text}).encode() for text in texts_of(150)]
+    path.write_bytes(b"\n".join([*good, *(bad for bad, _ in BAD_LINES[:2])]))
+    message = r"2 of 152 documents .*corpus.jsonl:151: not JSON"
+    with pytest.raises(ValueError, match=message) as error:
+        prepare(config_for(str(path)), tmp_path / "data")
+    listed = pathlib.Path(str(error.value).split("listed in ")[1])
+    assert len(listed.read_text().splitlines()) == 2
+    assert not finished(tmp_path / "data") and not unfinished(tmp_path / "data")
+
+
+def test_undecodable_text_is_set_aside_with_its_line(tmp_path):
+    (tmp_path / "bad.txt").write_bytes(b"one\ntwo\n\xe9t\xe9\n")
+    quarantine = Quarantine(tmp_path / "quarantine.jsonl")
+    assert not list(open_source(SourceConfig(str(tmp_path / "bad.txt"))).documents(quarantine))
+    entry = json.loads(quarantine.path.read_text())
+    assert entry["line"] == 3 and "0xe9" in entry["reason"]
+
+
+def test_only_the_undecodable_document_of_a_large_file_is_set_aside(tmp_path):
+    lines = [f"line {n} of many\n".encode() for n in range(LARGE_FILE_BYTES // 10)]
+    lines[20_000] = b"caf\xe9\n"
+    (tmp_path / "large.txt").write_bytes(b"".join(lines))
+    quarantine = Quarantine(tmp_path / "quarantine.jsonl")
+    documents = open_source(SourceConfig(str(tmp_path / "large.txt"))).documents(quarantine)
+    kept = sum(map(len, documents))
+    assert json.loads(quarantine.path.read_text())["line"] == 20_001
+    assert sum(map(len, lines)) - 2 * DOCUMENT_BYTES < kept < sum(map(len, lines))
+
+
+def test_a_broken_gzip_file_is_one_clear_line(tmp_path):
+    path = pathlib.Path(write_lines(tmp_path / "a.jsonl.gz", texts_of(50)))
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(ValueError, match="a.jsonl.gz: broken gzip file"):
+        prepare(config_for(str(path)), tmp_path / "data")
+
+
+def test_importing_is_light():
+    code = ("import sys, batiste.data; heavy = {'jax', 'tensorflow', 'grain', 'sentencepiece', "
+            "'tensorflow_datasets'}; print(*heavy & set(sys.modules))")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                          env=os.environ | {"PYTHONPATH": PACKAGE_PARENT})
+    assert done.stdout.strip() == "" and done.returncode == 0, done.stderr
