@@ -21,6 +21,7 @@ setup(
         "optax>=0.2.6",
         "orbax-checkpoint>=0.11.30",
         "tensorflow-datasets>=4.9.9",
+        "importlib_resources>=6",  # tensorflow-datasets 4.9.10 imports it without declaring it
         "grain>=0.2.14",
         "array_record>=0.8",
         "sentencepiece>=0.2",
