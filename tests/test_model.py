@@ -32,12 +32,22 @@ VARIANTS = {
 
 def build(config: TransformerConfig, **change) -> Transformer:
     """A model with every parameter random, so that biases, scales and sinks take part."""
-    model = Transformer(dataclasses.replace(config, **change), rngs=nnx.Rngs(0))
-    graphdef, params = nnx.split(model)
-    leaves, structure = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    leaves = [leaf + 0.2 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys)]
-    return nnx.merge(graphdef, jax.tree.unflatten(structure, leaves))
+    config = dataclasses.replace(config, **change)
+    graphdef = nnx.split(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))[0]
+
+    @jax.jit
+    def params():
+        leaves, structure = jax.tree.flatten(nnx.split(Transformer(config, rngs=nnx.Rngs(0)))[1])
+        keys = jax.random.split(jax.random.key(1), len(leaves))
+        return structure.unflatten(
+            leaf + 0.2 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys))
+
+    return nnx.merge(graphdef, params())
+
+
+def run(method):
+    """A method of a model, compiled as one; the model's parameters are constants of it."""
+    return jax.jit(method)
 
 
 @pytest.fixture
@@ -48,12 +58,12 @@ def tokens_BT():
 @pytest.mark.parametrize("name", VARIANTS)
 def test_cached_decoding_equals_full_forward(model_config, tokens_BT, name):
     model = build(model_config, **VARIANTS[name])
-    full = model(tokens_BT)
+    full = run(model.__call__)(tokens_BT)
     cache, pieces = model.empty_cache(5, 16), []
     for start, end in itertools.pairwise([0, 4, 5, 6, 11]):
-        x_BTD, cache = model.extend(tokens_BT[:, start:end], cache)
+        x_BTD, cache = run(model.extend)(tokens_BT[:, start:end], cache)
         pieces.append(x_BTD)
-    cached = model.logits(jnp.concatenate(pieces, axis=1))
+    cached = run(model.logits)(jnp.concatenate(pieces, axis=1))
     np.testing.assert_allclose(cached, full, atol=2e-5 * float(jnp.abs(full).max()))
     assert cache.length_B.tolist() == [11] * 5
 
@@ -68,42 +78,41 @@ def test_cached_rows_of_unequal_length_equal_each_alone(model_config, tokens_BT)
         np.testing.assert_allclose(x_BTD[row, 0], model.features(alone)[0, -1], atol=1e-5)
 
 
-def input_gradient(model, tokens_BT, segments_BT, position):
-    """|d logits[:, position] / d embedding of each input token|, as a B x T array."""
+def seen_inputs(model, segments_BT, positions):
+    """Which inputs the hidden state at each position depends on, by gradient, as booleans BT.
 
-    def logits_at(embedded_BTD):
-        original = model._embed
-        model._embed = lambda tokens, positions: embedded_BTD
-        try:
-            logits = model(tokens_BT, None, segments_BT)[:, position]
-        finally:
-            model._embed = original
-        return jnp.square(logits).sum()
+    Every input is a token of its own, so its gradient is a row of the embedding's.
+    """
+    tokens_BT = jnp.arange(55).reshape(5, 11)
+    graphdef, params = nnx.split(model, nnx.Param)
 
-    positions_BT = jnp.tile(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), (tokens_BT.shape[0], 1))
-    gradient = jax.grad(logits_at)(model._embed(tokens_BT, positions_BT))
-    return np.abs(gradient).sum(axis=-1)
+    @jax.jit
+    @jax.grad
+    def gradient(params, position):
+        x_BTD = nnx.merge(graphdef, params).features(tokens_BT, None, segments_BT)
+        return jnp.square(jnp.take(x_BTD, position, axis=1)).sum()
+
+    for position in positions:
+        gradient_VD = nnx.to_pure_dict(gradient(params, position))["embedding_VD"]
+        yield np.abs(gradient_VD[:55]).sum(axis=-1).reshape(5, 11) > 0
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_causality_and_segments_by_gradient(model_config, tokens_BT, name):
-    model = build(model_config, **VARIANTS[name])
-    segments_BT = jnp.where(jnp.arange(11) < 4, 1, 2)[None] * jnp.ones((5, 1), jnp.int32)
-    window = 11
-    if model.config.layer_pattern == ("local", "global"):
-        window = 11  # The global layer sees everything, so nothing of the segment is out of reach.
-    for position in (3, 8):
-        seen = input_gradient(model, tokens_BT, segments_BT, position) > 0
-        start = 0 if position < 4 else 4
-        expected = (np.arange(11) <= position) & (np.arange(11) >= max(start, position - window))
-        np.testing.assert_array_equal(seen, np.tile(expected, (5, 1)))
+def test_causality_and_segments_by_gradient(model_config, name):
+    model = build(model_config, vocab_size=60, **VARIANTS[name])
+    segments_BT = jnp.tile(jnp.array([1] * 4 + [2] * 7, jnp.int32), (5, 1))
+    place = np.arange(11)
+    first_half, second_half = seen_inputs(model, segments_BT, (3, 8))
+    np.testing.assert_array_equal(first_half, np.tile(place <= 3, (5, 1)))
+    np.testing.assert_array_equal(second_half, np.tile((place <= 8) & (place >= 4), (5, 1)))
 
 
-def test_a_window_hides_what_is_further_back(model_config, tokens_BT):
-    model = build(model_config, num_layers=2, layer_pattern=("local",), window=3)
-    seen = input_gradient(model, tokens_BT, None, 9) > 0
+def test_a_window_hides_what_is_further_back(model_config):
+    model = build(model_config, vocab_size=60, num_layers=2, layer_pattern=("local",), window=3)
     reach = 2 * (3 - 1)  # Each of two layers looks back at most window - 1 places.
-    np.testing.assert_array_equal(seen[0], (np.arange(11) <= 9) & (np.arange(11) >= 9 - reach))
+    place = np.arange(11)
+    (seen_BT,) = seen_inputs(model, None, (9,))
+    np.testing.assert_array_equal(seen_BT[0], (place <= 9) & (place >= 9 - reach))
 
 
 def test_packed_documents_equal_each_alone(model_config, tokens_BT):
@@ -112,9 +121,10 @@ def test_packed_documents_equal_each_alone(model_config, tokens_BT):
         model = build(model_config, **VARIANTS[name])
         positions_BT = jnp.tile(jnp.array([*range(4), *range(7)], jnp.int32), (5, 1))
         segments_BT = jnp.tile(jnp.array([1] * 4 + [2] * 7, jnp.int32), (5, 1))
-        packed = model(tokens_BT, positions_BT, segments_BT)
-        np.testing.assert_allclose(packed[:, :4], model(tokens_BT[:, :4]), atol=2e-5)
-        np.testing.assert_allclose(packed[:, 4:], model(tokens_BT[:, 4:]), atol=2e-5)
+        forward = run(model.__call__)
+        packed = forward(tokens_BT, positions_BT, segments_BT)
+        np.testing.assert_allclose(packed[:, :4], forward(tokens_BT[:, :4]), atol=2e-5)
+        np.testing.assert_allclose(packed[:, 4:], forward(tokens_BT[:, 4:]), atol=2e-5)
 
 
 def naive_attention(q, k, v, mask, scale, soft_cap, sinks, slopes):
@@ -173,12 +183,13 @@ def test_reference_attention_equals_the_definition(name, features):
     def loss(q, k, v):
         return jnp.sum(reference_attention(q, k, v, mask, **options) * jnp.cos(q))
 
-    got = reference_attention(q, k, v, mask, **options)
+    got = jax.jit(lambda *x: reference_attention(*x, mask, **options))(q, k, v)
     as64 = [np.asarray(x, np.float64) for x in (q, k, v)]
+    sinks, slopes = (None if x is None else np.asarray(x, np.float64) for x in (sinks, slopes))
     want = naive_attention(*as64, mask, 0.7, soft_cap, sinks, slopes)
     np.testing.assert_allclose(got, want, atol=2e-6)
     # Gradients of all inputs against central differences of the float64 definition.
-    gradients = jax.grad(loss, argnums=(0, 1, 2))(q, k, v)
+    gradients = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(q, k, v)
     random = np.random.default_rng(0)
     for which, gradient in enumerate(gradients):
         assert np.isfinite(gradient).all()

@@ -65,21 +65,19 @@ def test_data_never_imports_jax(path):
 
 
 def test_import_is_quick_and_touches_no_device():
+    def seconds(code):
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "-c", code], check=True)
+        return time.perf_counter() - start
+
+    # A loose guard on a shared machine: it takes 0.02 s, and 2.5 with every room.
+    assert min(seconds("import batiste") for _ in range(3)) < 2
     code = (
-        "import time; start = time.perf_counter(); import batiste, batiste.main; "
-        "seconds = time.perf_counter() - start; import jax._src.xla_bridge as bridge; "
-        "print(seconds, bridge.backends_are_initialized())"
+        "import batiste.main, batiste.command_line, jax._src.xla_bridge as bridge; "
+        "print(bridge.backends_are_initialized())"
     )
-    seconds, initialized = min(
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-        .stdout.split()
-        for _ in range(2)
-    )
-    assert initialized == "False"
-    start = time.perf_counter()
-    subprocess.run([sys.executable, "-c", "import batiste"], check=True)
-    assert time.perf_counter() - start < 2
-    assert float(seconds) < 10  # A loose guard: with every room it takes about 2.5 s.
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
 
 
 @pytest.mark.parametrize("change", [
