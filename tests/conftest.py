@@ -22,6 +22,17 @@ from batiste.models import TransformerConfig
 from batiste.train import TrainConfig
 
 
+def pytest_addoption(parser):
+    """--update-golden rewrites the golden files that the tests it selects compare with."""
+    parser.addoption("--update-golden", action="store_true")
+
+
+@pytest.fixture
+def update_golden(request) -> bool:
+    """Whether to rewrite golden files."""
+    return request.config.getoption("--update-golden")
+
+
 @pytest.fixture
 def model_config() -> TransformerConfig:
     """A model whose dims all differ (L 3, D 24, N 4, K 2, H 6, F 40, V 37, T 16)."""

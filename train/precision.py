@@ -20,7 +20,9 @@ import jax.numpy as jnp
 class LossScaleConfig:
     """Where the scale starts, when it grows, and its bounds."""
 
-    initial: float = 2.0**15
+    # A loss here is a sum over tokens, so the gradient at a logit is at most the scale itself, and
+    # float16 ends at 65,504. (2^15 is the custom where the loss is a mean.)
+    initial: float = 2.0**10
     growth_interval: int = 2000  # good steps in a row before the scale doubles
     minimum: float = 1.0
     maximum: float = 2.0**24

@@ -44,7 +44,7 @@ def make_train_step(
             "loss": loss / tokens,
             "cross_entropy": cross_entropy / tokens,
             "tokens": num_tokens,
-            "gradient_norm": optax.global_norm(gradients),
+            "gradient_norm": optax.tree.norm(gradients),
             "learning_rate": jnp.asarray(program.schedule(state.step), jnp.float32),
         }
         new = TrainState(
