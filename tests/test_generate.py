@@ -1,0 +1,141 @@
+"""Laws of generation and of perplexity."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import make_batch
+from flax import nnx
+
+from batiste.evaluation import make_row_losses, perplexity
+from batiste.inference import SamplingConfig, generate
+from batiste.inference.sampling import sample
+from batiste.models import Transformer
+from batiste.sharding import MeshConfig, make_mesh
+
+PROMPTS = [[1, 5, 9], [1], [1, 7, 3, 3, 8, 2], [1, 30]]
+GREEDY = SamplingConfig(temperature=0.0, top_p=None, max_tokens=7)
+
+
+@pytest.fixture
+def model(model_config) -> Transformer:
+    """A model whose output is far from uniform."""
+    config = dataclasses.replace(
+        model_config, init_stddev=0.4, layer_pattern=("local", "global"), window=3)
+    graphdef = nnx.split(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(3))))[0]
+    params = jax.jit(lambda: nnx.split(Transformer(config, rngs=nnx.Rngs(3)))[1])()
+    return nnx.merge(graphdef, params)
+
+
+def rows_of(model, prompts, config, stop_id=-1) -> list[list[int]]:
+    """Everything that each prompt is continued with."""
+    steps = list(generate(model, prompts, stop_id, config))
+    return [[token for token in row if token is not None] for row in zip(*steps)]
+
+
+def test_greedy_equals_the_full_forward_token_by_token(model):
+    full = jax.jit(model.__call__)
+    for prompt, row in zip(PROMPTS, rows_of(model, PROMPTS, GREEDY)):
+        text = np.zeros((1, 16), np.int32)
+        text[0, : len(prompt)] = prompt
+        for count, token in enumerate(row):
+            place = len(prompt) + count
+            assert int(full(text)[0, place - 1].argmax()) == token
+            text[0, place] = token
+
+
+@pytest.mark.parametrize("config", [GREEDY, SamplingConfig(temperature=1.3, top_k=9, seed=4)])
+def test_a_batch_of_unequal_prompts_equals_the_first_row_alone(model, config):
+    config = dataclasses.replace(config, max_tokens=7)
+    together = rows_of(model, PROMPTS, config)
+    assert together[0] == rows_of(model, PROMPTS[:1], config)[0]
+    assert together[:2] == rows_of(model, PROMPTS[:2], config)
+    assert len({tuple(row) for row in together}) > 1
+
+
+def test_rows_end_at_the_stop_token_and_at_the_end_of_the_model(model):
+    rows = rows_of(model, PROMPTS, GREEDY)
+    stop = rows[0][2]
+    stopped = rows_of(model, PROMPTS, GREEDY, stop_id=stop)
+    for row, short in zip(rows, stopped):
+        assert short == (row[: row.index(stop)] if stop in row else row)
+    endless = rows_of(model, PROMPTS, dataclasses.replace(GREEDY, max_tokens=None))
+    assert [len(prompt) + len(row) for prompt, row in zip(PROMPTS, endless)] == [16] * 4
+
+
+def test_prompts_that_do_not_fit_are_refused(model):
+    with pytest.raises(ValueError, match="expected 1 to 15.*model.max_length=16"):
+        next(generate(model, [[1] * 16], 0, GREEDY))
+    with pytest.raises(ValueError, match="expected 1 to 15"):
+        next(generate(model, [[]], 0, GREEDY))
+
+
+def draws(config, logits, count=4000):
+    """How often each token is drawn."""
+    keys = jax.random.split(jax.random.key(0), count)
+    tokens = sample(jnp.tile(jnp.asarray(logits, jnp.float32), (count, 1)), keys, config)
+    return np.bincount(tokens, minlength=len(logits)) / count
+
+
+def test_sampling_distributions():
+    probabilities = np.array([0.5, 0.25, 0.15, 0.07, 0.03])
+    logits = np.log(probabilities)
+    plain = SamplingConfig(temperature=1.0, top_p=None)
+    np.testing.assert_allclose(draws(plain, logits), probabilities, atol=0.03)
+    hot = probabilities**0.5 / (probabilities**0.5).sum()
+    np.testing.assert_allclose(
+        draws(dataclasses.replace(plain, temperature=2.0), logits), hot, atol=0.03)
+    top_2 = np.array([2, 1, 0, 0, 0]) / 3
+    np.testing.assert_allclose(draws(dataclasses.replace(plain, top_k=2), logits), top_2, atol=0.03)
+    top_p = np.array([0.5, 0.25, 0.15, 0, 0]) / 0.9  # 0.75 < 0.8 <= 0.9: the third one crosses.
+    np.testing.assert_allclose(draws(dataclasses.replace(plain, top_p=0.8), logits), top_p, atol=0.03)
+    assert draws(GREEDY, logits)[0] == 1
+    other_seed = jax.random.split(jax.random.key(1), 4000)
+    tokens = sample(jnp.tile(jnp.asarray(logits, jnp.float32), (4000, 1)), other_seed, plain)
+    assert (np.bincount(tokens, minlength=5) / 4000 != draws(plain, logits)).any()
+
+
+@pytest.mark.parametrize("field,value", [
+    ("temperature", -1.0), ("top_k", 0), ("top_p", 0.0), ("max_tokens", 0)])
+def test_meaningless_sampling_is_refused(field, value):
+    with pytest.raises(ValueError, match=f"sample.{field}="):
+        dataclasses.replace(SamplingConfig(), **{field: value}).validate()
+
+
+def test_perplexity_is_the_formula_with_a_standard_error(model):
+    graphdef, params = nnx.split(model, nnx.Param)
+    params = nnx.to_pure_dict(params)
+    mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
+    losses = make_row_losses(graphdef, mesh, loss_chunk=4)
+    batches = [make_batch(8, 11, 37, seed) for seed in (0, 1)]
+    byte_lengths_V = np.arange(37) % 5 + 1
+    got = perplexity(lambda batch: losses(params, batch), batches, lambda batch: batch, byte_lengths_V)
+
+    nats_R, bytes_R, tokens = [], [], 0
+    for batch in batches:
+        logits = np.asarray(
+            jax.jit(model.__call__)(batch.tokens_BT, batch.positions_BT, batch.segments_BT), np.float64)
+        log_probabilities = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        hit_BT = np.take_along_axis(log_probabilities, batch.targets_BT[..., None], -1)[..., 0]
+        nats_R += list(-(hit_BT * batch.weights_BT).sum(axis=1))
+        bytes_R += list((byte_lengths_V[batch.targets_BT] * batch.weights_BT).sum(axis=1))
+        tokens += batch.weights_BT.sum()
+    nats_R, bytes_R = np.array(nats_R), np.array(bytes_R)
+    assert got.tokens == tokens and got.bytes == bytes_R.sum()
+    assert got.loss == pytest.approx(nats_R.sum() / tokens, rel=1e-5)
+    assert got.perplexity == pytest.approx(math.exp(nats_R.sum() / tokens), rel=1e-4)
+    bits_per_byte = nats_R.sum() / math.log(2) / bytes_R.sum()
+    assert got.bits_per_byte == pytest.approx(bits_per_byte, rel=1e-5)
+    # The bootstrap is another road to the standard error of a ratio.
+    random = np.random.default_rng(0)
+    resampled = random.integers(0, len(nats_R), (4000, len(nats_R)))
+    ratios = nats_R[resampled].sum(1) / bytes_R[resampled].sum(1) / math.log(2)
+    assert got.standard_error == pytest.approx(ratios.std(), rel=0.15)
+
+
+def test_perplexity_of_nothing_is_refused():
+    with pytest.raises(ValueError, match="the validation split holds no text"):
+        perplexity(None, [], None, np.ones(3))

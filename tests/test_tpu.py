@@ -1,0 +1,63 @@
+"""The real training step compiles ahead of time for real TPU topologies, without a TPU."""
+
+import dataclasses
+import os
+import re
+
+import jax
+import numpy as np
+import pytest
+from jax.experimental import topologies
+from jax.sharding import NamedSharding
+
+from batiste.data import Batch
+from batiste.models import TransformerConfig
+from batiste.sharding import MeshConfig, make_mesh, spec
+from batiste.train import TrainConfig, make_program, make_train_step
+
+pytest.importorskip("libtpu", reason="libtpu exists for Linux on x86-64 only")
+MODEL = TransformerConfig(
+    vocab_size=1024, num_layers=2, model_dim=256, num_heads=4, num_kv_heads=4, head_dim=64,
+    mlp_dim=512, max_length=256, dtype="bfloat16", remat="full",
+)
+
+
+def compile_step(topology: str, mesh_config: MeshConfig, model: TransformerConfig = MODEL):
+    """The step of `model` compiled for a TPU topology by the TPU's own compiler."""
+    os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # There is no metadata server to ask.
+    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    mesh = make_mesh(mesh_config, devices)
+    config = TrainConfig(batch_size=16)
+    program = make_program(model, config, mesh, mesh_config.zero)
+    step = make_train_step(program, config, mesh)
+    batch = Batch(*(
+        jax.ShapeDtypeStruct((16, 256), np.float32 if name == "weights_BT" else np.int32,
+                             sharding=NamedSharding(mesh, spec("BT")))
+        for name in Batch._fields
+    ))
+    with jax.set_mesh(mesh):
+        return program, step.jitted.lower(program.abstract_state, batch).compile()
+
+
+def test_zero_2_reduces_by_scattering_on_a_tpu():
+    texts = {
+        zero: compile_step("v5e:2x4", MeshConfig(data=8, zero=zero))[1].as_text() for zero in (0, 2)
+    }
+    # The TPU compiler's name for a fused all-reduce and slice, which is a reduce-scatter; it fuses
+    # the large gradients and leaves the small ones.
+    scatters = {zero: len(re.findall(r"%all-reduce-scatter[.\d]* ", texts[zero])) for zero in texts}
+    assert scatters[0] == 0 and scatters[2] >= 1
+    assert "all-gather" in texts[2] and "all-to-all" not in texts[2]
+
+
+def test_zero_3_takes_less_memory_per_chip_than_zero_0():
+    arguments = {}
+    for zero in (0, 3):
+        program, compiled = compile_step("v6e:2x2", MeshConfig(data=2, tensor=2, zero=zero))
+        arguments[zero] = compiled.memory_analysis().argument_size_in_bytes
+    assert arguments[3] < 0.6 * arguments[0]
+
+
+def test_float16_compiles_too():
+    compile_step("v5p:2x2x1", MeshConfig(data=2, tensor=2), dataclasses.replace(MODEL, dtype="float16"))
