@@ -263,14 +263,15 @@ def _required(values: flags.FlagValues, name: str):
 def _one_line_errors() -> Iterator[None]:
     """Errors that batiste raised on purpose, and those of disks and files, end in one line.
 
-    On purpose: a ValueError whose innermost frame is batiste's own. Any other is a defect and
-    keeps its traceback.
+    On purpose: a ValueError that a `raise` of batiste's own raised. Any other is a defect and keeps
+    its traceback.
     """
     try:
         yield
     except ValueError as error:
         last = traceback.extract_tb(error.__traceback__)[-1]
-        if not pathlib.Path(last.filename).resolve().is_relative_to(ROOT):
+        inside = pathlib.Path(last.filename).resolve().is_relative_to(ROOT)
+        if not (inside and last.line.startswith("raise")):
             raise
         sys.exit(f"error: {error}")
     except OSError as error:
