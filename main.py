@@ -86,8 +86,9 @@ class Setup:
         decoders = [tokenizer.stream() for _ in prompts]
         model = nnx.merge(self.program.graphdef, params)
         for tokens in generate_tokens(model, ids, tokenizer.bos_id, config):
+            # A model may have more tokens than the tokenizer (a padded vocabulary): no text.
             yield [
-                "" if token is None else decoder.push(token)
+                "" if token is None or token >= tokenizer.vocab_size else decoder.push(token)
                 for token, decoder in zip(tokens, decoders, strict=True)
             ]
         yield [decoder.finish() for decoder in decoders]

@@ -31,7 +31,8 @@ class Experiment:
                 f"data.sequence_length={self.data.sequence_length} exceeds model.max_length="
                 f"{self.model.max_length}: raise model.max_length"
             )
-        if self.data.tokenizer in ("bpe", "unigram") and self.data.vocab_size > self.model.vocab_size:
+        learned = self.data.tokenizer in ("bpe", "unigram")
+        if learned and self.data.vocab_size > self.model.vocab_size:
             raise ValueError(
                 f"model.vocab_size={self.model.vocab_size} is below data.vocab_size="
                 f"{self.data.vocab_size}, the tokens to be learned: raise model.vocab_size"

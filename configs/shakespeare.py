@@ -8,8 +8,8 @@ split into training and validation, so for now what runs to the end is the text 
 
     batiste train --config=configs/shakespeare.py:input.txt --workdir=runs/shakespeare
 
-The model of nanoGPT's train_shakespeare_char.py (10.9 M parameters with this vocabulary), in batches
-of 16,384 tokens. Not yet run; nanoGPT reports a validation loss of 1.47 nats per character.
+The model of nanoGPT's train_shakespeare_char.py (10.9 M parameters with this vocabulary), in
+batches of 16,384 tokens. Not yet run; nanoGPT reports a validation loss of 1.47 nats per character.
 """
 
 from batiste.configs.experiment import Experiment

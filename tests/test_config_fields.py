@@ -1,4 +1,4 @@
-"""The dead-field test: change any field, and a shape, a sharding, a number or a file must change."""
+"""The dead-field test: change a field, and a shape, a sharding, a number or a file must change."""
 
 import random
 from collections.abc import Callable
