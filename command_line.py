@@ -7,6 +7,7 @@ import pathlib
 import re
 import sys
 import traceback
+import typing
 from collections.abc import Callable, Iterator, Sequence
 
 from absl import flags
@@ -153,6 +154,7 @@ def _print_perplexity(result) -> None:
 def _parse(define: Callable, argv: list[str]) -> flags.FlagValues:
     """Parses flags into values of their own, so that nothing is global and twice is fine."""
     argv = [argv[0], *(_find_config(argument) for argument in argv[1:])]
+    argv, absent = _split_none(argv)
     values = flags.FlagValues()
     flags.DEFINE_bool("help", False, "Show this help.", short_name="h", flag_values=values)
     define(values, argv)
@@ -163,14 +165,38 @@ def _parse(define: Callable, argv: list[str]) -> flags.FlagValues:
         near = difflib.get_close_matches(error.flagname, names, n=1)
         hint = f"; did you mean --{near[0]}?" if near else ""
         raise ValueError(f"unknown flag --{error.flagname}{hint} ({argv[0]} --help lists all)") from None
-    except (flags.Error, KeyError, AttributeError, TypeError, IOError) as error:
+    except (flags.Error, LookupError, AttributeError, TypeError, ValueError, OSError) as error:
         raise ValueError(_explain(error, argv)) from None
+    for name in absent:
+        _set_none(_experiment(values), name)
     if values.help:
         print(f"{argv[0]} flags:\n{values.get_help()}")
         sys.exit(0)
     if rest:
         raise ValueError(f"unexpected argument {rest[0]!r}: flags are written --name=value")
     return values
+
+
+def _split_none(argv: list[str]) -> tuple[list[str], list[str]]:
+    """Takes out --config.NAME=None, which config_flags reads as a number; returns those NAMEs."""
+    found = {argument: re.fullmatch(r"--?config\.([^=]+)=[Nn]one", argument) for argument in argv}
+    rest = [argument for argument in argv if not found[argument]]
+    return rest, [match[1] for match in found.values() if match]
+
+
+def _set_none(experiment, name: str) -> None:
+    """Makes a field absent; ValueError where there is no such field, or it cannot be absent."""
+    *path, last = re.findall(r"\w+", name)
+    owner = experiment
+    try:
+        for part in path:
+            owner = owner[int(part)] if part.isdigit() else getattr(owner, part)
+        optional = type(None) in typing.get_args(typing.get_type_hints(type(owner))[last])
+    except (AttributeError, LookupError, TypeError):
+        raise ValueError(_unknown_field(name)) from None
+    if not optional:
+        raise ValueError(f"--config.{name}=None: expected a value, this field cannot be absent")
+    setattr(owner, last, None)
 
 
 def _find_config(argument: str) -> str:
@@ -188,19 +214,33 @@ def _find_config(argument: str) -> str:
 
 
 def _explain(error: Exception, argv: list[str]) -> str:
-    """What is wrong with an override, with the nearest name that exists."""
+    """What is wrong with an override, with the nearest name that exists or the type expected."""
     from batiste.configs.experiment import Experiment, flatten
 
     text = " ".join(str(error).split())
     names = list(flatten(Experiment()))
     for argument in argv:
         match = re.match(r"--?(?:no)?config\.([^=]+)", argument)
-        if match and match[1] not in names:
-            near = difflib.get_close_matches(match[1], names, n=1, cutoff=0.5)
-            last = [name for name in names if name.rsplit(".")[-1] == match[1].rsplit(".")[-1]]
-            hint = f"; did you mean --config.{(last or near)[0]}?" if last or near else ""
-            return f"unknown field --config.{match[1]}{hint}"
-    return text
+        if not match:
+            continue
+        if re.sub(r"\[\d+\]", "[0]", match[1]) not in names:
+            return _unknown_field(match[1])
+        if isinstance(error, IndexError) and "[" in match[1]:
+            return f"unknown field --config.{match[1]}: the config has fewer sources than that"
+    wrong = re.match(r"flag --(config\.[^=]+=.*?): (invalid literal for int|could not convert|"
+                     r"\('Non-boolean)", text)
+    kinds = {"inv": "a whole number", "cou": "a number", "('N": "true or false"}
+    return f"--{wrong[1]}: expected {kinds[wrong[2][:3]]}" if wrong else text
+
+
+def _unknown_field(name: str) -> str:
+    from batiste.configs.experiment import Experiment, flatten
+
+    names = list(flatten(Experiment()))
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    last = [known for known in names if known.rsplit(".")[-1] == name.rsplit(".")[-1]]
+    hint = f"; did you mean --config.{(last or near)[0]}?" if last or near else ""
+    return f"unknown field --config.{name}{hint}"
 
 
 def _experiment(values: flags.FlagValues):
@@ -223,14 +263,15 @@ def _required(values: flags.FlagValues, name: str):
 def _one_line_errors() -> Iterator[None]:
     """Errors that batiste raised on purpose, and those of disks and files, end in one line.
 
-    On purpose: a ValueError whose innermost frame is batiste's own. Any other is a defect and
-    keeps its traceback.
+    On purpose: a ValueError that a `raise` of batiste's own raised. Any other is a defect and keeps
+    its traceback.
     """
     try:
         yield
     except ValueError as error:
         last = traceback.extract_tb(error.__traceback__)[-1]
-        if not pathlib.Path(last.filename).resolve().is_relative_to(ROOT):
+        inside = pathlib.Path(last.filename).resolve().is_relative_to(ROOT)
+        if not (inside and last.line.startswith("raise")):
             raise
         sys.exit(f"error: {error}")
     except OSError as error:

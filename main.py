@@ -1,11 +1,13 @@
 """The front door: takes an experiment apart and calls the rooms. The command line calls these."""
 
+import contextlib
 import dataclasses
 import functools
 import itertools
 import json
 import os
 import pathlib
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -25,6 +27,8 @@ from batiste.train import (
     check_same, fit, flops_per_token, make_program, make_train_step, mfu_formula_line,
     total_peak_flops, write_report,
 )
+from batiste.train.checkpoint import CHECKPOINT_FOLDER
+from batiste.train.config import CheckpointConfig
 
 CONFIG_FILE = "config.json"
 # These change where or how a step is computed and recorded, not what it computes.
@@ -82,8 +86,9 @@ class Setup:
         decoders = [tokenizer.stream() for _ in prompts]
         model = nnx.merge(self.program.graphdef, params)
         for tokens in generate_tokens(model, ids, tokenizer.bos_id, config):
+            # A model may have more tokens than the tokenizer (a padded vocabulary): no text.
             yield [
-                "" if token is None else decoder.push(token)
+                "" if token is None or token >= tokenizer.vocab_size else decoder.push(token)
                 for token, decoder in zip(tokens, decoders, strict=True)
             ]
         yield [decoder.finish() for decoder in decoders]
@@ -108,49 +113,25 @@ def train(experiment: Experiment, workdir: str | os.PathLike, resume: str = "aut
     "never" refuses to find one. Raises ValueError for a config that cannot run, or that differs
     from the checkpoint's.
     """
+    started = time.perf_counter()
     workdir = pathlib.Path(workdir)
     experiment.validate_on(len(jax.devices()))
-    ledger = Ledger(workdir)
-    checkpoints = Checkpoints(workdir, experiment.train.checkpoint)
-    start = checkpoints.latest_step
+    start, stored = _stored(workdir, experiment.train.checkpoint)
     check_mode(resume, start, str(workdir))
     flat = flatten(experiment)
-    meta = {"config": flat, "validation": []} if start is None else checkpoints.meta(start)
-    check_same(meta["config"], flat, FREE_TO_CHANGE)
+    if start is not None:
+        check_same(stored["config"], flat, FREE_TO_CHANGE)
     prepared = prepare(experiment, workdir)
     fingerprint = {"fingerprint of the data": prepared.fingerprint}
     if start is not None:
-        check_same(meta["data"], fingerprint, ())
-    meta |= {"config": flat, "data": fingerprint}
-    _save_config(experiment, workdir)
-    ledger.lap("prepare")
-
+        check_same(stored["data"], fingerprint, ())
     setup = _set_up(experiment, workdir, prepared, experiment.mesh)
-    if start is None:
-        state = setup.program.initialize()
-    else:
-        state = checkpoints.restore(start, setup.program.abstract_state)
-        print(f"continuing from step {start} of {workdir}", flush=True)
-    ledger.lap("initialize")
-    loader = Loader(prepared, "train", experiment.train.batch_size, experiment.data.seed)
-    batches = loader.iterate(start or 0)
-    progress, last_step = _progress(setup)
-    metrics = MetricsWriter(workdir, start or 0)
-    run = Run(
-        train_step=make_train_step(setup.program, experiment.train, setup.mesh),
-        batches=map(setup.place, batches),
-        evaluate=lambda state: setup.measure(
-            state.params, experiment.train.evaluation.max_batches
-        ).loss,
-        last_step=last_step,
-    )
-    try:
-        records = Records(checkpoints, metrics, progress, ledger, meta)
-        state, reason = fit(experiment.train, state, run, records)
-    finally:
-        batches.close()
-        metrics.close()
-        checkpoints.close()
+    _save_config(experiment, workdir)
+    ledger = Ledger(workdir)
+    ledger.write("phase", name="prepare", seconds=time.perf_counter() - started)
+    meta = {"validation": [], **stored, "config": flat, "data": fingerprint}
+    with contextlib.closing(Checkpoints(workdir, experiment.train.checkpoint)) as checkpoints:
+        state, reason = _fit(setup, checkpoints, ledger, meta, start)
     step = int(state.step)
     finished = not reason.startswith("SIG")
     return Result(reason, step, _finish(setup, state.params, ledger, step) if finished else None)
@@ -189,6 +170,46 @@ def load_experiment(workdir: str | os.PathLike) -> Experiment:
     return from_dict(Experiment, json.loads(path.read_text()))
 
 
+def _stored(workdir: pathlib.Path, config: CheckpointConfig) -> tuple[int | None, dict[str, Any]]:
+    """The newest committed step, and what was saved beside its arrays; creates nothing."""
+    if not (workdir / CHECKPOINT_FOLDER).is_dir():
+        return None, {}
+    with contextlib.closing(Checkpoints(workdir, config)) as checkpoints:
+        step = checkpoints.latest_step
+        return step, {} if step is None else checkpoints.meta(step)
+
+
+def _fit(
+    setup: Setup, checkpoints: Checkpoints, ledger: Ledger, meta: dict[str, Any], start: int | None
+) -> tuple[Any, str]:
+    """Trains from the checkpoint of step `start`, or from nothing; the state, and why it ended."""
+    experiment = setup.experiment
+    if start is None:
+        state = setup.program.initialize()
+    else:
+        state = checkpoints.restore(start, setup.program.abstract_state)
+        print(f"continuing from step {start} of {setup.workdir}", flush=True)
+    ledger.lap("initialize")
+    loader = Loader(setup.prepared, "train", experiment.train.batch_size, experiment.data.seed)
+    batches = loader.iterate(start or 0)
+    progress, last_step = _progress(setup)
+    metrics = MetricsWriter(setup.workdir, start or 0)
+    run = Run(
+        train_step=make_train_step(setup.program, experiment.train, setup.mesh),
+        batches=map(setup.place, batches),
+        evaluate=lambda state: setup.measure(
+            state.params, experiment.train.evaluation.max_batches
+        ).loss,
+        last_step=last_step,
+    )
+    try:
+        return fit(experiment.train, state, run,
+                   Records(checkpoints, metrics, progress, ledger, meta))
+    finally:
+        batches.close()
+        metrics.close()
+
+
 def _set_up(
     experiment: Experiment, workdir: pathlib.Path, prepared: Prepared, mesh_config: MeshConfig
 ) -> Setup:
@@ -201,16 +222,13 @@ def _load(workdir: str | os.PathLike) -> tuple[Setup, Any]:
     """Setup and parameters of the newest checkpoint, replicated over the devices that are here."""
     workdir = pathlib.Path(workdir)
     experiment = load_experiment(workdir)
-    checkpoints = Checkpoints(workdir, experiment.train.checkpoint)
-    step = checkpoints.latest_step
+    step, stored = _stored(workdir, experiment.train.checkpoint)
     check_mode("must", step, str(workdir))
-    meta = checkpoints.meta(step)
-    fingerprint = meta["data"]["fingerprint of the data"]
+    fingerprint = stored["data"]["fingerprint of the data"]
     prepared = load_prepared(pathlib.Path(workdir, "data", fingerprint[:12]))
     setup = _set_up(experiment, workdir, prepared, MeshConfig())
-    params = checkpoints.restore_params(step, setup.program.abstract_state.params)
-    checkpoints.close()
-    return setup, params
+    with contextlib.closing(Checkpoints(workdir, experiment.train.checkpoint)) as checkpoints:
+        return setup, checkpoints.restore_params(step, setup.program.abstract_state.params)
 
 
 def _save_config(experiment: Experiment, workdir: pathlib.Path) -> None:

@@ -31,6 +31,12 @@ class Experiment:
                 f"data.sequence_length={self.data.sequence_length} exceeds model.max_length="
                 f"{self.model.max_length}: raise model.max_length"
             )
+        learned = self.data.tokenizer in ("bpe", "unigram")
+        if learned and self.data.vocab_size > self.model.vocab_size:
+            raise ValueError(
+                f"model.vocab_size={self.model.vocab_size} is below data.vocab_size="
+                f"{self.data.vocab_size}, the tokens to be learned: raise model.vocab_size"
+            )
         for field in ("num_heads", "num_kv_heads", "mlp_dim", "vocab_size"):
             size = getattr(self.model, field)
             if size % self.mesh.tensor:

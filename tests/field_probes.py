@@ -1,0 +1,224 @@
+"""What a config does, seen from outside: probes that test_config_fields.py compares.
+
+A probe takes an Experiment (and the directory of the tiny corpus) and returns a tree of arrays,
+numbers and text. Eager evaluation stands in for compilation wherever a compiled result would be the
+same: it takes a tenth of the time.
+"""
+
+import dataclasses
+import json
+import pathlib
+import re
+import shutil
+import tempfile
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from batiste import main
+from batiste.configs.experiment import Experiment
+from batiste.data import Batch, Loader
+from batiste.evaluation import make_row_losses
+from batiste.models import Transformer
+from batiste.sharding import MeshConfig, make_mesh
+from batiste.train import TrainConfig, make_program, make_train_step
+from batiste.train.metrics import read_metrics
+
+TOKENS_BT = np.arange(16, dtype=np.int32).reshape(2, 8) % 7
+BATCH = Batch(TOKENS_BT, TOKENS_BT + 1, np.ones((2, 8), np.float32),
+              np.int32([[1] * 3 + [2] * 5] * 2), np.int32([[0, 1, 2, 0, 1, 2, 3, 4]] * 2))
+
+
+def change(experiment: Experiment, name: str, value) -> None:
+    """Sets the field of a dotted name."""
+    *path, last = re.findall(r"\w+", name)
+    for part in path:
+        experiment = experiment[int(part)] if part.isdigit() else getattr(experiment, part)
+    getattr(experiment, last)  # a field that does not exist is an error of the table
+    setattr(experiment, last, value)
+
+
+def shapes(experiment: Experiment, _):
+    """The shape of each parameter."""
+    model = nnx.eval_shape(lambda: Transformer(experiment.model, rngs=nnx.Rngs(0)))
+    return jax.tree.map(lambda leaf: leaf.shape, nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+
+
+def logits(experiment: Experiment, _):
+    """Logits of two packed rows with dropout, and the parameters at the start."""
+    with jax.disable_jit():
+        model = Transformer(experiment.model, rngs=nnx.Rngs(0))
+        logits_BTV = model(jnp.asarray(TOKENS_BT), jnp.asarray(BATCH.positions_BT),
+                           jnp.asarray(BATCH.segments_BT), jax.random.key(1))
+        return nnx.to_pure_dict(nnx.state(model, nnx.Param)), logits_BTV
+
+
+def _program(experiment: Experiment):
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    program = make_program(experiment.model, experiment.train, mesh, 0)
+    return program, mesh, make_train_step(program, experiment.train, mesh)
+
+
+def step_text(experiment: Experiment, _):
+    """The training step as it is handed to the compiler: for what changes only how it computes."""
+    program, mesh, step = _program(experiment)
+    with jax.set_mesh(mesh):
+        return step.jitted.lower(program.abstract_state, BATCH).as_text()
+
+
+def start(experiment: Experiment, _):
+    """The training state before the first step."""
+    with jax.disable_jit():
+        return _program(experiment)[0].initialize()
+
+
+def two_steps(experiment: Experiment, _):
+    """The training state after two real steps, and the metrics of the second."""
+    with jax.disable_jit():
+        program, _, step = _program(experiment)
+        batch = jax.tree.map(jnp.asarray, BATCH)
+        return step(step(program.initialize(), batch)[0], batch)
+
+
+def rates(experiment: Experiment, _):
+    """The learning rate of each step."""
+    schedule = _program(experiment)[0].schedule
+    return [float(schedule(step)) for step in range(experiment.train.num_steps)]
+
+
+def updates(experiment: Experiment, _):
+    """Two updates of the program's optimizer from gradients of norm well above one."""
+    program = _program(experiment)[0]
+    random = np.random.default_rng(0)
+    params, *gradients = (
+        jax.tree.map(lambda leaf: jnp.asarray(random.normal(size=leaf.shape), jnp.float32),
+                     program.abstract_state.params) for _ in range(3)
+    )
+    with jax.disable_jit():
+        state = program.optimizer.init(params)
+        first, state = program.optimizer.update(gradients[0], state, params)
+        return first, program.optimizer.update(gradients[1], state, params)[0]
+
+
+def layout(experiment: Experiment, _):
+    """The shardings on the 8 devices, or why there are none."""
+    try:
+        experiment.validate_on(8)
+    except ValueError as error:
+        return str(error)
+    program = make_program(
+        experiment.model, experiment.train, make_mesh(experiment.mesh), experiment.mesh.zero)
+    specs = jax.tree.map(lambda leaf: str(leaf.sharding.spec), program.abstract_state)
+    mesh = jax.tree.leaves(program.abstract_state)[0].sharding.mesh
+    return specs, tuple(mesh.shape.items())
+
+
+def records(experiment: Experiment, corpus: pathlib.Path):
+    """The tokens of the first training batches and of the validation split."""
+    with tempfile.TemporaryDirectory(dir=corpus) as workdir:
+        prepared = main.prepare(experiment, workdir)
+        training = Loader(prepared, "train", 8, experiment.data.seed)
+        held_out = Loader(prepared, "validation", 8, experiment.data.seed)
+        return [training.batch(step) for step in range(4)], list(held_out.epoch_batches())
+
+
+class _Captured(Exception):
+    """Carries what the loop was about to read."""
+
+
+def first_batch(experiment: Experiment, corpus: pathlib.Path):
+    """The first batch that the real `train` hands to the loop."""
+    def fit(config, state, run, records):
+        raise _Captured(next(run.batches))
+
+    def program(*arguments):
+        return make_program(*arguments)._replace(initialize=lambda: None)
+
+    replaced = {"fit": fit, "make_program": program, "total_peak_flops": _no_peak}
+    with tempfile.TemporaryDirectory(dir=corpus) as workdir, _replacing(replaced):
+        try:
+            main.train(experiment, workdir)
+        except _Captured as captured:
+            return captured.args[0]
+
+
+def run(experiment: Experiment, corpus: pathlib.Path):
+    """What the real `train` leaves: why and when it ended, checkpoints, metrics, samples."""
+    with tempfile.TemporaryDirectory(dir=corpus) as workdir, _replacing(SHARED):
+        workdir = pathlib.Path(workdir)
+        result = main.train(experiment, workdir)
+        metrics = [{name: value for name, value in record.items() if name != "tokens_per_second"}
+                   for record in read_metrics(workdir)]
+        saved = sorted(path.name for path in (workdir / "checkpoints").glob("[0-9]*"))
+        samples = re.search(r"^## Samples\n.*?(?=^## |\Z)", (workdir / "report.md").read_text(),
+                            re.S | re.M)[0]
+        kept = corpus / "run"
+        shutil.rmtree(kept, ignore_errors=True)
+        shutil.copytree(workdir, kept)
+        return result.reason, result.step, metrics, saved, samples
+
+
+def generated(experiment: Experiment, corpus: pathlib.Path):
+    """Text that a trained work directory generates when its config is this one."""
+    if not (corpus / "run").is_dir():
+        run(experiment, corpus)
+    with _replacing({"make_program": SHARED["make_program"]}):
+        (corpus / "run" / "config.json").write_text(json.dumps(dataclasses.asdict(experiment)))
+        return main.generate(corpus / "run", ["ab", "the"])
+
+
+def _no_peak(mesh, dtype):
+    return None, "not measured"
+
+
+_compiled: dict = {}
+
+
+def _shared_program(model, train: TrainConfig, mesh, zero):
+    """One program for all configs that differ only in what the loop reads; steps share likewise."""
+    blank = TrainConfig()
+    same = dataclasses.replace(train, num_steps=0, checkpoint=blank.checkpoint,
+                               evaluation=blank.evaluation, stop=blank.stop)
+    key = repr((model, same, mesh.shape, zero))
+    if key not in _compiled:
+        _compiled[key] = make_program(model, train, mesh, zero)
+    return _compiled[key]
+
+
+def _shared_step(program, config, mesh):
+    key = id(program), "step"
+    if key not in _compiled:
+        _compiled[key] = make_train_step(program, config, mesh)
+    return _compiled[key]
+
+
+def _shared_row_losses(graphdef, mesh, loss_chunk):
+    key = id(graphdef), "row losses"
+    if key not in _compiled:
+        _compiled[key] = make_row_losses(graphdef, mesh, loss_chunk)
+    return _compiled[key]
+
+
+SHARED = {
+    "make_program": _shared_program, "make_train_step": _shared_step,
+    "make_row_losses": _shared_row_losses, "total_peak_flops": _no_peak,
+    "generate_tokens": lambda model, ids, stop_id, config: iter(()),
+}
+
+
+class _replacing:
+    """Swaps names of main.py for the time of a probe: what is swapped is not what is probed."""
+
+    def __init__(self, replaced: dict):
+        self._replaced = replaced
+
+    def __enter__(self):
+        self._before = {name: getattr(main, name) for name in self._replaced}
+        for name, value in self._replaced.items():
+            setattr(main, name, value)
+
+    def __exit__(self, *_):
+        for name, value in self._before.items():
+            setattr(main, name, value)
