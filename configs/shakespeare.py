@@ -2,9 +2,8 @@
 
     batiste train --config=configs/shakespeare.py --workdir=runs/shakespeare
 
-Data: the TFDS data set tiny_shakespeare (1.1 MB), downloaded by name, which needs the network, and
-TensorFlow once, to prepare it. TFDS keeps the text as one document, and one document cannot be
-split into training and validation, so for now what runs to the end is the text as a file, by path:
+Data: the TFDS data set tiny_shakespeare (1.1 MB), downloaded by name: TFDS needs the network, and
+TensorFlow once to prepare it. The same text as a file needs neither:
 
     batiste train --config=configs/shakespeare.py:input.txt --workdir=runs/shakespeare
 

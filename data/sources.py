@@ -100,7 +100,7 @@ class LocalFiles:
                 yield line, text, problem
 
     def _texts(self, stream: BinaryIO) -> Iterator[tuple[int, str, str | None]]:
-        for line, content in _cut(stream, self._large_bytes):
+        for line, content in cut(stream, self._large_bytes):
             try:
                 yield line, content.decode(), None
             except UnicodeDecodeError as error:
@@ -112,8 +112,8 @@ def _is_jsonl(path: pathlib.Path) -> bool:
     return ".jsonl" in path.suffixes[-2:]
 
 
-def _cut(stream: BinaryIO, large_bytes: int) -> Iterator[tuple[int, bytes]]:
-    """Yields (first line, content) of each document of a plain-text file."""
+def cut(stream: BinaryIO, large_bytes: int) -> Iterator[tuple[int, bytes]]:
+    """Yields (first line, content) of each document of a plain text, cut up if it is large."""
     pieces, size, line = [], 0, 1
     while lines := stream.readlines(DOCUMENT_BYTES):
         content = b"".join(lines)

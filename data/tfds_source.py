@@ -2,6 +2,7 @@
 
 import difflib
 import hashlib
+import io
 import pathlib
 import re
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from batiste.data.quarantine import Quarantine
+from batiste.data.sources import LARGE_FILE_BYTES, cut
 
 READ_AT_ONCE = 256  # examples
 
@@ -63,15 +65,17 @@ class TfdsSource:
         for start in range(0, len(examples), READ_AT_ONCE):
             rows = range(start, min(start + READ_AT_ONCE, len(examples)))
             for row, example in zip(rows, examples.__getitems__(list(rows))):
-                try:
-                    text = example[self._text_field].decode()
-                except UnicodeDecodeError as error:
+                # A whole corpus in one example (tiny_shakespeare) is cut up as a large file is.
+                for _, piece in cut(io.BytesIO(example[self._text_field]), LARGE_FILE_BYTES):
+                    try:
+                        text = piece.decode()
+                    except UnicodeDecodeError as error:
+                        if quarantine:
+                            quarantine.add(self.name, row + 1, f"not UTF-8: {error.reason}")
+                        continue
                     if quarantine:
-                        quarantine.add(self.name, row + 1, f"not UTF-8: {error.reason}")
-                    continue
-                if quarantine:
-                    quarantine.accept()
-                yield text
+                        quarantine.accept()
+                    yield text
 
 
 def _from_directory(source: str, directory: str) -> tfds.core.DatasetBuilder:

@@ -75,6 +75,23 @@ def test_a_name_is_prepared_by_tfds_and_then_read(tmp_path, monkeypatch):
     assert (tmp_path / "registered_texts" / "1.2.0" / "dataset_info.json").exists()
 
 
+def test_a_corpus_in_one_example_is_cut_so_that_some_can_be_held_out(tmp_path):
+    text = "".join(f"{n} bottles of beer on the wall\n" for n in range(20_000))
+
+    class OneText(SmallTexts, skip_registration=True):
+        def _split_generators(self, dl_manager):
+            return {"train": self._generate_examples([text])}
+
+    builder = OneText(data_dir=tmp_path / "tfds", file_format="array_record")
+    builder.download_and_prepare()
+    source = open_source(SourceConfig(f"tfds:{builder.data_dir}"))
+    documents = list(source.documents(None))
+    assert "".join(documents) == text and len(documents) > 20
+    prepared = prepare(config_for(builder.data_dir), tmp_path / "data")
+    assert prepared.num_bytes("train") + prepared.num_bytes("validation") == len(text)
+    assert prepared.num_bytes("validation") > 0
+
+
 def test_our_records_are_a_tfds_data_set(directory, tmp_path):
     prepared = prepare(config_for(directory), tmp_path)
     ours = tfds.builder_from_directory(prepared.directory / "token_records" / "1.0.0")

@@ -1,0 +1,84 @@
+"""What the README and the notebook show is executed, each as a newcomer would."""
+
+import os
+import pathlib
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def environment() -> dict[str, str]:
+    """A shell of its own: the real CPU, not the eight fake devices of the other tests."""
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    return environment | {"JAX_COMPILATION_CACHE_DIR": str(ROOT / ".jax_cache")}
+
+
+def run(command: list[str], folder: pathlib.Path, environment: dict[str, str]) -> str:
+    """What a command prints; it must succeed."""
+    done = subprocess.run(
+        command, cwd=folder, env=environment, text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT)
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def ten_lines(tmp_path_factory, environment) -> tuple[pathlib.Path, str]:
+    """A folder where the README's Python was run, and what it printed."""
+    folder = tmp_path_factory.mktemp("readme")
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    assert len([line for line in code.splitlines() if line.strip()]) <= 10
+    return folder, run([sys.executable, "-c", code], folder, environment)
+
+
+def test_the_ten_lines_of_the_readme_train_and_sample(ten_lines):
+    folder, output = ten_lines
+    assert "bits_per_byte" in output
+    assert (folder / "runs/ten_lines/report.md").exists()
+
+
+def test_the_commands_of_the_readme_run_on_its_own_work_directory(ten_lines, environment):
+    folder, _ = ten_lines
+    commands = re.findall(r"^batiste (evaluate|generate) (.*)$", README, re.M)
+    assert {verb for verb, _ in commands} == {"evaluate", "generate"}
+    for verb, flags in commands:
+        flags = flags.split("  #")[0].replace("runs/quickstart", "runs/ten_lines")
+        output = run([sys.executable, "-m", "batiste", verb, *shlex.split(flags)], folder, environment)
+        assert output.strip()
+
+
+def test_the_tree_of_the_readme_is_the_tree():
+    (tree,) = re.findall(r"```text\n(configs/quickstart\.py.*?)```", README, re.S)
+    files = re.findall(r"^(\S+\.py)", tree, re.M)
+    assert len(files) > 25
+    for name in files:
+        assert (ROOT / name).exists(), name
+    rooms = {"configs", "models", "train", "sharding", "data", "inference", "evaluation",
+             "pallas_kernels"}
+    shown = {name for name in files if "/" in name}
+    there = {str(path.relative_to(ROOT)) for room in rooms for path in (ROOT / room).glob("*.py")
+             if path.name != "__init__.py"}
+    assert shown == there
+
+
+def test_relative_links_of_the_documents_lead_somewhere():
+    for document in (ROOT / "README.md", *ROOT.glob("*/*.md")):
+        for target in re.findall(r"\]\(([^)#]+)", document.read_text()):
+            if "://" not in target:
+                assert (document.parent / target).exists(), (document, target)
+
+
+def test_the_notebook_runs_from_top_to_bottom(tmp_path, environment):
+    shutil.copy(ROOT / "notebooks" / "quickstart.ipynb", tmp_path)
+    code = "from nbclient.cli import main; main()"
+    environment = environment | {"JUPYTER_PLATFORM_DIRS": "1"}
+    run([sys.executable, "-c", code, "quickstart.ipynb", "--timeout=900"], tmp_path, environment)
+    assert (tmp_path / "runs/notebook/report.md").exists()
