@@ -4,12 +4,10 @@ import os
 import pathlib
 import subprocess
 import sys
-import types
 
 import pytest
 
 from batiste import command_line, main
-from batiste.data import load_tokenizer
 
 CONFIG = "--config=configs/quickstart.py"
 ROOT = pathlib.Path(__file__).parents[1]
@@ -193,14 +191,3 @@ def test_what_is_not_the_persons_mistake_keeps_its_traceback(monkeypatch, tmp_pa
     monkeypatch.setattr(main, "load_experiment", lambda workdir: int("a defect"))
     with pytest.raises(ValueError, match="invalid literal"):
         command_line.run(["batiste", "train", f"--workdir={tmp_path}"])
-
-
-def test_a_token_beyond_the_tokenizer_is_no_text(monkeypatch):
-    tokenizer = load_tokenizer("bytes")
-    setup = types.SimpleNamespace(
-        prepared=types.SimpleNamespace(tokenizer=tokenizer),
-        program=types.SimpleNamespace(graphdef=None))
-    drawn = [[tokenizer.encode("a")[0]], [tokenizer.vocab_size], tokenizer.encode("b")]
-    monkeypatch.setattr(main, "generate_tokens", lambda *_: iter(drawn))
-    monkeypatch.setattr(main.nnx, "merge", lambda *_: None)
-    assert "".join(piece[0] for piece in main.Setup.stream(setup, None, ["x"], None)) == "ab"

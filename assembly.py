@@ -1,0 +1,135 @@
+"""Where the rooms meet: an experiment, its data and its program on a mesh, ready to be used."""
+
+import dataclasses
+import functools
+import itertools
+import pathlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+from flax import nnx
+
+from batiste.configs.experiment import Experiment, flatten
+from batiste.data import Batch, Loader, Prepared
+from batiste.evaluation import Perplexity, make_row_losses, perplexity
+from batiste.inference import SamplingConfig, generate
+from batiste.sharding import MeshConfig, make_mesh, place
+from batiste.train import (
+    Ledger, Program, Progress, ReportFacts, flops_per_token, make_program, mfu_formula_line,
+    total_peak_flops, write_report,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Assembly:
+    """An experiment, its work directory, its data, and its program on a mesh."""
+
+    experiment: Experiment
+    workdir: pathlib.Path
+    prepared: Prepared
+    mesh: jax.sharding.Mesh
+    program: Program
+
+    def place(self, batch: Batch) -> Batch:
+        """The batch on the mesh, split by rows."""
+        return place(self.mesh, batch, Batch(*("BT",) * len(batch)))
+
+    @functools.cached_property
+    def row_losses(self) -> Callable[[Any, Batch], jax.Array]:
+        """Compiled once, whoever measures."""
+        loss_chunk = self.experiment.train.objective.loss_chunk
+        return make_row_losses(self.program.graphdef, self.mesh, loss_chunk)
+
+    def measure(self, params: Any, max_batches: int | None = None) -> Perplexity:
+        """The perplexity of the validation split, or of its first batches."""
+        batch_size = -(-self.experiment.train.batch_size // self.mesh.size) * self.mesh.size
+        loader = Loader(self.prepared, "validation", batch_size, self.experiment.data.seed)
+        return perplexity(
+            functools.partial(self.row_losses, params),
+            itertools.islice(loader.epoch_batches(), max_batches),
+            self.place,
+            self.prepared.tokenizer.byte_lengths_V,
+        )
+
+    def stream(
+        self, params: Any, prompts: Sequence[str], config: SamplingConfig
+    ) -> Iterator[list[str]]:
+        """Continues each prompt; yields the text that each step adds to each."""
+        tokenizer = self.prepared.tokenizer
+        ids = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts]
+        decoders = [tokenizer.stream() for _ in prompts]
+        model = nnx.merge(self.program.graphdef, params)
+        for tokens in generate(model, ids, tokenizer.bos_id, config):
+            # A model may have more tokens than the tokenizer (a padded vocabulary): no text.
+            yield [
+                "" if token is None or token >= tokenizer.vocab_size else decoder.push(token)
+                for token, decoder in zip(tokens, decoders, strict=True)
+            ]
+        yield [decoder.finish() for decoder in decoders]
+
+    def write(
+        self,
+        params: Any,
+        prompts: Sequence[str],
+        config: SamplingConfig,
+        on_text: Callable[[list[str]], None] | None = None,
+    ) -> list[str]:
+        """The continuation of each prompt, whole; `on_text` is called with each step's pieces."""
+        texts = [""] * len(prompts)
+        for pieces in self.stream(params, prompts, config):
+            if on_text is not None:
+                on_text(pieces)
+            texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
+        return texts
+
+    def progress(self) -> tuple[Progress, int]:
+        """The terminal line, and the step at which the run ends by its steps or its FLOP budget."""
+        experiment, program = self.experiment, self.program
+        tokens_per_step = experiment.train.batch_size * experiment.data.sequence_length
+        flops = flops_per_token(
+            experiment.model, program.abstract_state.params, program.letters,
+            experiment.data.sequence_length,
+        )
+        peak, source = total_peak_flops(self.mesh, experiment.model.dtype)
+        print(f"{mfu_formula_line(flops, peak)} ({source})", flush=True)
+        last_step, budget = experiment.train.num_steps, experiment.train.stop.flops
+        if budget is not None:
+            last_step = min(last_step, max(1, int(budget // (flops * tokens_per_step))))
+        progress = Progress(
+            last_step, tokens_per_step=tokens_per_step, flops_per_token=flops, peak_flops=peak
+        )
+        return progress, last_step
+
+    def finish(self, params: Any, ledger: Ledger, step: int) -> Perplexity:
+        """Evaluates on the whole validation split, samples, and writes the report."""
+        experiment, manifest = self.experiment, self.prepared.manifest
+        result = self.measure(params)
+        ledger.lap("evaluate")
+        prompts = experiment.sample.prompts
+        texts = self.write(params, prompts, experiment.sample)
+        ledger.lap("sample")
+        facts = ReportFacts(
+            name=self.workdir.name,
+            parameters=sum(leaf.size for leaf in jax.tree.leaves(params)),
+            tokens=step * experiment.train.batch_size * experiment.data.sequence_length,
+            device=f"{self.mesh.size} x {jax.devices()[0].device_kind}",
+            config=flatten(experiment),
+            seconds_by_phase=ledger.seconds_by_phase(),
+            samples=list(zip(prompts, texts, strict=True)),
+            bits_per_byte=result.bits_per_byte,
+            standard_error=result.standard_error,
+            xz_concatenated=manifest["validation"].get("xz_bits_per_byte"),
+            xz_per_document=manifest["validation"].get("xz_bits_per_byte_per_document"),
+        )
+        write_report(self.workdir, facts)
+        return result
+
+
+def assemble(
+    experiment: Experiment, workdir: pathlib.Path, prepared: Prepared, mesh_config: MeshConfig
+) -> "Assembly":
+    """Lays the experiment's program out on a mesh of all devices; allocates nothing."""
+    mesh = make_mesh(mesh_config)
+    program = make_program(experiment.model, experiment.train, mesh, mesh_config.zero)
+    return Assembly(experiment, workdir, prepared, mesh, program)
