@@ -268,10 +268,14 @@ def _one_line_errors() -> Iterator[None]:
     """
     try:
         yield
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues", file=sys.stderr)
+        sys.exit(EXIT_CODES["SIGINT"])
     except ValueError as error:
         last = traceback.extract_tb(error.__traceback__)[-1]
-        inside = pathlib.Path(last.filename).resolve().is_relative_to(ROOT)
-        if not (inside and last.line.startswith("raise")):
+        # A room is one folder deep; what lies deeper is a virtual environment in the clone.
+        rooms = pathlib.Path(last.filename).resolve().parents[:2]
+        if not (ROOT in rooms and last.line.startswith("raise")):
             raise
         sys.exit(f"error: {error}")
     except OSError as error:
