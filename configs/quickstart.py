@@ -2,7 +2,9 @@
 
     batiste train --config=configs/quickstart.py --workdir=runs/quickstart
 
-Data: the standard library of the running interpreter. On 2 cores: about 5 minutes.
+Data: the standard library of the running interpreter. On 2 cores with bf16 instructions, 222 s of
+training, about 4 min 20 s in all, 1.320 bits per byte of held-out text (validation loss 3.39 on
+the part that is evaluated during training); `xz -9e` needs 1.561. Without them: the same, slower.
 """
 
 from batiste.configs.experiment import Experiment
@@ -10,16 +12,34 @@ from batiste.data import DataConfig
 from batiste.inference import SamplingConfig
 from batiste.models import TransformerConfig
 from batiste.train import TrainConfig
+from batiste.train.config import CheckpointConfig, EvaluationConfig
+from batiste.train.optimizer import OptimizerConfig
+from batiste.train.schedule import ScheduleConfig
 
 
 def get_config(arg: str | None = None) -> Experiment:
-    """The quickstart."""
+    """Small and narrow: at this budget many cheap steps teach more than a wide model does."""
     del arg
-    experiment = Experiment(
-        model=TransformerConfig(num_layers=4, model_dim=256, num_heads=4, num_kv_heads=4,
-                                head_dim=64, mlp_dim=768, scan_unroll=4),
+    return Experiment(
+        model=TransformerConfig(
+            num_layers=4, model_dim=128, num_heads=2, num_kv_heads=2, head_dim=64, mlp_dim=512,
+            activation="relu2", qk_norm=True, tied_embeddings=False, init_stddev=0.02,
+            dtype="bfloat16", scan_unroll=4,
+        ),
         data=DataConfig(),
-        train=TrainConfig(num_steps=400),
-        sample=SamplingConfig(prompts=("def ", "import ", "class ")),
+        train=TrainConfig(
+            num_steps=1100,
+            batch_size=8,
+            optimizer=OptimizerConfig(
+                kind="muon", weight_decay=0.05, embedding_multiplier=10.0, head_multiplier=0.6,
+            ),
+            schedule=ScheduleConfig(
+                kind="linear", learning_rate=0.012, warmup_steps=100, final_fraction=0.02,
+            ),
+            checkpoint=CheckpointConfig(every=80),
+            evaluation=EvaluationConfig(every=160, max_batches=8),
+        ),
+        sample=SamplingConfig(
+            temperature=0.6, prompts=("    def close(self):\n", "    for line in", "import os\n"),
+        ),
     )
-    return experiment
