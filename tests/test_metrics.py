@@ -249,3 +249,15 @@ def test_smoothing_follows_a_line_to_both_ends_and_damps_noise():
     losses[40:42] = math.nan, math.inf  # what was skipped breaks nothing after it
     np.testing.assert_allclose(smoothed(tuple(losses)), 4.0)
     np.testing.assert_array_equal(smoothed((math.nan, 1.0)), [math.nan, 1.0])
+
+
+def test_a_note_stays_between_the_states_of_the_run():
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    for stream, erase in ((io.StringIO(), ""), (Terminal(), "\r\x1b[K")):
+        progress = Progress(
+            9, tokens_per_step=5, flops_per_token=1.0, peak_flops=None, stream=stream)
+        progress.note("validation loss 3.5")
+        assert stream.getvalue() == f"{erase}validation loss 3.5\n"

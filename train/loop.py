@@ -73,6 +73,7 @@ def fit(
             if evaluation_due:
                 loss = run.evaluate(state)
                 records.metrics.write(step, "validation", loss=loss)
+                records.progress.note(f"step {step:,}  validation loss {loss:.4f}")
                 records.meta["validation"].append([step, loss])
                 records.ledger.lap("evaluate")
                 if _out_of_patience(records.meta["validation"], config.stop.patience):

@@ -147,6 +147,12 @@ class Progress:
             self._last_line_at = now
         self._stream.flush()
 
+    def note(self, text: str) -> None:
+        """Writes a line that stays, between the states of the run."""
+        erase = "\r\x1b[K" if self._stream.isatty() else ""
+        self._stream.write(f"{erase}{text}\n")
+        self._stream.flush()
+
     def close(self) -> None:
         """Ends the line on a terminal, so that what is printed next starts on its own."""
         if self._stream.isatty() and self._recent:
