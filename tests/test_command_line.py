@@ -44,6 +44,9 @@ REFUSED = {
     "--wrkdir=x": ("--wrkdir", "--workdir?"),
     "num_layers=3": ("'num_layers=3'", "--name=value"),
 }
+# The messages name these, whatever the quickstart is tuned to.
+SIZES = ("--config.model.num_heads=4", "--config.model.num_kv_heads=4",
+         "--config.train.batch_size=16", "--config.train.num_steps=400")
 
 
 class Launched(Exception):
@@ -88,7 +91,7 @@ def launched(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("argument", REFUSED)
 def test_a_wrong_argument_is_one_line_that_names_it(argument, refusal):
-    line = refusal("train", CONFIG, "--workdir=runs/x", argument)
+    line = refusal("train", CONFIG, *SIZES, "--workdir=runs/x", argument)
     for part in REFUSED[argument]:
         assert part in line, line
 
