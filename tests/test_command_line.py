@@ -57,6 +57,7 @@ class Launched(Exception):
 def refusal(capsys, tmp_path, monkeypatch):
     """Runs a command line in an empty directory that must refuse it; returns its one line."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(main, "fit", lambda *_: pytest.fail("the command was not refused"))
 
     def run(*arguments: str) -> str:
         with pytest.raises(SystemExit) as exit:
