@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from batiste import main
+from batiste import assembly, main
 from batiste.configs.experiment import Experiment
 from batiste.data import Batch, Loader
 from batiste.evaluation import make_row_losses
@@ -136,7 +136,8 @@ def first_batch(experiment: Experiment, corpus: pathlib.Path):
     def program(*arguments):
         return make_program(*arguments)._replace(initialize=lambda: None)
 
-    replaced = {"fit": fit, "make_program": program, "total_peak_flops": _no_peak}
+    replaced = {(main, "fit"): fit, (assembly, "make_program"): program,
+                (assembly, "total_peak_flops"): _no_peak}
     with tempfile.TemporaryDirectory(dir=corpus) as workdir, _replacing(replaced):
         try:
             main.train(experiment, workdir)
@@ -164,7 +165,7 @@ def generated(experiment: Experiment, corpus: pathlib.Path):
     """Text that a trained work directory generates when its config is this one."""
     if not (corpus / "run").is_dir():
         run(experiment, corpus)
-    with _replacing({"make_program": SHARED["make_program"]}):
+    with _replacing({(assembly, "make_program"): _shared_program}):
         (corpus / "run" / "config.json").write_text(json.dumps(dataclasses.asdict(experiment)))
         return main.generate(corpus / "run", ["ab", "the"])
 
@@ -202,23 +203,23 @@ def _shared_row_losses(graphdef, mesh, loss_chunk):
 
 
 SHARED = {
-    "make_program": _shared_program, "make_train_step": _shared_step,
-    "make_row_losses": _shared_row_losses, "total_peak_flops": _no_peak,
-    "generate_tokens": lambda model, ids, stop_id, config: iter(()),
+    (assembly, "make_program"): _shared_program, (main, "make_train_step"): _shared_step,
+    (assembly, "make_row_losses"): _shared_row_losses, (assembly, "total_peak_flops"): _no_peak,
+    (assembly, "generate"): lambda model, ids, stop_id, config: iter(()),
 }
 
 
 class _replacing:
-    """Swaps names of main.py for the time of a probe: what is swapped is not what is probed."""
+    """Swaps names of a module for the time of a probe: what is swapped is not what is probed."""
 
     def __init__(self, replaced: dict):
         self._replaced = replaced
 
     def __enter__(self):
-        self._before = {name: getattr(main, name) for name in self._replaced}
-        for name, value in self._replaced.items():
-            setattr(main, name, value)
+        self._before = {place: getattr(*place) for place in self._replaced}
+        for place, value in self._replaced.items():
+            setattr(*place, value)
 
     def __exit__(self, *_):
-        for name, value in self._before.items():
-            setattr(main, name, value)
+        for place, value in self._before.items():
+            setattr(*place, value)

@@ -23,7 +23,7 @@ def write_run(workdir, steps_done, last_step, offset=0.0):
     writer = MetricsWriter(workdir, steps_done)
     for step in range(steps_done + 1, last_step + 1):
         writer.write(step, loss=10.0 - step + offset)
-    writer.write(last_step - 1, kind="validation", loss=9.5)
+    writer.write(last_step, kind="validation", loss=9.5)
     writer.close()
 
 
@@ -70,10 +70,10 @@ def test_resuming_replaces_the_steps_that_are_computed_again(tmp_path):
     write_run(tmp_path, 0, 8)
     write_run(tmp_path, 5, 9, offset=100.0)
     records = [r for r in read_metrics(tmp_path) if r["kind"] == "train"]
-    assert [r["step"] for r in records] == list(range(9))
+    assert [r["step"] for r in records] == list(range(1, 10))
     assert [r["loss"] > 100 for r in records] == [False] * 5 + [True] * 4
     validation = [r["step"] for r in read_metrics(tmp_path) if r["kind"] == "validation"]
-    assert validation == [8]  # that of step 7 belonged to the abandoned steps
+    assert validation == [9]  # that of step 8 belonged to the abandoned steps
     assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "tensorboard"]
 
 
@@ -82,9 +82,9 @@ def test_tensorboard_gets_the_values_and_hides_the_abandoned_steps(tmp_path):
     write_run(tmp_path, 2, 3)
     events = tensorboard_events(tmp_path)
     scalars = [(event.step, value.tag) for event in events for value in event.summary.value]
-    assert (3, "train/loss") in scalars and (2, "validation/loss") in scalars
+    assert (3, "train/loss") in scalars and (3, "validation/loss") in scalars
     starts = [event.step for event in events if event.HasField("session_log")]
-    assert starts == [0, 2]
+    assert starts == [1, 3]
 
 
 @pytest.mark.parametrize("torn", [b'{"step": 3, "kin', b'{"step": 3, "kind": "train"}', b"\xff"])
@@ -95,7 +95,7 @@ def test_a_torn_last_line_is_dropped(tmp_path, torn):
         file.write(torn)
     assert read_metrics(tmp_path) == whole
     write_run(tmp_path, 3, 4)
-    assert [r["step"] for r in read_metrics(tmp_path)] == [0, 1, 2, 2, 3, 3]
+    assert [r["step"] for r in read_metrics(tmp_path)] == [1, 2, 3, 3, 4, 4]
 
 
 @pytest.mark.parametrize("line", [b"{", b"[1]", b'{"step": 1}',
@@ -252,10 +252,6 @@ def test_smoothing_follows_a_line_to_both_ends_and_damps_noise():
 
 
 def test_a_note_stays_between_the_states_of_the_run():
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
-
     for stream, erase in ((io.StringIO(), ""), (Terminal(), "\r\x1b[K")):
         progress = Progress(
             9, tokens_per_step=5, flops_per_token=1.0, peak_flops=None, stream=stream)
