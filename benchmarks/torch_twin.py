@@ -23,7 +23,6 @@ class TwinShape:
 
 def build_twin(shape: TwinShape):
     """A pre-norm GELU decoder with learned positions, no biases and a tied head, in fp32."""
-    import torch
     from torch import nn
     from torch.nn import functional
 

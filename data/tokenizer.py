@@ -4,6 +4,7 @@ Every token stands for fixed bytes, so decoding is a table and a join: whatever 
 to show its pieces (U+2581 for a space) cannot leak into the text.
 """
 
+import abc
 import codecs
 import hashlib
 import os
@@ -19,7 +20,7 @@ SPACE = "\u2581"
 TAB = "\ue009"
 
 
-class Tokenizer:
+class Tokenizer(abc.ABC):
     """Encodes any text that UTF-8 can hold; `decode(encode(text)) == text`.
 
     name: "bytes", or "sentencepiece". hash: of everything that decides an encoding.
@@ -39,9 +40,9 @@ class Tokenizer:
         """Returns the tokens of `text`, without BOS."""
         return self.encode_batch([text])[0]
 
+    @abc.abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Returns the tokens of each text, using every core."""
-        raise NotImplementedError
 
     def decode(self, ids: Sequence[int]) -> str:
         """Returns the text of `ids`; bytes that are not UTF-8 become U+FFFD."""

@@ -1,6 +1,5 @@
 """Kill it at any moment; the same command continues, bit for bit. Refusals name what differs."""
 
-import json
 import os
 import pathlib
 import shutil

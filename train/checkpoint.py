@@ -6,7 +6,6 @@ The place for integrity manifests (hash on commit, verify on restore, fall back)
 import pathlib
 from typing import Any
 
-import jax
 import orbax.checkpoint as ocp
 
 from batiste.train.config import CheckpointConfig
