@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from batiste.models.config import TransformerConfig
@@ -64,7 +65,11 @@ class Attention(nnx.Module):
                 _write(cache.k_BSKH, k_BTKH, mask), _write(cache.v_BSKH, v_BTKH, mask)
             )
             k_BSKH, v_BSKH = cache
-        out_BTNH = reference_attention(
+        dropout_seeds_BN = None
+        if dropout_key is not None:
+            shape = (q_BTNH.shape[0], q_BTNH.shape[2])
+            dropout_seeds_BN = jax.random.bits(dropout_key, shape).astype(jnp.int32)
+        out_BTNH, _ = reference_attention(
             constrain(q_BTNH, "BTNH"),
             constrain(k_BSKH, "BSKH"),
             constrain(v_BSKH, "BSKH"),
@@ -74,7 +79,7 @@ class Attention(nnx.Module):
             sinks_N=None if self.sinks_N is None else self.sinks_N[...],
             alibi_slopes_N=alibi_slopes(q_BTNH.shape[2]) if self.alibi else None,
             dropout_rate=self.dropout_rate,
-            dropout_key=dropout_key,
+            dropout_seeds_BN=dropout_seeds_BN,
         )
         out_BTD = add_bias(project(out_BTNH, self.out_NHD[...], (0, 1)), self.out_bias_D)
         return out_BTD, cache

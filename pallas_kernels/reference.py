@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from batiste.pallas_kernels.dropout import kept
 from batiste.pallas_kernels.mask import AttentionMask
 
 
@@ -17,30 +18,44 @@ def reference_attention(
     sinks_N: jax.Array | None,
     alibi_slopes_N: jax.Array | None,
     dropout_rate: float,
-    dropout_key: jax.Array | None,
-) -> jax.Array:
-    """Scaled dot-product attention with grouped queries; returns out_BTNH in q's dtype.
+    dropout_seeds_BN: jax.Array | None,
+) -> tuple[jax.Array, jax.Array]:
+    """Scaled dot-product attention with grouped queries.
+
+    Returns out_BTNH in q's dtype and lse_BTN in fp32, the log of what the softmax divides by (the
+    sink included); a row that sees no key gives zeros and -inf.
 
     soft_cap: logits become soft_cap * tanh(logits / soft_cap) (Gemma 2, arXiv:2408.00118).
     sinks_N: a logit per head that takes probability and gives no value (arXiv:2309.17453).
-    alibi_slopes_N: subtracts slope * distance from the logits (arXiv:2108.12409).
-    dropout_key: None turns dropout off. Rows that see no key give zeros.
+    alibi_slopes_N: subtracts slope * distance from the logits (arXiv:2108.12409); constants.
+    dropout_seeds_BN: int32 (see `dropout.kept`); None turns dropout off.
     """
     B, T, N, H = q_BTNH.shape
     S, K = k_BSKH.shape[1:3]
-    logits_BKTGS = scale * _scores(q_BTNH.reshape(B, T, K, N // K, H), k_BSKH)
+    G = N // K
+    logits_BKTGS = scale * _scores(q_BTNH.reshape(B, T, K, G, H), k_BSKH)
     if soft_cap is not None:
         logits_BKTGS = soft_cap * jnp.tanh(logits_BKTGS / soft_cap)
     if alibi_slopes_N is not None:
         distance_BTS = jnp.abs(mask.distance_BTS(T, S)).astype(jnp.float32)
-        slopes_KG = alibi_slopes_N.reshape(K, N // K)
+        slopes_KG = jax.lax.stop_gradient(alibi_slopes_N).reshape(K, G)
         logits_BKTGS -= slopes_KG[None, :, None, :, None] * distance_BTS[:, None, :, None]
-    probabilities_BKTGS = _softmax(logits_BKTGS, mask.visible_BTS(T, S), sinks_N)
-    if dropout_key is not None:
-        keep = jax.random.bernoulli(dropout_key, 1 - dropout_rate, probabilities_BKTGS.shape)
-        probabilities_BKTGS = jnp.where(keep, probabilities_BKTGS / (1 - dropout_rate), 0)
+    visible_BTS = mask.visible_BTS(T, S)
+    if visible_BTS is not None:
+        logits_BKTGS = jnp.where(visible_BTS[:, None, :, None], logits_BKTGS, -jnp.inf)
+    sinks_KG = None if sinks_N is None else sinks_N.astype(jnp.float32).reshape(K, G)
+    probabilities_BKTGS, lse_BKTG = _softmax(logits_BKTGS, sinks_KG)
+    if dropout_seeds_BN is not None:
+        keep_BKTGS = kept(
+            dropout_seeds_BN.reshape(B, K, 1, G, 1),
+            mask.place_BT(T)[:, None, :, None, None],
+            jnp.arange(S, dtype=jnp.int32)[None, None, None, None],
+            dropout_rate,
+        )
+        probabilities_BKTGS = jnp.where(keep_BKTGS, probabilities_BKTGS / (1 - dropout_rate), 0)
     out_BTKGH = _mix(probabilities_BKTGS, v_BSKH)
-    return out_BTKGH.reshape(B, T, N, H).astype(q_BTNH.dtype)
+    lse_BTN = lse_BKTG.swapaxes(1, 2).reshape(B, T, N)
+    return out_BTKGH.reshape(B, T, N, H).astype(q_BTNH.dtype), lse_BTN
 
 
 # The two products below are each other's gradients. They multiply in the dtype of the small operand
@@ -86,21 +101,11 @@ _scores.defvjp(lambda q, k: (_scores(q, k), (q, k)), _scores_backward)
 _mix.defvjp(lambda p, v: (_mix(p, v), (p, v)), _mix_backward)
 
 
-def _softmax(
-    logits_BKTGS: jax.Array, visible_BTS: jax.Array | None, sinks_N: jax.Array | None
-) -> jax.Array:
-    """Softmax in fp32 over visible keys and the sink; all zeros where nothing is visible."""
-    if visible_BTS is not None:
-        logits_BKTGS = jnp.where(visible_BTS[:, None, :, None], logits_BKTGS, -jnp.inf)
-    sinks_KG = None
-    if sinks_N is not None:
-        K, _, G = logits_BKTGS.shape[1:4]
-        sinks_KG = sinks_N.astype(jnp.float32).reshape(K, G)
-    return _softmax_with_sink(logits_BKTGS, sinks_KG)
-
-
 @jax.custom_vjp
-def _softmax_with_sink(logits_BKTGS: jax.Array, sinks_KG: jax.Array | None) -> jax.Array:
+def _softmax(
+    logits_BKTGS: jax.Array, sinks_KG: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    """Softmax in fp32 over visible keys and the sink, and the log of its denominator."""
     return _softmax_forward(logits_BKTGS, sinks_KG)[0]
 
 
@@ -118,18 +123,21 @@ def _softmax_forward(logits_BKTGS, sinks_KG):
         total_BKTG1 = total_BKTG1 + sink_weight_BKTG1
         sink_share_BKTG1 = sink_weight_BKTG1 / total_BKTG1
     probabilities_BKTGS = weights_BKTGS / jnp.where(total_BKTG1 == 0, 1, total_BKTG1)
-    return probabilities_BKTGS, (probabilities_BKTGS, sink_share_BKTG1)
+    lse_BKTG = (peak_BKTG1 + jnp.log(total_BKTG1))[..., 0]
+    return (probabilities_BKTGS, lse_BKTG), (probabilities_BKTGS, sink_share_BKTG1)
 
 
-def _softmax_backward(saved, gradient_BKTGS):
+def _softmax_backward(saved, gradients):
     # Written out because XLA's CPU backend spent 29 % of a training step in one reduction of what
     # autodiff made of the division.
     probabilities_BKTGS, sink_share_BKTG1 = saved
+    gradient_BKTGS, gradient_lse_BKTG = gradients
     inner_BKTG1 = (probabilities_BKTGS * gradient_BKTGS).sum(axis=-1, keepdims=True)
+    inner_BKTG1 -= gradient_lse_BKTG[..., None]
     gradient_sinks_KG = None
     if sink_share_BKTG1 is not None:
         gradient_sinks_KG = -(sink_share_BKTG1 * inner_BKTG1).sum(axis=(0, 2, 4))
     return probabilities_BKTGS * (gradient_BKTGS - inner_BKTG1), gradient_sinks_KG
 
 
-_softmax_with_sink.defvjp(_softmax_forward, _softmax_backward)
+_softmax.defvjp(_softmax_forward, _softmax_backward)
