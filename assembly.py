@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 import pathlib
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from batiste.configs.experiment import Experiment, flatten
 from batiste.data import Batch, Loader, Prepared
 from batiste.evaluation import Perplexity, make_row_losses, perplexity
 from batiste.inference import SamplingConfig, generate
+from batiste.models import resolve_attention
 from batiste.sharding import MeshConfig, make_mesh, place
 from batiste.train import (
     Ledger, Program, Progress, ReportFacts, flops_per_token, make_program, mfu_formula_line,
@@ -131,5 +133,8 @@ def assemble(
 ) -> "Assembly":
     """Lays the experiment's program out on a mesh of all devices; allocates nothing."""
     mesh = make_mesh(mesh_config)
-    program = make_program(experiment.model, experiment.train, mesh, mesh_config.zero)
+    kind = mesh.devices.flat[0].device_kind
+    model, choice = resolve_attention(experiment.model, kind, mesh.shape)
+    print(choice, file=sys.stderr, flush=True)  # The output of `generate` is text alone.
+    program = make_program(model, experiment.train, mesh, mesh_config.zero)
     return Assembly(experiment, workdir, prepared, mesh, program)

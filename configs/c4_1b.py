@@ -30,7 +30,7 @@ def get_config(arg: str | None = None) -> Experiment:
         model=TransformerConfig(
             vocab_size=32_000, num_layers=22, model_dim=2048, num_heads=32, num_kv_heads=4,
             head_dim=64, mlp_dim=5632, max_length=2048, norm_epsilon=1e-5, tied_embeddings=False,
-            init_stddev=0.02, dtype="bfloat16", remat="full",
+            init_stddev=0.02, dtype="bfloat16", remat="full", attention="auto",
         ),
         data=DataConfig(
             sources=(SourceConfig(path="tfds:c4/en"),), validation_fraction=0.0005,

@@ -31,6 +31,7 @@ def get_config(arg: str | None = None) -> Experiment:
             vocab_size=50_257, num_layers=12, model_dim=768, num_heads=12, num_kv_heads=12,
             head_dim=64, mlp_dim=3072, max_length=1024, activation="gelu", norm="layer",
             norm_epsilon=1e-5, bias=True, positions="learned", init_stddev=0.02, dtype="bfloat16",
+            attention="auto",
         ),
         data=DataConfig(
             sources=(SourceConfig(path="tfds:c4/en"),), validation_fraction=0.0005,

@@ -33,6 +33,7 @@ def get_config(arg: str | None = None) -> Experiment:
             vocab_size=128_256, num_layers=32, model_dim=4096, num_heads=32, num_kv_heads=8,
             head_dim=128, mlp_dim=14_336, max_length=8192, norm_epsilon=1e-5, rope_base=500_000.0,
             tied_embeddings=False, init_stddev=0.02, dtype="bfloat16", remat="full",
+            attention="auto",
         ),
         data=DataConfig(
             sources=(SourceConfig(path="tfds:c4/en"),), validation_fraction=0.0005,

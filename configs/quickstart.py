@@ -24,7 +24,7 @@ def get_config(arg: str | None = None) -> Experiment:
         model=TransformerConfig(
             num_layers=4, model_dim=128, num_heads=2, num_kv_heads=2, head_dim=64, mlp_dim=512,
             activation="relu2", qk_norm=True, tied_embeddings=False, init_stddev=0.02,
-            dtype="bfloat16", scan_unroll=4,
+            dtype="bfloat16", scan_unroll=4, attention="auto",
         ),
         data=DataConfig(),
         train=TrainConfig(

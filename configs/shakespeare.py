@@ -29,7 +29,7 @@ def get_config(arg: str | None = None) -> Experiment:
         model=TransformerConfig(
             vocab_size=384, num_layers=6, model_dim=384, num_heads=6, num_kv_heads=6, head_dim=64,
             mlp_dim=1536, max_length=256, activation="gelu", norm="layer", positions="learned",
-            dropout=0.2, init_stddev=0.02,
+            dropout=0.2, init_stddev=0.02, attention="auto",
         ),
         data=DataConfig(
             sources=(SourceConfig(path=arg or "tfds:tiny_shakespeare"),), validation_fraction=0.1,

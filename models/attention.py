@@ -6,12 +6,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from batiste.models.attention_choice import attention
 from batiste.models.config import TransformerConfig
 from batiste.models.layers import Norm, add_bias, project, residual_gain
 from batiste.models.parameter import matrix, vector
 from batiste.models.positions import alibi_slopes, rotate
-from batiste.pallas_kernels import AttentionMask, reference_attention
+from batiste.pallas_kernels import AttentionMask
 from batiste.sharding import constrain
+
 
 class LayerCache(NamedTuple):
     """Keys and values that one layer has seen."""
@@ -29,6 +31,7 @@ class Attention(nnx.Module):
         self.soft_cap = config.attention_soft_cap
         self.alibi = config.positions == "alibi"
         self.dropout_rate = config.dropout
+        self.implementation = config.attention
         self.query_DNH = matrix(rngs, "DNH", sizes, inputs="D", stddev=stddev)
         self.key_DKH = matrix(rngs, "DKH", sizes, inputs="D", stddev=stddev)
         self.value_DKH = matrix(rngs, "DKH", sizes, inputs="D", stddev=stddev)
@@ -69,7 +72,8 @@ class Attention(nnx.Module):
         if dropout_key is not None:
             shape = (q_BTNH.shape[0], q_BTNH.shape[2])
             dropout_seeds_BN = jax.random.bits(dropout_key, shape).astype(jnp.int32)
-        out_BTNH, _ = reference_attention(
+        out_BTNH, _ = attention(
+            self.implementation,
             constrain(q_BTNH, "BTNH"),
             constrain(k_BSKH, "BSKH"),
             constrain(v_BSKH, "BSKH"),

@@ -4,6 +4,8 @@ import dataclasses
 import difflib
 from collections.abc import Sequence
 
+from batiste.pallas_kernels import certified
+
 ACTIVATIONS = ("relu", "relu2", "gelu", "swiglu", "geglu")
 NORMS = ("rms", "layer")
 NORM_PLACEMENTS = ("pre", "post", "sandwich")
@@ -12,6 +14,7 @@ ROPE_SCALINGS = ("linear", "llama3")
 LAYER_KINDS = ("global", "local")
 REMAT_POLICIES = ("none", "dots", "full")
 DTYPES = ("float32", "bfloat16", "float16")
+ATTENTIONS = ("auto", "reference", *certified.CHIPS)
 
 
 @dataclasses.dataclass
@@ -20,6 +23,7 @@ class TransformerConfig:
 
     Sizes are counts. `window` is in tokens and applies to the "local" layers of `layer_pattern`,
     which repeats over the depth. `dtype` is the compute dtype; parameters are stored in float32.
+    `attention` names the chip whose kernels to use; "auto" is settled by `resolve_attention`.
     """
 
     vocab_size: int = 4096
@@ -48,6 +52,7 @@ class TransformerConfig:
 
     layer_pattern: tuple[str, ...] = ("global",)
     window: int | None = None
+    attention: str = "reference"
     attention_soft_cap: float | None = None
     attention_sinks: bool = False
     logit_soft_cap: float | None = None
@@ -81,7 +86,7 @@ class TransformerConfig:
         for field, choices in (
             ("activation", ACTIVATIONS), ("norm", NORMS), ("norm_placement", NORM_PLACEMENTS),
             ("positions", POSITIONS), ("dtype", DTYPES),
-            ("remat", REMAT_POLICIES),
+            ("remat", REMAT_POLICIES), ("attention", ATTENTIONS),
         ):
             _check_choice(field, getattr(self, field), choices)
         if self.rope_scaling is not None:

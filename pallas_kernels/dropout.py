@@ -1,7 +1,7 @@
 """Which probabilities dropout keeps: a pure function of seed and place, the same in every kernel."""
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 
 
 def kept(seed: jax.Array, query: jax.Array, key: jax.Array, rate: float) -> jax.Array:
@@ -21,6 +21,6 @@ def _mix(bits: jax.Array) -> jax.Array:
     return bits ^ jax.lax.shift_right_logical(bits, 16)
 
 
-def _signed(bits: int) -> jax.Array:
+def _signed(bits: int) -> np.int32:
     """A 32-bit constant as int32, which is what vector units multiply."""
-    return jnp.int32(bits - 2**32 if bits >= 2**31 else bits)
+    return np.int32(bits - 2**32 if bits >= 2**31 else bits)

@@ -1,0 +1,114 @@
+"""Which attention a model uses: the reference or a chip's kernels, settled once and never silently."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+
+import jax
+
+from batiste.models.config import TransformerConfig
+from batiste.pallas_kernels import (
+    AttentionMask, certified, flash_attention, flash_decode, reference_attention,
+)
+from batiste.sharding import spec
+
+
+def resolve_attention(
+    config: TransformerConfig, device_kind: str, axis_sizes: Mapping[str, int]
+) -> tuple[TransformerConfig, str]:
+    """The config with "auto" settled for a device, and the line that says what was chosen and why.
+
+    axis_sizes: the mesh's. Raises ValueError where a kernel is asked for that is not certified for
+    this model, is another device's, or does not know the mesh.
+    """
+    chip = certified.chip_of(device_kind)
+    if config.attention == "reference":
+        return config, "attention: reference, as configured"
+    if config.attention != "auto":
+        _check(config, config.attention, axis_sizes)
+        if config.attention != chip:
+            own = "none" if chip is None else repr(chip)
+            raise ValueError(
+                f"model.attention={config.attention!r} is another device's kernel: {device_kind} has "
+                f"{own}; choose model.attention='auto' or 'reference'"
+            )
+        return config, f"attention: the kernels of {chip}, as configured"
+    if chip is None:
+        reason = f"no kernel is certified for {device_kind}"
+        return _replaced(config, "reference"), f"attention: reference ({reason})"
+    try:
+        _check(config, chip, axis_sizes)
+    except ValueError as error:
+        return _replaced(config, "reference"), f"attention: reference ({error})"
+    return _replaced(config, chip), f"attention: the kernels of {chip}"
+
+
+def attention(
+    implementation: str,
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    mask: AttentionMask,
+    **options,
+) -> tuple[jax.Array, jax.Array]:
+    """out_BTNH and lse_BTN by the chosen implementation; `options` as in `reference_attention`."""
+    if implementation == "reference":
+        return reference_attention(q_BTNH, k_BSKH, v_BSKH, mask, **options)
+    if implementation == "auto":
+        raise ValueError(
+            "model.attention='auto' must be settled before the model runs: use resolve_attention, or "
+            f"name one of reference, {', '.join(certified.CHIPS)}"
+        )
+    decodes = q_BTNH.shape[1] == 1 and mask.query_offset_B is not None
+    kernel = functools.partial(_decode if decodes else _flash, implementation, options)
+    names = ("sinks_N", "alibi_slopes_N", "dropout_seeds_BN")
+    arrays = {name: options.pop(name) for name in names}
+    return _on_each_device(kernel, (q_BTNH, k_BSKH, v_BSKH, mask, arrays))
+
+
+def _flash(chip, options, q_BTNH, k_BSKH, v_BSKH, mask, arrays):
+    return flash_attention(q_BTNH, k_BSKH, v_BSKH, mask, chip=chip, **options, **arrays)
+
+
+def _decode(chip, options, q_BTNH, k_BSKH, v_BSKH, mask, arrays):
+    """One new token a row, at the place that its offset says."""
+    out_BNH, lse_BN = flash_decode(
+        q_BTNH[:, 0], k_BSKH, v_BSKH, mask.query_offset_B + 1, window=mask.window, chip=chip,
+        scale=options["scale"], soft_cap=options["soft_cap"], sinks_N=arrays["sinks_N"],
+        alibi_slopes_N=arrays["alibi_slopes_N"],
+    )
+    return out_BNH[:, None], lse_BN[:, None]
+
+
+def _on_each_device(kernel, operands):
+    """Each device attends with its own rows and heads: XLA cannot split a kernel by itself."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return kernel(*operands)
+    mask, arrays = operands[3:]
+    mask_specs = dataclasses.replace(mask, **{
+        field.name: None if getattr(mask, field.name) is None else spec(field.name.split("_")[-1])
+        for field in dataclasses.fields(mask) if not field.metadata.get("static")
+    })
+    array_specs = {
+        name: None if array is None else spec(name.split("_")[-1]) for name, array in arrays.items()
+    }
+    # What B, T, N map to; keys are whole on every device, like S in the table.
+    in_specs = (spec("BTNH"), spec("BSKH"), spec("BSKH"), mask_specs, array_specs)
+    out_specs = (spec("BTNH"), spec("BTN"))
+    # The kernels' outputs do not carry which axes they vary over, so that is not checked.
+    call = jax.shard_map(kernel, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+    return call(*operands)
+
+
+def _check(config: TransformerConfig, chip: str, axis_sizes: Mapping[str, int]) -> None:
+    if axis_sizes.get("context", 1) > 1:
+        raise ValueError(f"attention={chip!r} does not know mesh.context > 1 yet")
+    for kind in config.layer_pattern:
+        window = ("window",) if kind == "local" else ()
+        for last in ("segments", "offset"):
+            mask = ("causal", *window, last)
+            certified.check(chip, mask, config.dtype, config.head_dim)
+
+
+def _replaced(config: TransformerConfig, attention: str) -> TransformerConfig:
+    return dataclasses.replace(config, attention=attention)
