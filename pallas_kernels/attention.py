@@ -68,4 +68,9 @@ _attend.defvjp(_forward, _backward)
 
 def _kernels(options: Options):
     """The module with `forward` and `backward` for the chip."""
-    return gpu_attention if options.chip in ("hopper", "ampere") else tpu_attention
+    # Imported here so that no chip needs what only the other one's compiler needs.
+    if options.chip in ("hopper", "ampere"):
+        from batiste.pallas_kernels import gpu_attention as kernels
+    else:
+        from batiste.pallas_kernels import tpu_attention as kernels
+    return kernels

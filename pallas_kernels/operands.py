@@ -8,13 +8,15 @@ from batiste.pallas_kernels.mask import AttentionMask
 
 
 class Options(NamedTuple):
-    """What is fixed when a kernel is built; `chip` chooses the kernel and its block sizes."""
+    """What is fixed when a kernel is built; `chip` chooses the kernel and, unless `blocks` does,
+    its block sizes."""
 
     scale: float
     soft_cap: float | None
     dropout_rate: float
     chip: str
     interpret: object
+    blocks: object = None
 
 
 class Operands(NamedTuple):
