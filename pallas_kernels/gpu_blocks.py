@@ -25,32 +25,38 @@ class Plan(NamedTuple):
 # What decides a row (D is the head dim, b the bytes of an element; shared memory of one thread block
 # is 227 KiB on H100 and H200, 163 KiB on A100; a thread has 255 registers):
 # - The side that a program keeps (queries forward and for dq, keys for dk and dv) is 128 where it
-#   fits: a 64 x D half feeds each warp group's tensor core, and what stays is read once.
+#   fits: what stays is read once, and each of Hopper's warp groups gets 64 rows, its unit.
+# - The walked side is as wide as registers allow. A Hopper product of the kept tile reads both
+#   factors from shared memory and is bound by that: 64 columns run at half the tensor core's rate,
+#   128 at two thirds. At D = 64 exponentials are the bound, so two small programs share a core.
 # - Shared memory: forward, queries * D * b + stages * 2 * keys * D * b; both backward kernels keep
-#   two tiles and stream two, 2 * kept * D * b + stages * 2 * streamed * D * b.
+#   two tiles and stream two, 2 * kept * D * b + stages * 2 * walked * D * b.
 # - Registers: accumulators (forward and dq kept * D, dk and dv twice that) and the tile of scores
-#   (twice backward) in fp32 over 32 * warps threads, below about 200 each.
-# - fp32 multiplies without tensor cores (they would round to tf32), so small tiles and few stages.
-# `python benchmarks/attention_gpu.py --tune` measures candidates and prints rows for this table; a
-# row may be added for any largest head dim, chip and element size.
+#   (twice backward) in fp32 over 32 * warps threads. All rows were compiled by Triton 3.9 and
+#   assembled for sm_90 and sm_80: nothing spills in bf16 and fp32 at D = 64, 128 but 24 bytes in dk
+#   and dv on Hopper and 32 forward on Ampere, and up to 264 bytes a thread do at D = 192 and 256.
+# - fp32 multiplies without tensor cores (they would round to tf32), so small tiles and no pipeline.
+# No row was timed yet. `python benchmarks/attention_gpu.py --tune` measures candidates and prints
+# rows for this table; a row may be added for any largest head dim, chip and element size.
+_FP32 = {
+    64: Plan(Blocks(64, 32, 4, 1), Blocks(32, 32, 4, 1), Blocks(32, 32, 4, 1)),
+    128: Plan(Blocks(32, 32, 4, 1), Blocks(32, 32, 8, 1), Blocks(32, 32, 8, 1)),
+    256: Plan(Blocks(32, 32, 8, 1), Blocks(32, 32, 8, 1), Blocks(16, 16, 4, 1)),
+}
 _TABLE = {
-    # chip, bytes, largest head dim: forward, dq, dk and dv
-    ("hopper", 2, 64): Plan(
-        Blocks(128, 128, 8, 3), Blocks(128, 64, 8, 3), Blocks(64, 128, 8, 3)),
-    ("hopper", 2, 128): Plan(
-        Blocks(128, 128, 8, 2), Blocks(128, 64, 8, 2), Blocks(64, 128, 8, 2)),
-    ("hopper", 2, 256): Plan(
-        Blocks(128, 64, 8, 2), Blocks(64, 64, 8, 2), Blocks(32, 64, 8, 2)),
-    ("ampere", 2, 64): Plan(
-        Blocks(128, 64, 4, 3), Blocks(128, 64, 8, 2), Blocks(64, 128, 8, 2)),
-    ("ampere", 2, 128): Plan(
-        Blocks(128, 64, 8, 2), Blocks(64, 64, 8, 2), Blocks(64, 64, 8, 2)),
-    ("ampere", 2, 256): Plan(
-        Blocks(64, 64, 8, 1), Blocks(64, 32, 8, 1), Blocks(32, 64, 8, 1)),
-    ("hopper", 4, 64): Plan(Blocks(64, 32, 4, 2), Blocks(32, 32, 4, 2), Blocks(32, 32, 4, 2)),
-    ("hopper", 4, 256): Plan(Blocks(32, 32, 4, 1), Blocks(32, 32, 4, 1), Blocks(32, 32, 4, 1)),
-    ("ampere", 4, 64): Plan(Blocks(64, 32, 4, 1), Blocks(32, 32, 4, 1), Blocks(32, 32, 4, 1)),
-    ("ampere", 4, 256): Plan(Blocks(32, 32, 4, 1), Blocks(32, 16, 4, 1), Blocks(16, 32, 4, 1)),
+    # (chip, bytes): largest head dim: forward, dq, dk and dv
+    ("hopper", 2): {
+        64: Plan(Blocks(128, 64, 8, 3), Blocks(128, 128, 8, 2), Blocks(64, 128, 8, 3)),
+        128: Plan(Blocks(128, 128, 8, 2), Blocks(128, 64, 8, 3), Blocks(32, 128, 8, 2)),
+        256: Plan(Blocks(128, 64, 8, 2), Blocks(64, 64, 8, 2), Blocks(32, 64, 8, 2)),
+    },
+    ("ampere", 2): {
+        64: Plan(Blocks(128, 64, 4, 3), Blocks(128, 64, 8, 2), Blocks(64, 128, 8, 2)),
+        128: Plan(Blocks(128, 64, 8, 2), Blocks(64, 64, 8, 2), Blocks(64, 64, 8, 2)),
+        256: Plan(Blocks(64, 64, 8, 2), Blocks(64, 32, 8, 2), Blocks(32, 64, 8, 2)),
+    },
+    ("hopper", 4): _FP32,
+    ("ampere", 4): _FP32,
 }
 # The least that a tensor core's product takes.
 _SMALLEST = 16
@@ -74,7 +80,7 @@ def choose(options: Options, operands: Operands) -> Plan:
 
 
 def _row(chip: str, itemsize: int, head_dim: int) -> Plan:
-    rows = {h: plan for (c, b, h), plan in _TABLE.items() if (c, b) == (chip, itemsize)}
+    rows = _TABLE.get((chip, itemsize), {})
     fitting = [h for h in rows if h >= head_dim]
     if not fitting:
         raise ValueError(

@@ -118,12 +118,13 @@ def _kernel(inputs: Inputs, out_ref, lse_ref, *, setting: Setting) -> None:
     def step(masked, tile, carry):
         output, peak, total = carry
         k, v, tile = walked_keys(inputs, query, tile, setting, masked)
-        exponents, _ = gpu_tile.logits(gpu_tile.products(q, k), tile, row, setting, masked)
-        new_peak = jnp.maximum(peak, exponents.max(axis=1))
+        scores, factor, _ = gpu_tile.logits(
+            gpu_tile.products(q, k), tile, row, setting, masked)
+        new_peak = jnp.maximum(peak, scores.max(axis=1) * factor)
         # A row that has seen nothing yet: exp2(-inf - 0) is 0, exp2(-inf + inf) would be NaN.
         base = jnp.where(new_peak == -jnp.inf, 0.0, new_peak) if masked else new_peak
         shrink = jnp.exp2(peak - base)
-        weights = jnp.exp2(exponents - base[:, None])
+        weights = jnp.exp2(scores * factor - base[:, None])
         total = total * shrink + weights.sum(axis=1)
         if row.seed is not None:
             weights = jnp.where(gpu_tile.keep(tile, row, setting), weights, 0.0)

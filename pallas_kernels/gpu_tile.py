@@ -50,6 +50,7 @@ class Setting(NamedTuple):
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    itemsize: int
 
 
 class Row(NamedTuple):
@@ -79,7 +80,8 @@ def prepare(
     """A kernel's setting, and its inputs without those of the backward pass."""
     (B, T, N, H), (S, K) = operands.q_BTNH.shape, operands.k_BSKH.shape[1:3]
     mask = operands.mask
-    setting = Setting(options, blocks, mask.causal, mask.window, B, T, S, N, K, H)
+    setting = Setting(options, blocks, mask.causal, mask.window, B, T, S, N, K, H,
+                      operands.q_BTNH.dtype.itemsize)
     plan = schedule(mask, (T, S), blocks, by_keys)
     inputs = Inputs(
         operands.q_BTNH, operands.k_BSKH, operands.v_BSKH,
@@ -115,12 +117,16 @@ def schedule_spec(inputs: Inputs, where: object) -> Schedule:
     return Schedule(*map(spec, inputs.schedule))
 
 
-def pieces(head_dim: int) -> list[slice]:
+def pieces(setting: Setting) -> list[slice]:
     """The head dim cut into powers of two, which is all that Triton has: 80 is 64 and 16.
 
-    Padding 80 to 128 would multiply 60 % more and need a mask in every load.
+    Padding 80 to 128 would multiply 60 % more and need a mask in every load. In fp32 a piece is at
+    most 32: without tensor cores a product's operands lie in registers, and 256 of them spill.
     """
-    bits = [1 << i for i in reversed(range(head_dim.bit_length())) if head_dim >> i & 1]
+    H = setting.head_dim
+    bits = [1 << i for i in reversed(range(H.bit_length())) if H >> i & 1]
+    if setting.itemsize == 4:
+        bits = [min(size, 32) for size in bits for _ in range(max(1, size // 32))]
     return [pl.ds(sum(bits[:i]), size) for i, size in enumerate(bits)]
 
 
@@ -128,7 +134,7 @@ def load(ref: object, index: tuple, valid: jax.Array | None, setting: Setting) -
     """Rows of q, k, v or the gradient, a piece of the head dim each; zeros where not valid."""
     options = {} if valid is None else dict(mask=valid[:, None], other=0.0)
     return [
-        plgpu.load(ref.at[(*index, piece)], **options) for piece in pieces(setting.head_dim)
+        plgpu.load(ref.at[(*index, piece)], **options) for piece in pieces(setting)
     ]
 
 
@@ -197,25 +203,38 @@ def can_mask(inputs: Inputs, setting: Setting, by_keys: bool) -> bool:
     return some or length % block != 0
 
 
+class Logits(NamedTuple):
+    """Logits times log2(e) are `scores * factor`, -inf where hidden; `factor` is above 0.
+
+    Apart because the maximum can be taken before the factor, and then scaling and subtracting the
+    maximum are one instruction. tanh: the soft cap's, None without one.
+    """
+
+    scores: jax.Array
+    factor: float
+    tanh: jax.Array | None
+
+
 def logits(
     products: jax.Array, tile: Tile, row: Row, setting: Setting, masked: bool
-) -> tuple[jax.Array, jax.Array | None]:
-    """Logits times log2(e), -inf where hidden; and the soft cap's tanh, None without one."""
+) -> Logits:
+    """From products of queries and keys to logits: scale, soft cap, ALiBi, mask."""
     options, tanh = setting.options, None
-    if options.soft_cap is None:
-        result = products * (options.scale * LOG2_E)
-    else:
-        # tanh(x) = 1 - 2 / (1 + e^2x): one exponential, no branches, absolute error of an fp32 step.
+    scores, factor = products, options.scale * LOG2_E
+    if options.soft_cap is not None:
+        # tanh(x) = 1 - 2 / (1 + e^2x): one exponential, no branches, off by an fp32 step of 1.
         power = jnp.exp2(products * (2 * LOG2_E * options.scale / options.soft_cap))
         tanh = 1 - 2 / (1 + power)
-        result = tanh * (options.soft_cap * LOG2_E)
+        scores, factor = tanh, options.soft_cap * LOG2_E
+    if row.slope is not None or factor <= 0:
+        scores, factor = scores * factor, 1.0
     place = tile.query if row.offset is None else tile.query + row.offset
     if row.slope is not None:
-        result -= row.slope * jnp.abs(place - tile.key).astype(jnp.float32)
+        scores -= row.slope * jnp.abs(place - tile.key).astype(jnp.float32)
     visible = _visible(tile, place, row, setting) if masked else None
     if visible is not None:
-        result = jnp.where(visible, result, -jnp.inf)
-    return result, tanh
+        scores = jnp.where(visible, scores, -jnp.inf)
+    return Logits(scores, factor, tanh)
 
 
 def keep(tile: Tile, row: Row, setting: Setting) -> jax.Array:
@@ -233,8 +252,8 @@ def score_gradients(
     around: Tile, Row, the rows' log-sum-exp in base 2 and their delta.
     """
     tile, row, lse, delta = around
-    exponents, tanh = logits(scores, tile, row, setting, masked)
-    probabilities = dropped = jnp.exp2(exponents - lse)
+    scores, factor, tanh = logits(scores, tile, row, setting, masked)
+    probabilities = dropped = jnp.exp2(scores * factor - lse)
     if row.seed is not None:
         stays = keep(tile, row, setting)
         dropped = jnp.where(stays, probabilities, 0.0)
