@@ -35,7 +35,7 @@ def backward(
     gradients = gpu_backward.Gradients(
         g_BTNH, (lse_BTN * gpu_tile.LOG2_E).swapaxes(1, 2), delta_BTN.swapaxes(1, 2))
     g_q = gpu_backward.query_gradient(options, operands, gradients, plan.query_gradient)
-    g_k, g_v = gpu_backward.key_gradients(options, operands, gradients, plan.key_gradient)
+    g_k, g_v = gpu_backward.key_gradients(options, operands, gradients, plan.key_gradients)
     return g_q, g_k, g_v
 
 

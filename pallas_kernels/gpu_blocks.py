@@ -19,7 +19,7 @@ class Plan(NamedTuple):
 
     forward: Blocks
     query_gradient: Blocks
-    key_gradient: Blocks
+    key_gradients: Blocks
 
 
 # What decides a row (D is the head dim, b the bytes of an element; shared memory of one thread block
