@@ -2,11 +2,12 @@
 
     python benchmarks/attention_gpu.py [--tune] [--minutes=8]
 
-First values and gradients of a spread of masks, head dims and dtypes against the reference in fp32 on
-the device; then forward, and forward with backward, in bf16 with grouped queries, 16,384 tokens of
-2,048 features (queries) in all; medians of 30. Prints Markdown. Whatever does not run says why in
-its place. --tune times candidate block sizes instead and prints rows for pallas_kernels/gpu_blocks.py.
---rehearse runs all of it tiny and interpreted on a CPU: a test of this file, not a measurement.
+First values and gradients of a spread of masks, head dims and dtypes against the reference in fp32
+on the device; then forward, and forward with backward, in bf16 with grouped queries, 16,384 tokens
+of 2,048 features (queries) in all; medians of 30. Prints Markdown. Whatever does not run says why
+in its place. --tune times candidate block sizes instead and prints rows for
+pallas_kernels/gpu_blocks.py. --rehearse runs all of it tiny and interpreted on a CPU: a test of
+this file, not a measurement.
 """
 
 import datetime
@@ -151,12 +152,15 @@ def run_table(chip: str, deadline: float, rehearse: bool) -> None:
     })
     torch_backends = {"cuDNN (torch)": "cudnn", "flash (torch)": "flash"}
     print("\nTFLOP/s, bf16, four query heads to a key head:\n")
-    print(table_head([*attentions, *torch_backends]))
+    names = [*attentions, *torch_backends]
+    print(table_head(names))
     for case in cases:
         if time.monotonic() > deadline:
-            print(table_row(case, dict.fromkeys([*attentions, *torch_backends], "out of time")))
+            print(table_row(case, dict.fromkeys(names, "out of time")))
             continue
-        seconds = {name: measure(jax_builder(compiled[name, case], case.shapes())) for name in attentions}
+        seconds = {
+            name: measure(jax_builder(compiled[name, case], case.shapes())) for name in attentions
+        }
         for name, backend in torch_backends.items():
             seconds[name] = measure(lambda backend=backend: torch_call(backend, case))
         print(table_row(case, seconds), flush=True)

@@ -12,8 +12,8 @@ from batiste.pallas_kernels import AttentionMask, BlockSparsity, reference_atten
 from batiste.pallas_kernels.attention import flash_attention
 
 B, N, K = 2, 6, 2
-# Relative to a result's largest number. Inputs are rounded to the dtype for both sides; what is left
-# are roundings of probabilities, of their gradients and of the results.
+# Relative to a result's largest number. Inputs are rounded to the dtype for both sides; what is
+# left are roundings of probabilities, of their gradients and of the results.
 BOUNDS = {"float32": 2e-5, "float16": 4e-3, "bfloat16": 2e-2}
 
 
@@ -32,9 +32,11 @@ class Check(NamedTuple):
         for mine, theirs in zip(got, want):
             mine, theirs = np.asarray(mine, np.float32), np.asarray(theirs, np.float32)
             finite = np.isfinite(theirs)
-            right &= bool((mine[~finite] == theirs[~finite]).all() and np.isfinite(mine[finite]).all())
-            size = max(1.0, np.abs(theirs[finite]).max(initial=0))
-            worst = max(worst, float(np.abs(mine - theirs)[finite].max(initial=0)) / size)
+            right &= bool((mine[~finite] == theirs[~finite]).all())
+            mine, theirs = mine[finite], theirs[finite]
+            right &= bool(np.isfinite(mine).all())
+            size = max(1.0, np.abs(theirs).max(initial=0))
+            worst = max(worst, float(np.abs(mine - theirs).max(initial=0)) / size)
         return worst, right
 
 

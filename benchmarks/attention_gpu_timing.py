@@ -1,4 +1,4 @@
-"""Compiling in parallel and timing, for `attention_gpu.py`; what fails becomes a cell of a table."""
+"""Compiling in parallel and timing, for `attention_gpu.py`; what fails becomes a table's cell."""
 
 import concurrent.futures
 import math

@@ -42,7 +42,9 @@ def tuning_shapes(head_dim: int, rehearse: bool) -> list[jax.ShapeDtypeStruct]:
 
 def make_candidates(rehearse: bool) -> list[Candidate]:
     """Every kernel with every tile worth trying."""
-    sizes, warps, stages = ((16, 32), (4,), (2,)) if rehearse else ((32, 64, 128), (4, 8), (2, 3, 4))
+    sizes, warps, stages = (32, 64, 128), (4, 8), (2, 3, 4)
+    if rehearse:
+        sizes, warps, stages = (16, 32), (4,), (2,)
     return [
         Candidate(kernel, gpu_blocks.Blocks(*numbers))
         for kernel in gpu_blocks.Plan._fields

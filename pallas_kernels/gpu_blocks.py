@@ -22,8 +22,8 @@ class Plan(NamedTuple):
     key_gradients: Blocks
 
 
-# What decides a row (D is the head dim, b the bytes of an element; shared memory of one thread block
-# is 227 KiB on H100 and H200, 163 KiB on A100; a thread has 255 registers):
+# What decides a row (D is the head dim, b the bytes of an element; a thread block has 227 KiB of
+# shared memory on H100 and H200, 163 KiB on A100; a thread has 255 registers):
 # - The side that a program keeps (queries forward and for dq, keys for dk and dv) is 128 where it
 #   fits: what stays is read once, and each of Hopper's warp groups gets 64 rows, its unit.
 # - The walked side is as wide as registers allow. A Hopper product of the kept tile reads both
@@ -97,5 +97,5 @@ def _fit(size: int, length: int, sparsity: object) -> int:
     size = min(size, sparsity.block & -sparsity.block)
     if size < _SMALLEST:
         raise ValueError(
-            f"The GPU kernels need a sparsity block that {_SMALLEST} divides, got {sparsity.block}.")
+            f"The GPU kernels need a sparsity block that {_SMALLEST} divides, not {sparsity.block}.")
     return size

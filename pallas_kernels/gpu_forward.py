@@ -24,7 +24,7 @@ from batiste.pallas_kernels.operands import Operands, Options
 #     | (stays) |   +-------+-------+-------+-------+     output (queries, H)   sum of exp2 * v
 #     +---------+     unmasked first, masked then
 #
-# Grid: tiles of queries (the last first: under a causal mask they have the most to do), heads, rows.
+# Grid: tiles of queries (last first: under a causal mask they have the most to do), heads, rows.
 
 
 def forward(options: Options, operands: Operands, blocks: Blocks) -> tuple[jax.Array, jax.Array]:

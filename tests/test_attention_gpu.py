@@ -78,10 +78,10 @@ def random_arrays(head_dim=H, dtype="float32", lengths=(T, S)):
 
 def kernel(plan, chip="hopper", interpret=True):
     """The kernels with given tiles, to be called like the reference."""
-    def attention(q, k, v, mask, *, scale, soft_cap, dropout_rate, **arrays):
-        operands = Operands(q, k, v, mask, arrays["sinks_N"], arrays["alibi_slopes_N"],
-                            arrays["dropout_seeds_BN"])
-        return _attend(Options(scale, soft_cap, dropout_rate, chip, interpret, plan), operands)
+    def attention(q, k, v, mask, **options):
+        arrays = (options[x] for x in ("sinks_N", "alibi_slopes_N", "dropout_seeds_BN"))
+        numbers = (options[x] for x in ("scale", "soft_cap", "dropout_rate"))
+        return _attend(Options(*numbers, chip, interpret, plan), Operands(q, k, v, mask, *arrays))
     return attention
 
 
