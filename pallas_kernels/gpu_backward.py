@@ -45,7 +45,7 @@ def query_gradient(
 ) -> jax.Array:
     """Gradient of the queries, in their dtype."""
     setting, inputs = gpu_tile.prepare(options, operands, blocks, by_keys=False)
-    inputs = inputs._replace(**gradients._asdict())
+    inputs = inputs._replace(sinks_N=None, **gradients._asdict())
     B, T, N, H = operands.q_BTNH.shape
     num_tiles = pl.cdiv(T, blocks.queries)
     return pl.pallas_call(
@@ -62,14 +62,13 @@ def query_gradient(
 
 
 def _query_kernel(inputs: Inputs, g_q_ref, *, setting: Setting) -> None:
-    query, exists = kept_queries(setting)
-    row, rows = row_of(inputs), (slice(None),)
-    q, g = (gpu_tile.load(x, rows, exists, setting) for x in (inputs.q_BTNH, inputs.g_BTNH))
-    lse = gpu_tile.load_vector(inputs.lse_BNT, rows, exists, jnp.inf)[:, None]
-    delta = gpu_tile.load_vector(inputs.delta_BNT, rows, exists, 0.0)[:, None]
+    kept, row, rows = kept_queries(inputs, setting), row_of(inputs), (slice(None),)
+    q, g = (gpu_tile.load(x, rows, kept.exists, setting) for x in (inputs.q_BTNH, inputs.g_BTNH))
+    lse = gpu_tile.load_vector(inputs.lse_BNT, rows, kept.exists, jnp.inf)[:, None]
+    delta = gpu_tile.load_vector(inputs.delta_BNT, rows, kept.exists, 0.0)[:, None]
 
     def step(masked, tile, g_q):
-        k, v, tile = walked_keys(inputs, query, tile, setting, masked)
+        k, v, tile = walked_keys(inputs, kept, tile, setting, masked)
         _, g_scores = gpu_tile.score_gradients(
             gpu_tile.products(q, k), gpu_tile.products(g, v), (tile, row, lse, delta), setting,
             masked)
@@ -78,7 +77,7 @@ def _query_kernel(inputs: Inputs, g_q_ref, *, setting: Setting) -> None:
 
     g_q = tuple(jnp.zeros(x.shape, jnp.float32) for x in q)
     g_q = gpu_tile.walk(inputs, step, g_q, gpu_tile.can_mask(inputs, setting, by_keys=False))
-    gpu_tile.store(g_q_ref, [x * setting.options.scale for x in g_q], exists)
+    gpu_tile.store(g_q_ref, [x * setting.options.scale for x in g_q], kept.exists)
 
 
 def key_gradients(
@@ -86,7 +85,7 @@ def key_gradients(
 ) -> tuple[jax.Array, jax.Array]:
     """Gradients of the keys and the values, in their dtype, summed over each group of heads."""
     setting, inputs = gpu_tile.prepare(options, operands, blocks, by_keys=True)
-    inputs = inputs._replace(**gradients._asdict())
+    inputs = inputs._replace(sinks_N=None, **gradients._asdict())
     B, S, K, H = operands.k_BSKH.shape
     spec = pl.BlockSpec((None, blocks.keys, None, H), lambda j, k, b: (b, j, k, 0))
     shape = jax.ShapeDtypeStruct((B, S, K, H), operands.k_BSKH.dtype)
@@ -118,7 +117,7 @@ def _key_specs(inputs: Inputs, setting: Setting) -> Inputs:
         spec(inputs.offset_B, (None,), lambda j, k, b: (b,)),
         spec(inputs.query_segments_BT, (None, all_queries), lambda j, k, b: (b, 0)),
         spec(inputs.key_segments_BS, (None, keys), lambda j, k, b: (b, j)),
-        spec(inputs.sinks_N, (group,), lambda j, k, b: (k,)),
+        None,
         spec(inputs.slopes_N, (group,), lambda j, k, b: (k,)),
         spec(inputs.seeds_BN, (None, group), lambda j, k, b: (b, k)),
         rows,
@@ -128,11 +127,10 @@ def _key_specs(inputs: Inputs, setting: Setting) -> Inputs:
 
 
 def _key_kernel(inputs: Inputs, g_k_ref, g_v_ref, *, setting: Setting) -> None:
-    start = pl.program_id(0) * setting.blocks.keys
-    key = start + jnp.arange(setting.blocks.keys, dtype=jnp.int32)
-    exists = gpu_tile.below(key, setting.num_keys, setting.blocks.keys)
+    kept = gpu_tile.kept_side(
+        pl.program_id(0), setting.num_keys, setting.blocks.keys, inputs.key_segments_BS)
     rows = (slice(None),)
-    k, v = (gpu_tile.load(x, rows, exists, setting) for x in (inputs.k_BSKH, inputs.v_BSKH))
+    k, v = (gpu_tile.load(x, rows, kept.exists, setting) for x in (inputs.k_BSKH, inputs.v_BSKH))
     may_mask = gpu_tile.can_mask(inputs, setting, by_keys=True)
 
     def head(group_member, carry):
@@ -141,7 +139,7 @@ def _key_kernel(inputs: Inputs, g_k_ref, g_v_ref, *, setting: Setting) -> None:
         def step(masked, tile, carry):
             g_k, g_v = carry
             q, g, around = _walked_queries(
-                inputs, (key, exists, group_member), tile, setting, masked)
+                inputs, (kept, group_member), tile, setting, masked)
             tile, lse, delta = around
             dropped, g_scores = gpu_tile.score_gradients(
                 gpu_tile.products(k, q), gpu_tile.products(v, g), (tile, row, lse, delta),
@@ -155,9 +153,9 @@ def _key_kernel(inputs: Inputs, g_k_ref, g_v_ref, *, setting: Setting) -> None:
     zeros = tuple(jnp.zeros(x.shape, jnp.float32) for x in k)
     group = setting.num_heads // setting.num_kv_heads
     g_k, g_v = jax.lax.fori_loop(0, group, head, (zeros, zeros))
-    gpu_tile.store(g_k_ref, [x * setting.options.scale for x in g_k], exists)
+    gpu_tile.store(g_k_ref, [x * setting.options.scale for x in g_k], kept.exists)
     share = 1 / (1 - setting.options.dropout_rate)
-    gpu_tile.store(g_v_ref, [x * share for x in g_v], exists)
+    gpu_tile.store(g_v_ref, [x * share for x in g_v], kept.exists)
 
 
 def _row_of_member(inputs: Inputs, group_member: jax.Array) -> Row:
@@ -170,10 +168,13 @@ def _row_of_member(inputs: Inputs, group_member: jax.Array) -> Row:
 
 
 def _walked_queries(
-    inputs: Inputs, kept: tuple, tile: jax.Array, setting: Setting, masked: bool
+    inputs: Inputs, where: tuple, tile: jax.Array, setting: Setting, masked: bool
 ) -> tuple[list[jax.Array], list[jax.Array], tuple]:
-    """A tile of queries and output gradients; its coordinates, lse and delta; keys are rows."""
-    key, exists, group_member = kept
+    """A tile of queries and output gradients; its coordinates, lse and delta; keys are rows.
+
+    where: the kept keys, and the head of the group.
+    """
+    kept, group_member = where
     start = tile * setting.blocks.queries
     query = start + jnp.arange(setting.blocks.queries, dtype=jnp.int32)
     # Queries that do not exist have a log-sum-exp of inf and thereby probabilities of 0.
@@ -186,8 +187,8 @@ def _walked_queries(
     lse = gpu_tile.load_vector(inputs.lse_BNT, (group_member, rows), valid, jnp.inf)[None]
     delta = gpu_tile.load_vector(inputs.delta_BNT, (group_member, rows), valid, 0.0)[None]
     query_segments = key_segments = None
-    if masked and inputs.query_segments_BT is not None:
+    if masked and kept.segments is not None:
         query_segments = gpu_tile.load_vector(inputs.query_segments_BT, (rows,), valid, 0)[None]
-        key_segments = gpu_tile.load_vector(
-            inputs.key_segments_BS, (slice(None),), exists, 0)[:, None]
-    return q, g, (Tile(query[None], key[:, None], query_segments, key_segments), lse, delta)
+        key_segments = kept.segments[:, None]
+    tile = Tile(query[None], kept.place[:, None], query_segments, key_segments)
+    return q, g, (tile, lse, delta)

@@ -10,7 +10,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from batiste.pallas_kernels import gpu_tile
 from batiste.pallas_kernels.gpu_blocks import Blocks
-from batiste.pallas_kernels.gpu_tile import Inputs, Row, Setting, Tile
+from batiste.pallas_kernels.gpu_tile import Inputs, Kept, Row, Setting, Tile
 from batiste.pallas_kernels.operands import Operands, Options
 
 # One program keeps a tile of queries of one head and walks along the visited tiles of keys:
@@ -77,12 +77,11 @@ def query_specs(inputs: Inputs, setting: Setting) -> Inputs:
     )
 
 
-def kept_queries(setting: Setting) -> tuple[jax.Array, jax.Array | None]:
-    """Places of the program's queries, and which of them exist."""
-    queries = setting.blocks.queries
-    tile = pl.cdiv(setting.num_queries, queries) - 1 - pl.program_id(0)
-    query = tile * queries + jnp.arange(queries, dtype=jnp.int32)
-    return query, gpu_tile.below(query, setting.num_queries, queries)
+def kept_queries(inputs: Inputs, setting: Setting) -> Kept:
+    """The program's queries."""
+    tile = pl.cdiv(setting.num_queries, setting.blocks.queries) - 1 - pl.program_id(0)
+    return gpu_tile.kept_side(
+        tile, setting.num_queries, setting.blocks.queries, inputs.query_segments_BT)
 
 
 def row_of(inputs: Inputs) -> Row:
@@ -92,7 +91,7 @@ def row_of(inputs: Inputs) -> Row:
 
 
 def walked_keys(
-    inputs: Inputs, query: jax.Array, tile: jax.Array, setting: Setting, masked: bool
+    inputs: Inputs, kept: Kept, tile: jax.Array, setting: Setting, masked: bool
 ) -> tuple[list[jax.Array], list[jax.Array], Tile]:
     """A tile of keys and values, and where its elements are; queries are rows."""
     start = tile * setting.blocks.keys
@@ -102,22 +101,19 @@ def walked_keys(
     rows = pl.ds(start, setting.blocks.keys)
     k, v = (gpu_tile.load(x, (rows,), valid, setting) for x in (inputs.k_BSKH, inputs.v_BSKH))
     query_segments = key_segments = None
-    if masked and inputs.query_segments_BT is not None:
-        exists = gpu_tile.below(query, setting.num_queries, setting.blocks.queries)
-        query_segments = gpu_tile.load_vector(
-            inputs.query_segments_BT, (slice(None),), exists, 0)[:, None]
+    if masked and kept.segments is not None:
+        query_segments = kept.segments[:, None]
         key_segments = gpu_tile.load_vector(inputs.key_segments_BS, (rows,), valid, 0)[None]
-    return k, v, Tile(query[:, None], key[None], query_segments, key_segments)
+    return k, v, Tile(kept.place[:, None], key[None], query_segments, key_segments)
 
 
 def _kernel(inputs: Inputs, out_ref, lse_ref, *, setting: Setting) -> None:
-    query, exists = kept_queries(setting)
-    row = row_of(inputs)
-    q = gpu_tile.load(inputs.q_BTNH, (slice(None),), exists, setting)
+    kept, row = kept_queries(inputs, setting), row_of(inputs)
+    q = gpu_tile.load(inputs.q_BTNH, (slice(None),), kept.exists, setting)
 
     def step(masked, tile, carry):
         output, peak, total = carry
-        k, v, tile = walked_keys(inputs, query, tile, setting, masked)
+        k, v, tile = walked_keys(inputs, kept, tile, setting, masked)
         scores, factor, _ = gpu_tile.logits(
             gpu_tile.products(q, k), tile, row, setting, masked)
         new_peak = jnp.maximum(peak, scores.max(axis=1) * factor)
@@ -146,6 +142,6 @@ def _kernel(inputs: Inputs, out_ref, lse_ref, *, setting: Setting) -> None:
     output, peak, total = gpu_tile.walk(inputs, step, carry, may_mask)
     total = jnp.where(total == 0, 1.0, total)
     share = 1 / (total * (1 - setting.options.dropout_rate))
-    gpu_tile.store(out_ref, [x * share[:, None] for x in output], exists)
+    gpu_tile.store(out_ref, [x * share[:, None] for x in output], kept.exists)
     lse = peak * math.log(2) + jnp.log(total)
-    plgpu.store(lse_ref.at[:], lse, mask=exists)
+    plgpu.store(lse_ref.at[:], lse, mask=kept.exists)

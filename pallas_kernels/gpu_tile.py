@@ -62,6 +62,17 @@ class Row(NamedTuple):
     seed: jax.Array | None
 
 
+class Kept(NamedTuple):
+    """The side of the tile that a program keeps: places, which of them exist, their segments.
+
+    exists: None when no tile is cut. segments: None without segments.
+    """
+
+    place: jax.Array
+    exists: jax.Array | None
+    segments: jax.Array | None
+
+
 class Tile(NamedTuple):
     """Coordinates of a tile's elements; queries and keys lie along different axes of two.
 
@@ -152,6 +163,15 @@ def store(ref: object, values: list[jax.Array], valid: jax.Array | None) -> None
         place = (slice(None), pl.ds(start, value.shape[1]))
         plgpu.store(ref.at[place], value.astype(ref.dtype), **options)
         start += value.shape[1]
+
+
+def kept_side(tile: jax.Array, length: int, block: int, segments_ref: object) -> Kept:
+    """Tile number `tile` of the side that a program keeps; the reference holds its segments."""
+    place = tile * block + jnp.arange(block, dtype=jnp.int32)
+    exists = below(place, length, block)
+    if segments_ref is None:
+        return Kept(place, exists, None)
+    return Kept(place, exists, load_vector(segments_ref, (slice(None),), exists, 0))
 
 
 def below(index: jax.Array, length: int, block: int) -> jax.Array | None:
