@@ -17,7 +17,8 @@ after the last one the same again, which is neither fetched nor computed.
 
 No cache is copied or transposed in HBM as long as XLA keeps it in the layout that it gives to a
 program's arguments. That depends on the sizes, and the view (a bitcast) follows it:
-    H % 128 == 0, K in (1, 2, 4):     (B, S K, H), tile (s K, H), h = K
+    H = 128, K in (1, 2, 4):          (B, S K, H), tile (s K, H), h = K
+    H = 256, K in (1, 2, 4):          (B, S, K, H), tile (s, K, H), h = K; bf16 with K = 1 as above
     H % 128 == 0, K a multiple of 8:  (B, S, K, H), tile (s, 8, H), h = 8
     H % 128 == 0, any other K:        (B, K, S, H), tile (s, H), h = 1
     any other H:                      (B, K, H, S), tile (H, s), h = 1: keys in lanes
@@ -48,6 +49,10 @@ class Plan(NamedTuple):
     lanes: bool
     steps: int
     options: DecodeOptions
+
+    def tile(self, key: jax.Array) -> jax.Array:
+        """Which tile a key is in; not //, whose care for signs Mosaic lowers on a TPU host only."""
+        return jax.lax.div(key, jnp.int32(self.keys))
 
 
 def parts(options: DecodeOptions, operands: DecodeOperands) -> tuple[jax.Array, jax.Array]:
@@ -114,15 +119,16 @@ def _view(plan: Plan, cache_BSKH: jax.Array) -> tuple[jax.Array, pl.BlockSpec]:
     B, S, K, H = cache_BSKH.shape
 
     def tile(b, t, first_ref, end_ref):
-        first = first_ref[b] // plan.keys
-        last = jnp.maximum(pl.cdiv(end_ref[b], plan.keys) - 1, first)
+        first, after = plan.tile(first_ref[b]), plan.tile(end_ref[b] + plan.keys - 1)
+        last = jnp.maximum(after - 1, first)
         return jnp.minimum(first + t, last)
 
     if plan.lanes:
         spec = pl.BlockSpec((1, 1, H, plan.keys), lambda b, j, t, *refs: (b, j, 0, tile(b, t, *refs)))
         return cache_BSKH.transpose(0, 2, 3, 1), spec
-    if plan.heads == 8:
-        block = (1, plan.keys, 8, H)
+    alone = K == 1 and cache_BSKH.dtype.itemsize == 2  # XLA lays these out as if K were not there.
+    if plan.heads == 8 or plan.heads == K and H > 128 and not alone:
+        block = (1, plan.keys, plan.heads, H)
         return cache_BSKH, pl.BlockSpec(block, lambda b, j, t, *refs: (b, tile(b, t, *refs), j, 0))
     if plan.heads == K:
         block = (1, plan.keys * K, H)
@@ -136,7 +142,7 @@ def _kernel(first_ref, end_ref, q_ref, *refs, plan):
     *slopes, k_ref, v_ref, out_ref, lse_ref, sum_ref, peak_ref, weight_ref = refs
     row, step = pl.program_id(0), pl.program_id(2)
     first, end = first_ref[row], end_ref[row]
-    start = (first // plan.keys + step) * plan.keys
+    start = (plan.tile(first) + step) * plan.keys
 
     @pl.when(step == 0)
     def _():
