@@ -34,7 +34,7 @@ class Plan(NamedTuple):
 # - Registers: accumulators (forward and dq kept * D, dk and dv twice that) and the tile of scores
 #   (twice backward) in fp32 over 32 * warps threads. Compiled by Triton 3.9 and assembled for sm_90
 #   and sm_80, a causal mask and nothing else: at most 32 bytes a thread spill at D = 64, 80, 128, 56
-#   at 96, 264 at 192 and 256; with soft cap, ALiBi and dropout 128 at D = 64 and 128; fp32, none.
+#   at 96, 264 at 192 and 256, 32 in fp32; with soft cap, ALiBi and dropout 128 at D = 64 and 128.
 # - fp32 multiplies without tensor cores (they would round to tf32), so small tiles and no pipeline.
 # No row was timed yet. `python benchmarks/attention_gpu.py --tune` measures candidates and prints
 # rows for this table; a row may be added for any largest head dim, chip and element size.
