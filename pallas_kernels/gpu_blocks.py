@@ -97,5 +97,6 @@ def _fit(size: int, length: int, sparsity: object) -> int:
     size = min(size, sparsity.block & -sparsity.block)
     if size < _SMALLEST:
         raise ValueError(
-            f"The GPU kernels need a sparsity block divisible by {_SMALLEST}, not {sparsity.block}.")
+            f"The GPU kernels need a sparsity block that {_SMALLEST} divides, "
+            f"not {sparsity.block}.")
     return size
