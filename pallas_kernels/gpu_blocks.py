@@ -32,9 +32,9 @@ class Plan(NamedTuple):
 # - Shared memory: forward, queries * D * b + stages * 2 * keys * D * b; both backward kernels keep
 #   two tiles and stream two, 2 * kept * D * b + stages * 2 * walked * D * b.
 # - Registers: accumulators (forward and dq kept * D, dk and dv twice that) and the tile of scores
-#   (twice backward) in fp32 over 32 * warps threads. All rows were compiled by Triton 3.9 and
-#   assembled for sm_90 and sm_80: nothing spills in bf16 and fp32 at D = 64, 128 but 24 bytes in dk
-#   and dv on Hopper and 32 forward on Ampere, and up to 264 bytes a thread do at D = 192 and 256.
+#   (twice backward) in fp32 over 32 * warps threads. Compiled by Triton 3.9 and assembled for sm_90
+#   and sm_80, a causal mask and nothing else: at most 32 bytes a thread spill at D = 64, 80, 128,
+#   56 at 96, 264 at 192 and 256, 40 in fp32; with soft cap, ALiBi and dropout 128 at 64 and 128.
 # - fp32 multiplies without tensor cores (they would round to tf32), so small tiles and no pipeline.
 # No row was timed yet. `python benchmarks/attention_gpu.py --tune` measures candidates and prints
 # rows for this table; a row may be added for any largest head dim, chip and element size.
@@ -97,5 +97,6 @@ def _fit(size: int, length: int, sparsity: object) -> int:
     size = min(size, sparsity.block & -sparsity.block)
     if size < _SMALLEST:
         raise ValueError(
-            f"The GPU kernels need a sparsity block that {_SMALLEST} divides, not {sparsity.block}.")
+            f"The GPU kernels need a sparsity block that {_SMALLEST} divides, "
+            f"not {sparsity.block}.")
     return size
