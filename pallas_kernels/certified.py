@@ -5,6 +5,7 @@ dtypes and head dims, value, log-sum-exp and all gradients were compared with th
 and the kernel was compiled for the chip. What no entry covers is refused, by name.
 """
 
+import itertools
 from typing import NamedTuple
 
 from batiste.pallas_kernels.mask import AttentionMask
@@ -15,13 +16,22 @@ CHIPS = TPU_CHIPS + GPU_CHIPS
 FEATURES = ("soft_cap", "sinks", "alibi", "dropout")
 DTYPES = ("bfloat16", "float16", "float32")
 HEAD_DIMS = (64, 80, 96, 128, 192, 256)  # Others, up to the largest, are padded to 16's multiples.
-MASKS = (
-    (), ("causal",), ("causal", "window"), ("window",), ("causal", "prefix"), ("causal", "offset"),
-    ("segments",), ("causal", "segments"), ("sparse",), ("causal", "sparse"),
-    ("causal", "window", "segments"), ("causal", "window", "offset"),
-    ("causal", "prefix", "segments"), ("causal", "segments", "sparse"),
-    ("causal", "segments", "offset"), ("causal", "window", "prefix", "segments"),
-)
+CONDITIONS = ("causal", "window", "prefix", "segments", "sparse", "offset")
+
+
+def _intersections() -> tuple[tuple[str, ...], ...]:
+    """Every intersection but two: a prefix means something under causality alone, and a layout of
+    blocks is known when the kernel is built, an offset is not."""
+    subsets = itertools.chain.from_iterable(
+        itertools.combinations(CONDITIONS, count) for count in range(len(CONDITIONS))
+    )
+    return tuple(
+        names for names in subsets
+        if ("prefix" not in names or "causal" in names) and not {"sparse", "offset"} <= set(names)
+    )
+
+
+MASKS = _intersections()
 
 
 class Entry(NamedTuple):
@@ -42,7 +52,7 @@ CERTIFIED = tuple(
 
 
 def conditions(mask: AttentionMask) -> tuple[str, ...]:
-    """The names of the conditions that a mask intersects, in the order of `MASKS`."""
+    """The names of the conditions that a mask intersects, in the order of `CONDITIONS`."""
     given = {
         "causal": mask.causal,
         "window": mask.window is not None,

@@ -7,7 +7,7 @@ import pytest
 
 from batiste.models.positions import alibi_slopes
 from batiste.pallas_kernels import AttentionMask, BlockSparsity, reference_attention
-from batiste.pallas_kernels.attention import _attend, flash_attention
+from batiste.pallas_kernels.attention import attend, flash_attention
 from batiste.pallas_kernels.dropout import kept
 from batiste.pallas_kernels.gpu_blocks import Blocks, Plan, choose
 from batiste.pallas_kernels.gpu_schedule import schedule
@@ -81,7 +81,7 @@ def kernel(plan, chip="hopper", interpret=True):
     def attention(q, k, v, mask, **options):
         arrays = (options[x] for x in ("sinks_N", "alibi_slopes_N", "dropout_seeds_BN"))
         numbers = (options[x] for x in ("scale", "soft_cap", "dropout_rate"))
-        return _attend(Options(*numbers, chip, interpret, plan), Operands(q, k, v, mask, *arrays))
+        return attend(Options(*numbers, chip, interpret, plan), Operands(q, k, v, mask, *arrays))
     return attention
 
 

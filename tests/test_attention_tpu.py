@@ -27,15 +27,18 @@ def check(conditions, features, shape=SHAPE, dtype="float32", options=None):
 
 
 @pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: "+".join(entry.mask) or "full")
-def test_every_certified_mask_with_all_features_and_without_races(entry):
-    check(entry.mask, FEATURES, options=kernel(races=True))
+def test_every_certified_mask_with_all_features(entry):
+    check(entry.mask, FEATURES)
+
+
+@pytest.mark.parametrize("conditions", [
+    (), ("causal",), ("causal", "window"), ("window",), ("causal", "prefix"), ("segments",),
+    ("causal", "offset"), ("sparse",),
+], ids="+".join)
+def test_without_features_and_without_races(conditions):
+    check(conditions, (), options=kernel(races=True))
     assert interpret_pallas_call.races is not None
     assert not interpret_pallas_call.races.races_found
-
-
-@pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: "+".join(entry.mask) or "full")
-def test_every_certified_mask_without_features(entry):
-    check(entry.mask, ())
 
 
 @pytest.mark.parametrize("feature", FEATURES)
