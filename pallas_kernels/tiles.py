@@ -90,13 +90,15 @@ def has_diagonal(mask: AttentionMask, lengths: Lengths) -> bool:
     return mask.causal and square and reaches and plain and lengths.queries <= lengths.keys
 
 
-def visits(kinds, chunk: int) -> Visits:
+def visits(kinds, chunk: int, diagonal: bool) -> Visits:
     """The lists for kinds (..., tiles opposite), which are held `chunk` at a time.
 
+    diagonal: whether there may be diagonal tiles, for kinds that are known on the device alone.
     The last dim becomes (chunks, chunk), and an entry counts from the start of its chunk.
     """
     xp = np if isinstance(kinds, np.ndarray) else jnp
-    present = set(np.unique(kinds)) if xp is np else {PARTIAL, DIAGONAL, FULL}
+    possible = {PARTIAL, FULL} | ({DIAGONAL} if diagonal else set())
+    present = set(np.unique(kinds)) if xp is np else possible
     kinds = kinds.reshape(*kinds.shape[:-1], -1, chunk)
     order = xp.argsort(-kinds, axis=-1, stable=True).astype(np.int32)
     counts = xp.stack([(kinds == kind).sum(-1) for kind in (FULL, DIAGONAL, PARTIAL)], axis=-1)

@@ -10,7 +10,7 @@ from jax.experimental import pallas as pl
 
 from batiste.pallas_kernels.mask import AttentionMask
 from batiste.pallas_kernels.operands import Operands, Options
-from batiste.pallas_kernels.tiles import DIAGONAL, FULL, Lengths, tile_kinds, visits
+from batiste.pallas_kernels.tiles import DIAGONAL, FULL, Lengths, has_diagonal, tile_kinds, visits
 from batiste.pallas_kernels.tpu_blocks import CHIPS, Blocks, fit
 from batiste.pallas_kernels.tpu_logits import LOG2_E, Piece, Rules
 from batiste.pallas_kernels.tpu_pipeline import Unit
@@ -96,7 +96,8 @@ def make_plan(options: Options, operands: Operands, backward: bool) -> tuple[Pla
     kinds = _pad(tile_kinds(mask, real), padded.grid)
     if backward:
         kinds = kinds.swapaxes(1, 2)
-    lists = visits(kinds, chunk // (blocks.query_tile if backward else blocks.key_tile))
+    opposite = blocks.query_tile if backward else blocks.key_tile
+    lists = visits(kinds, chunk // opposite, has_diagonal(mask, real))
     plan = Plan(
         blocks, _rules(options, operands, S if padded.keys > S else None), real, padded, chunk,
         chunks, key_chunk, kinds.shape[0] > 1, lists.kinds, chip.vmem_bytes, options.interpret,

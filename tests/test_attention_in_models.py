@@ -1,0 +1,100 @@
+"""A model with kernels is the model with the reference; the choice is settled once and said."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.experimental.pallas import tpu as pltpu
+
+from batiste.inference import SamplingConfig, generate
+from batiste.models import Transformer, resolve_attention
+from batiste.sharding import MeshConfig, make_mesh
+
+NO_AXES = {"context": 1}
+
+
+@pytest.fixture
+def interpreted():
+    """TPU kernels run on the CPU by Pallas' TPU interpreter."""
+    with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(uninitialized_memory="nan")):
+        yield
+
+
+@pytest.fixture
+def models(model_config):
+    """The same weights with the reference and with a TPU's kernels; local and global layers."""
+    config = dataclasses.replace(
+        model_config, num_layers=2, layer_pattern=("local", "global"), window=5, head_dim=64,
+        attention_soft_cap=2.0, attention_sinks=True,
+    )
+    reference = Transformer(config, rngs=nnx.Rngs(3))
+    kernels = Transformer(dataclasses.replace(config, attention="v6e"), rngs=nnx.Rngs(3))
+    return reference, kernels
+
+
+def loss_and_gradients(model, batch):
+    def loss(params):
+        x_BTD = nnx.merge(graphdef, params).features(
+            batch.tokens_BT, batch.positions_BT, batch.segments_BT
+        )
+        return jnp.square(x_BTD).mean()
+
+    graphdef, params = nnx.split(model)
+    return jax.jit(jax.value_and_grad(loss))(params)
+
+
+def assert_near(actual, expected, tolerance=2e-5):
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        a, b = np.asarray(a), np.asarray(b)
+        assert np.abs(a - b).max() <= tolerance * max(np.abs(b).max(), 1e-3)
+
+
+def test_a_model_with_kernels_has_the_references_loss_and_gradients(models, batch, interpreted):
+    expected, actual = (loss_and_gradients(model, batch) for model in models)
+    assert_near(actual, expected)
+
+
+def test_kernels_on_a_mesh_equal_the_reference_on_one_device(models, batch, interpreted):
+    expected = loss_and_gradients(models[0], batch)
+    with jax.set_mesh(make_mesh(MeshConfig(data=2, tensor=2), jax.devices()[:4])):
+        actual = loss_and_gradients(models[1], batch)
+    assert_near(actual, expected)
+
+
+def test_decoding_with_kernels_gives_the_references_tokens(models, interpreted):
+    config = SamplingConfig(max_tokens=4, temperature=0.0)
+    prompts = [[1, 2, 3, 4, 5, 6, 7], [9, 8]]
+    expected, actual = (list(generate(model, prompts, 0, config)) for model in models)
+    assert actual == expected
+
+
+def test_auto_settles_on_the_device_and_says_so(model_config):
+    config = dataclasses.replace(model_config, attention="auto", head_dim=128)
+    for kind, chip in (("TPU v6 lite", "v6e"), ("TPU v5 lite", "v5e"), ("TPU v5p", "v5p"),
+                       ("TPU7x", "tpu7x"), ("NVIDIA H200", "hopper"), ("NVIDIA A100-SXM4", "ampere")):
+        settled, line = resolve_attention(config, kind, NO_AXES)
+        assert settled.attention == chip and chip in line
+    for kind in ("cpu", "NVIDIA T4"):
+        settled, line = resolve_attention(config, kind, NO_AXES)
+        assert settled.attention == "reference" and kind in line
+    wide = dataclasses.replace(config, head_dim=320)
+    settled, line = resolve_attention(wide, "TPU v6 lite", NO_AXES)
+    assert settled.attention == "reference" and "head dim 320" in line and "256" in line
+    settled, line = resolve_attention(config, "TPU v6 lite", {"context": 2})
+    assert settled.attention == "reference" and "context" in line
+
+
+def test_a_kernel_asked_for_by_name_is_that_kernel_or_an_error(model_config):
+    config = dataclasses.replace(model_config, attention="v6e")
+    assert resolve_attention(config, "TPU v6 lite", NO_AXES)[0].attention == "v6e"
+    with pytest.raises(ValueError, match="another device's kernel"):
+        resolve_attention(config, "cpu", NO_AXES)
+    with pytest.raises(ValueError, match="head dim 320: the nearest certified one is 256"):
+        wide = dataclasses.replace(config, head_dim=320)
+        resolve_attention(wide, "TPU v6 lite", NO_AXES)
+    with pytest.raises(ValueError, match="must be settled"):
+        auto = Transformer(dataclasses.replace(model_config, attention="auto"), rngs=nnx.Rngs(0))
+        auto(jnp.zeros((1, 4), jnp.int32))
