@@ -3,6 +3,7 @@
 import functools
 import os
 import re
+import warnings
 
 import jax
 import numpy as np
@@ -67,7 +68,10 @@ def compile_for(chip: str, function, *shapes):
         lowered = traced.lower(lowering_platforms=("cuda",))
         assert "__gpu$xla.gpu.triton" in lowered.as_text()
         return lowered
-    return traced.lower().compile()
+    with warnings.catch_warnings():
+        # JAX's cache keeps what was compiled for a TPU, and cannot load it where there is none.
+        warnings.filterwarnings("ignore", message="Error reading persistent compilation cache")
+        return traced.lower().compile()
 
 
 def copies(compiled, elements: int) -> list[str]:
