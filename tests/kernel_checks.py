@@ -1,4 +1,4 @@
-"""How kernels are tested without their chips: interpreted on the CPU, compiled for the real thing."""
+"""How kernels are tested without their chips: interpreted on the CPU, compiled for the chip."""
 
 import functools
 import os
@@ -84,7 +84,7 @@ def copies(compiled, elements: int) -> list[str]:
 
 
 def assert_close(actual, expected, tolerance: float) -> None:
-    """Every leaf agrees, relative to the largest element; NaN and infinities are in their places."""
+    """Every leaf agrees, relative to the largest element; infinities are in their places."""
     for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
         assert a.shape == b.shape
