@@ -37,7 +37,7 @@ HIDDEN = -1e30  # Finite: in a lane that has seen no logit yet, -inf - -inf woul
 def forward(options: Options, operands: Operands) -> Sums:
     """The sums over the vocabulary, float32."""
     size = operands.x_MD.shape[0]
-    operands = _supported(operands)
+    options, operands = _as_stored(options, _supported(operands))
     plan = plan_tiles(options, operands, tokens_stay=True, output_bytes=0)
     x_MD, head, targets_M1 = _whole_tiles(plan, operands)
     out = jax.ShapeDtypeStruct((x_MD.shape[0], COLUMNS), jnp.float32)
@@ -52,7 +52,8 @@ def backward(
 ) -> tuple[jax.Array, jax.Array]:
     """Gradients of x and, in `head_dtype`, of the head; the tiles of logits are made again."""
     (size, D), x_dtype = operands.x_MD.shape, operands.x_MD.dtype
-    operands = _supported(operands)
+    given = options.layout
+    options, operands = _as_stored(options, _supported(operands))
     columns = [log_z_M, *gradients] + [jnp.zeros_like(log_z_M)] * (COLUMNS - 4)
     rows_M8 = jnp.stack(columns, axis=1)
 
@@ -68,7 +69,8 @@ def backward(
     plan = plan_tiles(options, operands, tokens_stay=True, output_bytes=x_dtype.itemsize)
     g_x_MD = call(_x_kernel, plan, "token", x_dtype)[:size].astype(x_dtype)
     plan = plan_tiles(options, operands, tokens_stay=False, output_bytes=head_dtype.itemsize)
-    return g_x_MD, call(_head_kernel, plan, "head", head_dtype).astype(head_dtype)
+    g_head = call(_head_kernel, plan, "head", head_dtype).astype(head_dtype)
+    return g_x_MD, g_head if options.layout == given else g_head.T
 
 
 def _supported(operands: Operands) -> Operands:
@@ -77,6 +79,17 @@ def _supported(operands: Operands) -> Operands:
         return operands
     x_MD, head, targets_M = operands
     return Operands(x_MD.astype(jnp.float32), head.astype(jnp.float32), targets_M)
+
+
+def _as_stored(options: Options, operands: Operands) -> tuple[Options, Operands]:
+    """A head DV whose V fills no vectors as VD, for so XLA stores it: .T moves nothing.
+
+    By the layouts XLA gives to a program's arguments: the order of dims that needs less padding.
+    """
+    V = operands.vocabulary(options)
+    if options.layout == "VD" or pl.cdiv(V, 8) * 8 == pl.cdiv(V, LANES) * LANES:
+        return options, operands
+    return options._replace(layout="VD"), operands._replace(head=operands.head.T)
 
 
 def _whole_tiles(plan: Plan, operands: Operands) -> tuple[jax.Array, jax.Array, jax.Array]:
