@@ -136,6 +136,7 @@ def _check(x_MD: jax.Array, head: jax.Array, layout: str, chip: str) -> None:
     D, V = (head.shape[layout.index(letter)] for letter in "DV")
     if D != x_MD.shape[1]:
         raise ValueError(f"x_MD has D={x_MD.shape[1]}, the head in layout {layout} has D={D}")
-    for name, size, most in (("model dim", D, entry.model_dim), ("vocabulary", V, entry.vocabulary)):
+    limits = (("model dim", D, entry.model_dim), ("vocabulary", V, entry.vocabulary))
+    for name, size, most in limits:
         if size > most:
             raise ValueError(f"{name} {size} on {chip}: certified up to {most}")

@@ -23,7 +23,7 @@ class CertifiedDecode(NamedTuple):
 
 FEATURES = ("window", "soft_cap", "sinks", "alibi")
 CERTIFIED = tuple(
-    # Mosaic cannot load fp16; Triton's 16-bit products want 16 rows and no more than fit registers.
+    # Mosaic cannot load fp16. On GPUs the sums of all queries of a key head lie in registers.
     CertifiedDecode(chip, dtypes, FEATURES, (64, 256), 16, queries)
     for chips, dtypes, queries in (
         (("v5e", "v5p", "v6e", "tpu7x"), ("bfloat16", "float32"), 128),
@@ -47,7 +47,7 @@ def flash_decode(
     chip: str,
     interpret: object = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """`reference_attention` of the last real key's query, in tiles of keys; hidden ones aren't read.
+    """`reference_attention` of one query per row, in tiles of keys; those it hides are not read.
 
     Returns out_BNH in q's dtype and lse_BN in fp32; a row that sees no key gives zeros, and -inf or
     its sink. Has no gradient: ValueError for who asks (`flash_attention` has one).
@@ -73,8 +73,8 @@ def _decode(options: DecodeOptions, operands: DecodeOperands, sinks_N: jax.Array
     out_PBNH, lse_PBN = kernels.parts(options, operands)
     terms = lse_PBN
     if sinks_N is not None:
-        sinks_1BN = jnp.broadcast_to(sinks_N.astype(jnp.float32)[None, None], (1, *lse_PBN.shape[1:]))
-        terms = jnp.concatenate([lse_PBN, sinks_1BN])
+        sinks_PBN = sinks_N.astype(jnp.float32)[None, None]
+        terms = jnp.concatenate([lse_PBN, jnp.broadcast_to(sinks_PBN, (1, *lse_PBN.shape[1:]))])
     lse_BN = jax.nn.logsumexp(terms, axis=0)
     share_PBN = jnp.exp(lse_PBN - jnp.where(lse_BN == -jnp.inf, 0, lse_BN)[None])
     out_BNH = (share_PBN[..., None] * out_PBNH).sum(axis=0)
@@ -98,7 +98,8 @@ def _check(q_BNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, chip: str) ->
         )
     (B, N, H), K = q_BNH.shape, k_BSKH.shape[2]
     if k_BSKH.shape != v_BSKH.shape or k_BSKH.shape[::3] != (B, H) or N % K:
-        raise ValueError(f"shapes of q, k and v do not fit: {q_BNH.shape}, {k_BSKH.shape}, {v_BSKH.shape}")
+        shapes = ", ".join(str(array.shape) for array in (q_BNH, k_BSKH, v_BSKH))
+        raise ValueError(f"shapes of q, k and v do not fit: {shapes}; expected BNH and twice BSKH")
     least, most = entry.head_dims
     nearest = min(max(-(-H // entry.head_step) * entry.head_step, least), most)
     if nearest != H:

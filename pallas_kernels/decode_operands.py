@@ -18,8 +18,8 @@ class DecodeOptions(NamedTuple):
 class DecodeOperands(NamedTuple):
     """The arrays that a kernel reads; alibi_slopes_N is float32, or None.
 
-    first_B, end_B: the keys that each row sees, int32: from the first up to, not including, the end,
-    which is one more than the query's own place.
+    first_B, end_B: the keys that each row sees, int32: from the first up to, not including, the
+        end, which is one more than the query's own place.
     """
 
     q_BNH: jax.Array

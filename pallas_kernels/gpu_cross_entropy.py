@@ -12,10 +12,10 @@ Tokens are the rows M, in tiles of m; the vocabulary is V, in tiles of v; D goes
         m |  3    |  4    |  5                       m |  1 ->              m | v | v | v
           +-------+-------+---                         +-----------           +---+---+---
 
-A tile of logits, m x v in fp32, is made in registers from D/d products, x and head read through L2.
-The splits' sums are put together by XLA. What a program accumulates backward, m (or v) x D in fp32,
-is too large for registers: it lies in HBM, is small enough for L2 and belongs to that program alone,
-so no atomics are needed and the result is the same in every run.
+A tile of logits, m x v in fp32, is made in registers from D/d products; x and head come by L2.
+The splits' sums are put together by XLA. What a program accumulates backward, m (or v) x D in
+fp32, is too large for registers: it lies in HBM, is small enough for L2 and belongs to that program
+alone, so no atomics are needed and the result is the same in every run.
 """
 
 import functools
@@ -111,9 +111,8 @@ def _call(kernel: Any, plan: Plan, grid: tuple, arrays: list, outputs: list) -> 
     )(*arrays)
 
 
-def _forward_kernel(
-    x_ref, head_ref, targets_ref, log_z_ref, hit_ref, total_ref, *, plan
-):
+def _forward_kernel(x_ref, head_ref, targets_ref, *sums, plan):
+    log_z_ref, hit_ref, total_ref = sums
     tile, split = plan.tile, pl.program_id(1)
     rows = pl.ds(pl.program_id(0) * tile.tokens, tile.tokens)
     targets_m = plgpu.load(targets_ref.at[rows])
@@ -199,7 +198,8 @@ def _gradient(refs, rows, first, plan):
     """Gradient of a tile of logits before the soft cap, in x's dtype."""
     x_ref, head_ref, *per_token = refs
     word_v, logits = _logits(x_ref, head_ref, rows, first, plan)
-    targets, log_z, g_log_z, g_hit, g_total = (plgpu.load(ref.at[rows])[:, None] for ref in per_token)
+    columns = (plgpu.load(ref.at[rows])[:, None] for ref in per_token)
+    targets, log_z, g_log_z, g_hit, g_total = columns
     gradient = g_log_z * jnp.exp(logits - log_z)
     gradient += jnp.where(word_v[None] == targets, jnp.broadcast_to(g_hit, logits.shape), 0)
     if plan.options.smoothed:

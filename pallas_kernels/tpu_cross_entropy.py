@@ -11,8 +11,8 @@ Tokens are the rows M, in tiles of m; the vocabulary is V, in tiles of v; D is n
         m | 4 | 5 | 6 | 7 |  steps, the head streams  m | 1 | 3 | 5 | 7 |  steps, tokens stream
           +---+---+---+---+                             +---+---+---+---+
 
-A cell is one step: a tile of logits, m x v in fp32, that never leaves VMEM. What streams is used for
-2 m (or 2 v) FLOPs per element, twice that backward, so m = 512 hides the reading of bf16 wherever
+A cell is one step: a tile of logits, m x v in fp32, that never leaves VMEM. What streams is used
+for 2 m (or 2 v) FLOPs per element, twice that backward, so m = 512 hides the reading of bf16 where
 the chip makes fewer than 512 FLOPs per byte: v5e 240, v5p 187, tpu7x 312; v6e, with 561, has 1024.
 """
 
@@ -28,7 +28,7 @@ from jax.experimental.pallas import tpu as pltpu
 from batiste.pallas_kernels.cross_entropy_operands import Operands, Options, Sums
 from batiste.pallas_kernels.tpu_cross_entropy_plan import GENERATIONS, LANES, Plan, plan_tiles
 
-# Bytes of D at a time, in a loop: with all 8192 unrolled, fp32 products spilled 32 MiB of registers.
+# Bytes of D at a time, in a loop: with D = 8192 unrolled, fp32 products spilled 32 MiB.
 CHUNK = 2048
 COLUMNS = 8  # Numbers per token that one array carries between kernel and XLA.
 HIDDEN = -1e30  # Finite: in a lane that has seen no logit yet, -inf - -inf would be NaN.
@@ -37,7 +37,7 @@ HIDDEN = -1e30  # Finite: in a lane that has seen no logit yet, -inf - -inf woul
 def forward(options: Options, operands: Operands) -> Sums:
     """The sums over the vocabulary, float32."""
     size = operands.x_MD.shape[0]
-    operands = _supported(operands)
+    options, operands = _as_stored(options, _supported(operands))
     plan = plan_tiles(options, operands, tokens_stay=True, output_bytes=0)
     x_MD, head, targets_M1 = _whole_tiles(plan, operands)
     out = jax.ShapeDtypeStruct((x_MD.shape[0], COLUMNS), jnp.float32)
@@ -52,7 +52,8 @@ def backward(
 ) -> tuple[jax.Array, jax.Array]:
     """Gradients of x and, in `head_dtype`, of the head; the tiles of logits are made again."""
     (size, D), x_dtype = operands.x_MD.shape, operands.x_MD.dtype
-    operands = _supported(operands)
+    given = options.layout
+    options, operands = _as_stored(options, _supported(operands))
     columns = [log_z_M, *gradients] + [jnp.zeros_like(log_z_M)] * (COLUMNS - 4)
     rows_M8 = jnp.stack(columns, axis=1)
 
@@ -68,7 +69,8 @@ def backward(
     plan = plan_tiles(options, operands, tokens_stay=True, output_bytes=x_dtype.itemsize)
     g_x_MD = call(_x_kernel, plan, "token", x_dtype)[:size].astype(x_dtype)
     plan = plan_tiles(options, operands, tokens_stay=False, output_bytes=head_dtype.itemsize)
-    return g_x_MD, call(_head_kernel, plan, "head", head_dtype).astype(head_dtype)
+    g_head = call(_head_kernel, plan, "head", head_dtype).astype(head_dtype)
+    return g_x_MD, g_head if options.layout == given else g_head.T
 
 
 def _supported(operands: Operands) -> Operands:
@@ -77,6 +79,17 @@ def _supported(operands: Operands) -> Operands:
         return operands
     x_MD, head, targets_M = operands
     return Operands(x_MD.astype(jnp.float32), head.astype(jnp.float32), targets_M)
+
+
+def _as_stored(options: Options, operands: Operands) -> tuple[Options, Operands]:
+    """A head DV whose V fills no vectors as VD, for so XLA stores it: .T moves nothing.
+
+    By the layouts XLA gives to a program's arguments: the order of dims that needs less padding.
+    """
+    V = operands.vocabulary(options)
+    if options.layout == "VD" or pl.cdiv(V, 8) * 8 == pl.cdiv(V, LANES) * LANES:
+        return options, operands
+    return options._replace(layout="VD"), operands._replace(head=operands.head.T)
 
 
 def _whole_tiles(plan: Plan, operands: Operands) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -91,7 +104,7 @@ def _pad_rows(array: jax.Array, rows: int) -> jax.Array:
 
 
 def _call(kernel: Callable, plan: Plan, inputs: list, output: tuple, scratch: list) -> jax.Array:
-    """pallas_call over the plan's grid; "token" arrays go by tiles of rows, "head" ones by words."""
+    """pallas_call over the plan's grid; "token" arrays go by tiles of rows, the head by words."""
 
     def spec(kind, shape):
         if kind == "head":
@@ -126,9 +139,8 @@ def _call(kernel: Callable, plan: Plan, inputs: list, output: tuple, scratch: li
     )(*(array for _, array in inputs))
 
 
-def _forward_kernel(
-    x_ref, head_ref, targets_ref, sums_ref, peak_ref, weight_ref, hit_ref, total_ref, *, plan
-):
+def _forward_kernel(x_ref, head_ref, targets_ref, sums_ref, *scratch, plan):
+    peak_ref, weight_ref, hit_ref, total_ref = scratch
     # Each lane keeps its own maximum and sums, so that lanes are only added up at the end.
     step = pl.program_id(1)
 
@@ -160,7 +172,8 @@ def _forward_kernel(
         )
 
 
-def _x_kernel(x_ref, head_ref, targets_ref, rows_ref, out_ref, sum_ref, *, plan):
+def _x_kernel(x_ref, head_ref, targets_ref, rows_ref, *outputs, plan):
+    out_ref, sum_ref = outputs
     step, last = pl.program_id(1), pl.num_programs(1) - 1
 
     @pl.when(step == 0)
@@ -190,7 +203,8 @@ def _x_kernel(x_ref, head_ref, targets_ref, rows_ref, out_ref, sum_ref, *, plan)
         out_ref[...] = sum_ref[...].astype(out_ref.dtype)
 
 
-def _head_kernel(x_ref, head_ref, targets_ref, rows_ref, out_ref, sum_ref, *, plan):
+def _head_kernel(x_ref, head_ref, targets_ref, rows_ref, *outputs, plan):
+    out_ref, sum_ref = outputs
     step = pl.program_id(1)
 
     @pl.when(step == 0)

@@ -1,15 +1,15 @@
 """The decoding kernel for TPUs.
 
-The grid is (B, K/h, tiles of keys): one step is a tile of s keys of h key heads, for the h G query
-heads that belong to them (G = N/K). Key s of head k is column s h + k, as the cache has it:
+The grid is (B, K/h, tiles of keys): a step is a tile of s keys of h key heads, for the h G query
+heads that belong to them (G = N/K). Key i of head k is column i h + k, as the cache has it:
 
                        key 0       key 1       key 2        s h columns
                      k0  k1      k0  k1      k0  k1
                    +---+---+   +---+---+   +---+---+
-    g = 0  head k0 | x |   |   | x |   |   | x |   |       x: what the softmax keeps; the rest are
-           head k1 |   | x |   |   | x |   |   | x |       other heads' products, which cost nothing
-    g = 1  head k0 | x |   |   | x |   |   | x |   |       while h G rows are fewer than the 128 that
-           head k1 |   | x |   |   | x |   |   | x |       the MXU takes for one load of keys
+    g = 0  head k0 | x |   |   | x |   |   | x |   |     x: what the softmax keeps; the rest are
+           head k1 |   | x |   |   | x |   |   | x |     other heads' products, which cost nothing
+    g = 1  head k0 | x |   |   | x |   |   | x |   |     while h G rows are fewer than the 128 that
+           head k1 |   | x |   |   | x |   |   | x |     the MXU takes for one load of keys
                    +---+---+   +---+---+   +---+---+
 
 Which tiles a row sees is known before its steps (scalar prefetch): step j reads tile first + j, and
@@ -124,7 +124,8 @@ def _view(plan: Plan, cache_BSKH: jax.Array) -> tuple[jax.Array, pl.BlockSpec]:
         return jnp.minimum(first + t, last)
 
     if plan.lanes:
-        spec = pl.BlockSpec((1, 1, H, plan.keys), lambda b, j, t, *refs: (b, j, 0, tile(b, t, *refs)))
+        block = (1, 1, H, plan.keys)
+        spec = pl.BlockSpec(block, lambda b, j, t, *refs: (b, j, 0, tile(b, t, *refs)))
         return cache_BSKH.transpose(0, 2, 3, 1), spec
     alone = K == 1 and cache_BSKH.dtype.itemsize == 2  # XLA lays these out as if K were not there.
     if plan.heads == 8 or plan.heads == K and H > 128 and not alone:
