@@ -40,8 +40,8 @@ class Assembly:
     @functools.cached_property
     def row_losses(self) -> Callable[[Any, Batch], jax.Array]:
         """Compiled once, whoever measures."""
-        loss_chunk = self.experiment.train.objective.loss_chunk
-        return make_row_losses(self.program.graphdef, self.mesh, loss_chunk)
+        objective = self.experiment.train.objective
+        return make_row_losses(self.program.graphdef, self.mesh, objective)
 
     def measure(self, params: Any, max_batches: int | None = None) -> Perplexity:
         """The perplexity of the validation split, or of its first batches."""

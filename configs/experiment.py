@@ -37,6 +37,11 @@ class Experiment:
                 f"model.vocab_size={self.model.vocab_size} is below data.vocab_size="
                 f"{self.data.vocab_size}, the tokens to be learned: raise model.vocab_size"
             )
+        if self.train.objective.fused and self.mesh.tensor > 1:
+            raise ValueError(
+                f"train.objective.fused=True does not know a vocabulary split over mesh.tensor="
+                f"{self.mesh.tensor}: set mesh.tensor=1, or train.objective.loss_chunk instead"
+            )
         for field in ("num_heads", "num_kv_heads", "mlp_dim", "vocab_size"):
             size = getattr(self.model, field)
             if size % self.mesh.tensor:

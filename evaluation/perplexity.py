@@ -26,9 +26,10 @@ class Perplexity(NamedTuple):
     bytes: int
 
 
-def make_row_losses(graphdef: Any, mesh: jax.sharding.Mesh, loss_chunk: int | None) -> Callable:
+def make_row_losses(
+    graphdef: Any, mesh: jax.sharding.Mesh, config: ObjectiveConfig
+) -> Callable:
     """Returns the jitted (params, batch) -> cross-entropy of each row in nats, float32 B."""
-    config = ObjectiveConfig(loss_chunk=loss_chunk)
 
     @jax.jit
     def row_losses(params: Any, batch: Any) -> jax.Array:

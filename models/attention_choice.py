@@ -8,7 +8,8 @@ import jax
 
 from batiste.models.config import TransformerConfig
 from batiste.pallas_kernels import (
-    AttentionMask, certified, flash_attention, flash_decode, reference_attention,
+    AttentionMask, certified, flash_attention, flash_decode, fused_cross_entropy,
+    reference_attention,
 )
 from batiste.sharding import spec
 
@@ -98,6 +99,28 @@ def _on_each_device(kernel, operands):
     # The kernels' outputs do not carry which axes they vary over, so that is not checked.
     call = jax.shard_map(kernel, in_specs=in_specs, out_specs=out_specs, check_vma=False)
     return call(*operands)
+
+
+def fused_losses(
+    chip: str, x_BTD: jax.Array, head: jax.Array, targets_BT: jax.Array, options: Mapping
+) -> tuple[jax.Array, jax.Array]:
+    """`fused_cross_entropy` of a batch: loss and cross-entropy of each token, float32 BT."""
+    if chip not in certified.CHIPS:
+        raise ValueError(
+            f"train.objective.fused=True needs a chip's kernels, but model.attention={chip!r}: "
+            f"choose one of {', '.join(certified.CHIPS)}, or set train.objective.loss_chunk instead"
+        )
+
+    def kernel(x_BTD, head, targets_BT):
+        x_MD, targets_M = x_BTD.reshape(-1, x_BTD.shape[-1]), targets_BT.reshape(-1)
+        losses = fused_cross_entropy(x_MD, head, targets_M, chip=chip, **options)
+        return tuple(loss_M.reshape(targets_BT.shape) for loss_M in losses)
+
+    if jax.sharding.get_abstract_mesh().empty:
+        return kernel(x_BTD, head, targets_BT)
+    in_specs = (spec("BTD"), jax.sharding.PartitionSpec(), spec("BT"))
+    call = jax.shard_map(kernel, in_specs=in_specs, out_specs=(spec("BT"),) * 2, check_vma=False)
+    return call(x_BTD, head, targets_BT)
 
 
 def _check(config: TransformerConfig, chip: str, axis_sizes: Mapping[str, int]) -> None:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from batiste.models.attention import Attention, LayerCache
+from batiste.models.attention_choice import fused_losses
 from batiste.models.config import TransformerConfig
 from batiste.models.layers import FeedForward, Norm, dropout, project
 from batiste.models.parameter import gathered, matrix
@@ -131,6 +132,23 @@ class Transformer(nnx.Module):
         logits_BTV = constrain(logits_BTV, "BTV")
         soft_cap = self.config.logit_soft_cap
         return logits_BTV if soft_cap is None else soft_cap * jnp.tanh(logits_BTV / soft_cap)
+
+    def fused_losses(
+        self, x_BTD: jax.Array, targets_BT: jax.Array, z_loss: float, label_smoothing: float
+    ) -> tuple[jax.Array, jax.Array]:
+        """Loss and cross-entropy of each token by the chip's kernel, float32 BT, without logits.
+
+        Raises ValueError for a model that is not set to a chip's kernels.
+        """
+        x_BTD = x_BTD if self.norm is None else self.norm(x_BTD)
+        tied = self.head_DV is None
+        layout = "VD" if tied else "DV"
+        head = gather((self.embedding_VD if tied else self.head_DV)[...], layout)
+        options = dict(
+            layout=layout, soft_cap=self.config.logit_soft_cap, z_loss=z_loss,
+            label_smoothing=label_smoothing,
+        )
+        return fused_losses(self.config.attention, x_BTD, head, targets_BT, options)
 
     def empty_cache(self, batch: int, length: int) -> Cache:
         """Room for `length` tokens in each of `batch` rows, in the compute dtype."""

@@ -68,6 +68,14 @@ def step_text(experiment: Experiment, _):
         return step.jitted.lower(program.abstract_state, BATCH).as_text()
 
 
+def tpu_step_text(experiment: Experiment, _):
+    """The training step as it is handed to the TPU's compiler: for what a CPU cannot run."""
+    program, mesh, step = _program(experiment)
+    with jax.set_mesh(mesh):
+        traced = step.jitted.trace(program.abstract_state, BATCH)
+        return traced.lower(lowering_platforms=("tpu",)).as_text()
+
+
 def start(experiment: Experiment, _):
     """The training state before the first step."""
     with jax.disable_jit():
@@ -195,10 +203,10 @@ def _shared_step(program, config, mesh):
     return _compiled[key]
 
 
-def _shared_row_losses(graphdef, mesh, loss_chunk):
+def _shared_row_losses(graphdef, mesh, objective):
     key = id(graphdef), "row losses"
     if key not in _compiled:
-        _compiled[key] = make_row_losses(graphdef, mesh, loss_chunk)
+        _compiled[key] = make_row_losses(graphdef, mesh, objective)
     return _compiled[key]
 
 

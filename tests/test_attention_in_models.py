@@ -9,9 +9,12 @@ import pytest
 from flax import nnx
 from jax.experimental.pallas import tpu as pltpu
 
+from batiste.configs.experiment import Experiment
 from batiste.inference import SamplingConfig, generate
 from batiste.models import Transformer, resolve_attention
 from batiste.sharding import MeshConfig, make_mesh
+from batiste.train import ObjectiveConfig
+from batiste.train.objectives import causal_loss
 
 NO_AXES = {"context": 1}
 
@@ -62,6 +65,39 @@ def test_kernels_on_a_mesh_equal_the_reference_on_one_device(models, batch, inte
     with jax.set_mesh(make_mesh(MeshConfig(data=2, tensor=2), jax.devices()[:4])):
         actual = loss_and_gradients(models[1], batch)
     assert_near(actual, expected)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("devices", [1, 2])
+def test_the_fused_loss_is_the_loss_of_the_logits(model_config, batch, interpreted, tied, devices):
+    config = dataclasses.replace(
+        model_config, num_layers=1, tied_embeddings=tied, logit_soft_cap=3.0, attention="v6e"
+    )
+    model = Transformer(config, rngs=nnx.Rngs(3))
+    graphdef, params = nnx.split(model)
+
+    def loss(params, fused):
+        objective = ObjectiveConfig(label_smoothing=0.1, z_loss=1e-3, fused=fused)
+        terms = causal_loss(nnx.merge(graphdef, params), batch, None, objective)
+        return terms.loss_B.sum(), terms
+
+    def run(fused):
+        return jax.jit(jax.value_and_grad(lambda x: loss(x, fused), has_aux=True))(params)
+
+    expected = run(False)
+    with jax.set_mesh(make_mesh(MeshConfig(data=devices), jax.devices()[:devices])):
+        actual = run(True)
+    assert_near(actual, expected)
+
+
+def test_the_fused_loss_needs_kernels_and_an_unsplit_vocabulary(model_config, batch):
+    model = Transformer(model_config, rngs=nnx.Rngs(3))
+    with pytest.raises(ValueError, match="needs a chip's kernels, but model.attention='reference'"):
+        causal_loss(model, batch, None, ObjectiveConfig(fused=True))
+    experiment = Experiment(mesh=MeshConfig(tensor=2))
+    experiment.train.objective.fused = True
+    with pytest.raises(ValueError, match="vocabulary split over mesh.tensor=2"):
+        experiment.validate()
 
 
 def test_decoding_with_kernels_gives_the_references_tokens(models, interpreted):

@@ -37,6 +37,7 @@ LLAMA3 = {"model.rope_scaling": "llama3", "model.rope_original_length": 16}
 BASES = {
     probes.shapes: MODEL, probes.logits: MODEL, probes.step_text: MODEL, probes.start: MODEL,
     probes.two_steps: HALF, probes.rates: MODEL, probes.updates: MODEL,
+    probes.tpu_step_text: MODEL,
     probes.layout: MODEL | {"train.batch_size": 8}, probes.records: BYTES,
     probes.first_batch: BYTES, probes.run: FROZEN, probes.generated: FROZEN,
 }
@@ -77,6 +78,9 @@ CASES = {
     **cases(probes.step_text, "", {
         "model.remat": "full", "model.scan_unroll": 2, "train.accumulation": 2,
         "train.objective.loss_chunk": 4,
+    }),
+    **cases(probes.tpu_step_text, "", {
+        "model.attention": "v6e", "train.objective.fused": (True, {"model.attention": "v6e"}),
     }),
     **cases(probes.two_steps, "train.", {
         "objective.label_smoothing": 0.1, "objective.z_loss": 0.1,

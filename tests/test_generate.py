@@ -15,6 +15,7 @@ from batiste.inference import SamplingConfig, generate
 from batiste.inference.sampling import sample
 from batiste.models import Transformer
 from batiste.sharding import MeshConfig, make_mesh
+from batiste.train import ObjectiveConfig
 
 PROMPTS = [[1, 5, 9], [1], [1, 7, 3, 3, 8, 2], [1, 30]]
 GREEDY = SamplingConfig(temperature=0.0, top_p=None, max_tokens=7)
@@ -109,7 +110,7 @@ def test_perplexity_is_the_formula_with_a_standard_error(model):
     graphdef, params = nnx.split(model, nnx.Param)
     params = nnx.to_pure_dict(params)
     mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
-    losses = make_row_losses(graphdef, mesh, loss_chunk=4)
+    losses = make_row_losses(graphdef, mesh, ObjectiveConfig(loss_chunk=4))
     batches = [make_batch(8, 11, 37, seed) for seed in (0, 1)]
     byte_lengths_V = np.arange(37) % 5 + 1
     got = perplexity(lambda batch: losses(params, batch), batches, lambda batch: batch, byte_lengths_V)

@@ -13,11 +13,13 @@ class ObjectiveConfig:
 
     loss_chunk: logits are computed for so many positions of each row at a time, and never all at
     once; None computes all.
+    fused: the kernels of model.attention's chip compute the loss, and logits are never in memory.
     """
 
     label_smoothing: float = 0.0
     z_loss: float = 0.0
     loss_chunk: int | None = None
+    fused: bool = False
 
 
 @dataclasses.dataclass

@@ -42,11 +42,14 @@ def token_losses(
 
 
 def causal_loss(model: Transformer, batch, dropout_key, config: ObjectiveConfig) -> Terms:
-    """Next-token prediction over a Batch; with `loss_chunk`, never all logits at once."""
+    """Next-token prediction over a Batch; with `loss_chunk` or `fused`, never all logits at once."""
     x_BTD = model.features(batch.tokens_BT, batch.positions_BT, batch.segments_BT, dropout_key)
 
     def terms(x_BTD, targets_BT, weights_BT):
-        losses = token_losses(model.logits(x_BTD), targets_BT, config)
+        if config.fused:
+            losses = model.fused_losses(x_BTD, targets_BT, config.z_loss, config.label_smoothing)
+        else:
+            losses = token_losses(model.logits(x_BTD), targets_BT, config)
         return Terms(*((x * weights_BT).sum(axis=1) for x in (*losses, jnp.ones_like(weights_BT))))
 
     if config.loss_chunk is None:
