@@ -1,4 +1,4 @@
-"""Which probabilities dropout keeps: a pure function of seed and place, the same in every kernel."""
+"""Which probabilities dropout keeps: a function of seed and place, the same in every kernel."""
 
 import jax
 import numpy as np

@@ -1,8 +1,8 @@
 """Which tiles of queries and keys a mask fills, cuts or empties: what a kernel visits, and how.
 
-A kernel walks, for each tile of queries (or of keys, backward), a list of the tiles opposite that are
-not empty: first those that every pair in them sees, which need no mask; then the one on the diagonal
-of a causal mask, whose shape is known when the kernel is built; then the rest, masked element by
+A kernel walks, for each tile of queries (or of keys, backward), a list of the tiles opposite that
+are not empty: first those in which all sees all, which need no mask; then the one on the diagonal of
+a causal mask, whose shape is known when the kernel is built; then the rest, masked element by
 element. The order inside a row is free, because the softmax is online and gradients are sums.
 """
 

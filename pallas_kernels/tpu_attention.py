@@ -1,4 +1,4 @@
-"""Flash attention for TPU from the outside: layouts, padding, scales; the kernels are in two files."""
+"""Flash attention for TPU from the outside: layouts, padding, scales."""
 
 import jax
 import jax.numpy as jnp
@@ -74,7 +74,7 @@ def _working(array: jax.Array) -> jax.Array:
 
 
 def _scaled(options: Options, plan: Plan, q_BTNH: jax.Array) -> jax.Array:
-    """Queries that carry the scale and what turns exp into exp2 (or what the soft cap divides by)."""
+    """Queries that carry the scale, and what makes exp exp2 or what the soft cap divides by."""
     return (q_BTNH.astype(jnp.float32) * (options.scale * plan.rules.scale)).astype(q_BTNH.dtype)
 
 

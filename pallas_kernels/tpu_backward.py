@@ -1,9 +1,9 @@
 """Flash attention backward for TPU: all three gradients in one kernel, five products a tile.
 
-              queries of the chunk, on lanes            One grid step holds a tile of keys and values
-            +------+------+------+------+               and a chunk of queries (most often all of
-   tile of  | tile | tile | tile | tile |               them), and walks the list of query tiles that
-   keys     +------+------+------+------+               see its keys.
+              queries of the chunk, on lanes        One grid step holds a tile of keys and values
+            +------+------+------+------+           and a chunk of queries (most often all of
+   tile of  | tile | tile | tile | tile |           them), and walks the list of query tiles that
+   keys     +------+------+------+------+           see its keys.
 
       s(S,T)  = k(S,H) q(H,T)        dp(S,T) = v(S,H) do(H,T)         p = exp2(s - lse)
       dv(S,H) += p(S,T) do(T,H)      dk(S,H) += ds(S,T) q(T,H)        ds = p (dp - delta)
@@ -26,7 +26,7 @@ from jax.experimental.pallas import tpu as pltpu
 from batiste.pallas_kernels import tpu_logits
 from batiste.pallas_kernels.tiles import DIAGONAL, FULL, PARTIAL
 from batiste.pallas_kernels.tpu_pipeline import Stages, Unit, looped, straight
-from batiste.pallas_kernels.tpu_plan import Plan, dot, piece_at, vector_specs
+from batiste.pallas_kernels.tpu_plan import Plan, dot, piece_at
 
 
 def backward_call(plan: Plan, scalars: dict, heads: dict, keys: dict, vectors: dict):
@@ -37,55 +37,22 @@ def backward_call(plan: Plan, scalars: dict, heads: dict, keys: dict, vectors: d
     """
     B, N, H, T = heads["q_BNHT"].shape
     K, S = keys["k_BKSH"].shape[1:3]
-    G, C, R = N // K, S // plan.key_chunk, plan.chunks
-    tiles = plan.key_chunk // plan.blocks.key_tile
-    grid = (B, K, C, G, R, tiles)
-
-    def head_spec(*block, last):
-        def index(b, k, c, g, r, j, *_):
-            return (b, k * G + g, 0, r) if last else (b, k * G + g, r, 0)
-
-        return pl.BlockSpec((1, 1, *block), index)
-
-    def key_spec(*block, last):
-        def index(b, k, c, g, r, j, *_):
-            return (b, k, 0, c * tiles + j) if last else (b, k, c * tiles + j, 0)
-
-        return pl.BlockSpec((1, 1, *block), index)
-
-    chunk, tile = plan.chunk, plan.blocks.key_tile
-    specs = {
-        "q_BNHT": head_spec(H, chunk, last=True), "q_BNTH": head_spec(chunk, H, last=False),
-        "do_BNHT": head_spec(H, chunk, last=True), "do_BNTH": head_spec(chunk, H, last=False),
-        "lse_BN1T": head_spec(1, chunk, last=True), "delta_BN1T": head_spec(1, chunk, last=True),
-        "k_BKSH": key_spec(tile, H, last=False), "v_BKSH": key_spec(tile, H, last=False),
-        "k_BKHS": key_spec(H, tile, last=True),
-    }
-    inputs = {name: (array, specs[name]) for name, array in (heads | keys).items()}
-    inputs |= vector_specs(
-        vectors,
-        query_segments=((1, 1, chunk), lambda b, k, c, g, r, j, *_: (b, 0, r)),
-        key_segments=((1, tile, 1), lambda b, k, c, g, r, j, *_: (b, c * tiles + j, 0)),
-        sparsity_bits=((1, 1, chunk), lambda b, k, c, g, r, j, *_: (c * tiles + j, 0, r)),
-    )
-    dk_spec = pl.BlockSpec((1, 1, plan.key_chunk, H), lambda b, k, c, g, r, j, *_: (b, k, c, 0))
-    dq_spec = pl.BlockSpec(
-        (1, 1, 1, H, chunk), lambda b, k, c, g, r, j, *_: (c, b, k * G + g, 0, r)
-    )
+    G, C, tiles = N // K, S // plan.key_chunk, plan.key_chunk // plan.blocks.key_tile
+    in_specs, out_specs = _specs(plan, H, G, tiles)
+    inputs = {name: (array, in_specs[name]) for name, array in (heads | keys | vectors).items()}
     outputs = {"dq": (C, B, N, H, T), "dk": (B, K, S, H), "dv": (B, K, S, H)}
     unit, dtype = (plan.blocks.key_unit, plan.blocks.query_unit), keys["k_BKSH"].dtype
     scratch = {
         "scores": ((2, *unit), jnp.float32), "dp": ((2, *unit), jnp.float32),
         "p": ((2, *unit), dtype), "ds": ((2, *unit), dtype),
     }
-    names = (*scalars, *inputs, *outputs, *scratch)
     call = pl.pallas_call(
-        functools.partial(_kernel, plan, names),
+        functools.partial(_kernel, plan, (*scalars, *inputs, *outputs, *scratch)),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars),
-            grid=grid,
+            grid=(B, K, C, G, plan.chunks, tiles),
             in_specs=[spec for _, spec in inputs.values()],
-            out_specs=[dq_spec, dk_spec, dk_spec],
+            out_specs=[out_specs[name] for name in outputs],
             scratch_shapes=[pltpu.VMEM(*shape) for shape in scratch.values()],
         ),
         out_shape=[jax.ShapeDtypeStruct(shape, jnp.float32) for shape in outputs.values()],
@@ -97,6 +64,34 @@ def backward_call(plan: Plan, scalars: dict, heads: dict, keys: dict, vectors: d
         name="flash_backward",
     )
     return call(*scalars.values(), *(array for array, _ in inputs.values()))
+
+
+def _specs(plan: Plan, H: int, G: int, tiles: int) -> tuple[dict, dict]:
+    """The block of each input and output, by name; a grid step is b, k, c, g, r, j: row, key head,
+    chunk of keys, head in the group, chunk of queries, tile of keys."""
+    chunk, tile = plan.chunk, plan.blocks.key_tile
+
+    def spec(block, index):
+        def at(b, k, c, g, r, j, *_):
+            return index(b, k, c, k * G + g, r, c * tiles + j)
+
+        return pl.BlockSpec(block, at)
+
+    on_lanes = spec((1, 1, H, chunk), lambda b, k, c, n, r, j: (b, n, 0, r))
+    on_sublanes = spec((1, 1, chunk, H), lambda b, k, c, n, r, j: (b, n, r, 0))
+    row = spec((1, 1, 1, chunk), lambda b, k, c, n, r, j: (b, n, 0, r))
+    keys = spec((1, 1, tile, H), lambda b, k, c, n, r, j: (b, k, j, 0))
+    key_gradient = spec((1, 1, plan.key_chunk, H), lambda b, k, c, n, r, j: (b, k, c, 0))
+    inputs = {
+        "q_BNHT": on_lanes, "q_BNTH": on_sublanes, "do_BNHT": on_lanes, "do_BNTH": on_sublanes,
+        "lse_BN1T": row, "delta_BN1T": row, "k_BKSH": keys, "v_BKSH": keys,
+        "k_BKHS": spec((1, 1, H, tile), lambda b, k, c, n, r, j: (b, k, 0, j)),
+        "query_segments": spec((1, 1, chunk), lambda b, k, c, n, r, j: (b, 0, r)),
+        "key_segments": spec((1, tile, 1), lambda b, k, c, n, r, j: (b, j, 0)),
+        "sparsity_bits": spec((1, 1, chunk), lambda b, k, c, n, r, j: (j, 0, r)),
+    }
+    dq = spec((1, 1, 1, H, chunk), lambda b, k, c, n, r, j: (c, b, n, 0, r))
+    return inputs, {"dq": dq, "dk": key_gradient, "dv": key_gradient}
 
 
 def _kernel(plan: Plan, names: tuple[str, ...], *refs) -> None:

@@ -1,8 +1,7 @@
 """How attention is cut up on each generation of TPU: one table, filled by the static tool.
 
-To extend it, run `python benchmarks/tpu_static.py --sweep --chip=NAME`, which compiles candidates and
-prints their cycles, and write the best row here. The figures beside the rows are cycles for 512 x 512
-pairs at head dim 128 (benchmarks/README.md).
+To extend it, run `python benchmarks/tpu_static.py --sweep --chip=NAME`, which compiles candidates
+and prints their cycles, and write the best row here (benchmarks/README.md, NOTES.md).
 """
 
 from typing import NamedTuple
@@ -22,29 +21,37 @@ class Blocks(NamedTuple):
     key_piece: int
 
 
-class ChipBlocks(NamedTuple):
-    """Blocks forward and backward, and how many bytes of VMEM a kernel may use."""
+class Passes(NamedTuple):
+    """Blocks forward and backward."""
 
     forward: Blocks
     backward: Blocks
+
+
+class Chip(NamedTuple):
+    """Bytes of VMEM that a kernel may use, and blocks for head dims up to 128 and up to 256."""
+
     vmem_bytes: int
+    narrow: Passes
+    wide: Passes
 
 
 MIB = 2**20
+V5 = Passes(Blocks(1024, 1024, 512, 1024, 64), Blocks(1024, 1024, 128, 512, 128))
+V6 = Passes(Blocks(1024, 1024, 256, 512, 128), Blocks(1024, 1024, 256, 512, 128))
+V6_WIDE = Passes(Blocks(1024, 1024, 256, 512, 256), Blocks(1024, 1024, 256, 256, 256))
 CHIPS = {
-    "v5e": ChipBlocks(
-        Blocks(1024, 1024, 512, 1024, 64), Blocks(1024, 1024, 128, 512, 128), 100 * MIB
-    ),
-    "v5p": ChipBlocks(
-        Blocks(1024, 1024, 512, 1024, 64), Blocks(1024, 1024, 128, 512, 128), 56 * MIB
-    ),
-    "v6e": ChipBlocks(
-        Blocks(1024, 1024, 256, 512, 128), Blocks(1024, 1024, 256, 512, 128), 100 * MIB
-    ),
-    "tpu7x": ChipBlocks(
-        Blocks(1024, 1024, 256, 512, 256), Blocks(1024, 1024, 256, 512, 128), 56 * MIB
-    ),
+    "v5e": Chip(100 * MIB, V5, V5),
+    "v5p": Chip(56 * MIB, V5, V5),
+    "v6e": Chip(100 * MIB, V6, V6_WIDE),
+    "tpu7x": Chip(56 * MIB, V6._replace(forward=V6_WIDE.forward), V6_WIDE),
 }
+
+
+def blocks_for(chip: str, head_dim: int, backward: bool) -> Blocks:
+    """The table's blocks."""
+    passes = CHIPS[chip].narrow if head_dim <= 128 else CHIPS[chip].wide
+    return passes.backward if backward else passes.forward
 
 
 def fit(blocks: Blocks, num_queries: int, num_keys: int) -> Blocks:

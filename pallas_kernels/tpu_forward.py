@@ -28,7 +28,7 @@ from batiste.pallas_kernels import tpu_logits
 from batiste.pallas_kernels.tiles import DIAGONAL, FULL, PARTIAL
 from batiste.pallas_kernels.tpu_logits import LOG2_E, LOWEST
 from batiste.pallas_kernels.tpu_pipeline import Stages, Unit, looped, straight
-from batiste.pallas_kernels.tpu_plan import Plan, dot, piece_at, vector_specs
+from batiste.pallas_kernels.tpu_plan import Plan, dot, piece_at
 
 LN_2 = math.log(2)
 
@@ -36,43 +36,27 @@ LN_2 = math.log(2)
 def forward_call(plan: Plan, scalars: dict, q_BNHT, k_BKSH, v_BKHS, vectors: dict):
     """The kernel on padded operands; returns out_BNHT and lse_BN1T (natural logarithm)."""
     B, N, H, T = q_BNHT.shape
-    K, G = k_BKSH.shape[1], N // k_BKSH.shape[1]
-    tile, unit = plan.blocks.query_tile, (plan.blocks.key_unit, plan.blocks.query_unit)
-
-    def query(b, n, i, c, *_):
-        return b, n, 0, i
-
-    def group(n):
-        return jax.lax.div(n, np.int32(G))  # `//` asks the machine which chip it has.
-
-    inputs = {
-        "q": (q_BNHT, pl.BlockSpec((1, 1, H, tile), query)),
-        "k": (k_BKSH, pl.BlockSpec((1, 1, plan.chunk, H), lambda b, n, i, c, *_: (b, group(n), c, 0))),
-        "v": (v_BKHS, pl.BlockSpec((1, 1, H, plan.chunk), lambda b, n, i, c, *_: (b, group(n), 0, c))),
-    } | vector_specs(
-        vectors,
-        query_segments=((1, 1, tile), lambda b, n, i, c, *_: (b, 0, i)),
-        key_segments=((1, plan.chunk, 1), lambda b, n, i, c, *_: (b, c, 0)),
-        sparsity_bits=((plan.chunk // plan.blocks.key_tile, 1, tile), lambda b, n, i, c, *_: (c, 0, i)),
-    )
+    G, heads, tile = N // k_BKSH.shape[1], plan.heads, plan.blocks.query_tile
+    unit = (plan.blocks.key_unit, plan.blocks.query_unit)
+    specs = _specs(plan, H, G)
+    inputs = {"q": q_BNHT, "k": k_BKSH, "v": v_BKHS} | vectors
     outputs = {
         "out": jax.ShapeDtypeStruct((B, N, H, T), q_BNHT.dtype),
         "lse": jax.ShapeDtypeStruct((B, N, 1, T), jnp.float32),
     }
     scratch = {
-        "acc": ((H, tile), jnp.float32), "top": ((1, tile), jnp.float32),
-        "sum": ((1, tile), jnp.float32), "scores": ((2, *unit), jnp.float32),
+        "acc": ((heads, H, tile), jnp.float32), "top": ((heads, 1, tile), jnp.float32),
+        "sum": ((heads, 1, tile), jnp.float32), "scores": ((2, *unit), jnp.float32),
         "weights": ((2, *unit), q_BNHT.dtype), "unit_top": ((2, 8, unit[1]), jnp.float32),
         "decay": ((2, 1, unit[1]), jnp.float32),
     }
-    names = (*scalars, *inputs, *outputs, *scratch)
     call = pl.pallas_call(
-        functools.partial(_kernel, plan, names),
+        functools.partial(_kernel, plan, (*scalars, *inputs, *outputs, *scratch)),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars),
-            grid=(B, N, T // tile, plan.chunks),
-            in_specs=[spec for _, spec in inputs.values()],
-            out_specs=[pl.BlockSpec((1, 1, H, tile), query), pl.BlockSpec((1, 1, 1, tile), query)],
+            grid=(B, N // heads, T // tile, plan.chunks),
+            in_specs=[specs[name] for name in inputs],
+            out_specs=[specs[name] for name in outputs],
             scratch_shapes=[pltpu.VMEM(*shape) for shape in scratch.values()],
         ),
         out_shape=list(outputs.values()),
@@ -83,7 +67,33 @@ def forward_call(plan: Plan, scalars: dict, q_BNHT, k_BKSH, v_BKHS, vectors: dic
         interpret=plan.interpret,
         name="flash_forward",
     )
-    return call(*scalars.values(), *(array for array, _ in inputs.values()))
+    return call(*scalars.values(), *inputs.values())
+
+
+def _specs(plan: Plan, H: int, G: int) -> dict[str, pl.BlockSpec]:
+    """The block of each input and output, by name; a grid step is b, n, i, c: row, heads side by
+    side, tile of queries, chunk of keys."""
+    tile, chunk, heads, key_heads = plan.blocks.query_tile, plan.chunk, plan.heads, plan.key_heads
+
+    def spec(block, index):
+        def at(b, n, i, c, *_):
+            # `//` would ask the machine which chip it has.
+            return index(b, n, jax.lax.div(n * np.int32(heads), np.int32(G * key_heads)), i, c)
+
+        return pl.BlockSpec(block, at)
+
+    queries = spec((1, heads, H, tile), lambda b, n, k, i, c: (b, n, 0, i))
+    return {
+        "q": queries, "out": queries,
+        "k": spec((1, key_heads, chunk, H), lambda b, n, k, i, c: (b, k, c, 0)),
+        "v": spec((1, key_heads, H, chunk), lambda b, n, k, i, c: (b, k, 0, c)),
+        "lse": spec((1, heads, 1, tile), lambda b, n, k, i, c: (b, n, 0, i)),
+        "query_segments": spec((1, 1, tile), lambda b, n, k, i, c: (b, 0, i)),
+        "key_segments": spec((1, chunk, 1), lambda b, n, k, i, c: (b, c, 0)),
+        "sparsity_bits": spec(
+            (chunk // plan.blocks.key_tile, 1, tile), lambda b, n, k, i, c: (c, 0, i)
+        ),
+    }
 
 
 def _kernel(plan: Plan, names: tuple[str, ...], *refs) -> None:
@@ -91,7 +101,7 @@ def _kernel(plan: Plan, names: tuple[str, ...], *refs) -> None:
     b, n, i, c = (pl.program_id(axis) for axis in range(4))
     row = ((b if plan.varies_by_row else 0) * pl.num_programs(2) + i) * plan.chunks + c
     full, diagonal, partial = (r.counts[3 * row + index] for index in range(3))
-    r.head, r.num_heads = n, pl.num_programs(1)
+    r.head, r.num_heads = n * plan.heads, pl.num_programs(1) * plan.heads
     r.first_query = i * plan.blocks.query_tile + (r.offset[b] if hasattr(r, "offset") else 0)
     r.first_key = c * plan.chunk
     r.sparsity_row = lambda tile: tile
@@ -99,7 +109,7 @@ def _kernel(plan: Plan, names: tuple[str, ...], *refs) -> None:
     def tile_at(index):
         return r.order[row * (plan.chunk // plan.blocks.key_tile) + index]
 
-    pl.when(c == 0)(lambda: _begin(r, n))
+    pl.when(c == 0)(lambda: _begin(r, plan.heads))
     if FULL in plan.kinds:
         pl.when(full > 0)(lambda: looped(_stages(plan, r, FULL), tile_at, full, plan.units))
     if DIAGONAL in plan.kinds:
@@ -115,18 +125,21 @@ def _kernel(plan: Plan, names: tuple[str, ...], *refs) -> None:
     pl.when(c == plan.chunks - 1)(lambda: _finish(r))
 
 
-def _begin(r, head) -> None:
+def _begin(r, heads: int) -> None:
     r.acc[...] = jnp.zeros_like(r.acc)
-    has_sink = hasattr(r, "sinks")
-    r.top[...] = jnp.full_like(r.top, r.sinks[head] * LOG2_E if has_sink else LOWEST)
-    r.sum[...] = jnp.full_like(r.sum, 1.0 if has_sink else 0.0)
+    has_sinks = hasattr(r, "sinks")
+    r.sum[...] = jnp.full_like(r.sum, 1.0 if has_sinks else 0.0)
+    for head in range(heads):
+        lowest = r.sinks[r.head + head] * LOG2_E if has_sinks else LOWEST
+        r.top[head] = jnp.full_like(r.top[head], lowest)
 
 
 def _finish(r) -> None:
     total = r.sum[...]
     seen = total > 0
-    r.out[0, 0] = (r.acc[...] / jnp.where(seen, total, 1.0)).astype(r.out.dtype)
-    r.lse[0, 0] = jnp.where(seen, r.top[...] * LN_2 + jnp.log(jnp.where(seen, total, 1.0)), -jnp.inf)
+    total = jnp.where(seen, total, 1.0)
+    r.out[0] = (r.acc[...] / total).astype(r.out.dtype)
+    r.lse[0] = jnp.where(seen, r.top[...] * LN_2 + jnp.log(total), -jnp.inf)
 
 
 def _stages(plan: Plan, r, kind: int) -> Stages:
@@ -137,6 +150,9 @@ def _stages(plan: Plan, r, kind: int) -> Stages:
     def strip(unit: Unit) -> slice:
         return slice(unit.query, unit.query + blocks.query_unit)
 
+    def keys_of(unit: Unit) -> int:
+        return unit.head if plan.key_heads > 1 else 0
+
     def keys(tile, unit: Unit, piece: slice) -> pl.Slice:
         start = tile * blocks.key_tile + unit.key + piece.start
         size = piece.stop - piece.start
@@ -146,7 +162,7 @@ def _stages(plan: Plan, r, kind: int) -> Stages:
         tops = []
         for piece in pieces:
             rows = keys(tile, unit, piece)
-            scores = dot(r.k[0, 0, rows, :], r.q[0, 0, :, strip(unit)])
+            scores = dot(r.k[0, keys_of(unit), rows, :], r.q[0, unit.head, :, strip(unit)])
             part = plan.kind_of(kind, unit, piece)
             if plan.reshapes or part != FULL:
                 where = piece_at(plan, r, (tile, unit, piece), (strip(unit), rows))
@@ -156,10 +172,10 @@ def _stages(plan: Plan, r, kind: int) -> Stages:
         r.unit_top[slot, :, wide] = functools.reduce(jnp.maximum, tops)
 
     def middle(tile, unit, slot):
-        before = r.top[:, strip(unit)]
+        before = r.top[unit.head, :, strip(unit)]
         top = jnp.maximum(before, r.unit_top[slot, :, wide].max(axis=0, keepdims=True))
         decay = jnp.exp2(before - top)
-        r.top[:, strip(unit)], r.decay[slot, :, wide] = top, decay
+        r.top[unit.head, :, strip(unit)], r.decay[slot, :, wide] = top, decay
         sums = []
         for piece in pieces:
             weights = jnp.exp2(r.scores[slot, piece, wide] - top)
@@ -169,12 +185,13 @@ def _stages(plan: Plan, r, kind: int) -> Stages:
                 weights = tpu_logits.dropped(plan.rules, where, weights)
             r.weights[slot, piece, wide] = weights.astype(r.weights.dtype)
         total = functools.reduce(jnp.add, sums).sum(axis=0, keepdims=True)
-        r.sum[:, strip(unit)] = r.sum[:, strip(unit)] * decay + total
+        r.sum[unit.head, :, strip(unit)] = r.sum[unit.head, :, strip(unit)] * decay + total
 
     def last(tile, unit, slot):
         mine = slice(0, blocks.key_unit)
-        added = dot(r.v[0, 0, :, keys(tile, unit, mine)], r.weights[slot, mine, wide])
-        r.acc[:, strip(unit)] = r.acc[:, strip(unit)] * r.decay[slot, :, wide] + added
+        added = dot(r.v[0, keys_of(unit), :, keys(tile, unit, mine)], r.weights[slot, mine, wide])
+        rows = (unit.head, slice(None), strip(unit))
+        r.acc[rows] = r.acc[rows] * r.decay[slot, :, wide] + added
 
     def idle():
         r.weights[1] = jnp.zeros_like(r.weights[1])

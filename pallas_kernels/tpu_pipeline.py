@@ -19,10 +19,11 @@ import jax.numpy as jnp
 
 
 class Unit(NamedTuple):
-    """A piece of a tile: where its queries and keys begin inside the tile."""
+    """A piece of a tile: where its queries and keys begin inside the tile, and of which head."""
 
     query: int
     key: int
+    head: int = 0
 
 
 class Stages(NamedTuple):

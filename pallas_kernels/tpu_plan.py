@@ -11,7 +11,7 @@ from jax.experimental import pallas as pl
 from batiste.pallas_kernels.mask import AttentionMask
 from batiste.pallas_kernels.operands import Operands, Options
 from batiste.pallas_kernels.tiles import DIAGONAL, FULL, Lengths, has_diagonal, tile_kinds, visits
-from batiste.pallas_kernels.tpu_blocks import CHIPS, Blocks, fit
+from batiste.pallas_kernels.tpu_blocks import CHIPS, Blocks, blocks_for, fit
 from batiste.pallas_kernels.tpu_logits import LOG2_E, Piece, Rules
 from batiste.pallas_kernels.tpu_pipeline import Unit
 
@@ -23,6 +23,7 @@ class Plan(NamedTuple):
     chunk, chunks: how much of what a grid step walks is in VMEM at once (keys forward, queries
         backward), and how often.
     key_chunk: keys whose gradients are in VMEM at once (backward).
+    heads, key_heads: query heads and key heads that one grid step works off side by side.
     varies_by_row: whether rows of the batch have lists of tiles of their own.
     """
 
@@ -33,6 +34,8 @@ class Plan(NamedTuple):
     chunk: int
     chunks: int
     key_chunk: int
+    heads: int
+    key_heads: int
     varies_by_row: bool
     kinds: frozenset[int]
     vmem_bytes: int
@@ -42,9 +45,10 @@ class Plan(NamedTuple):
     def units(self) -> list[Unit]:
         """The units of a tile, in the order in which they are worked off."""
         return [
-            Unit(query, key)
+            Unit(query, key, head)
             for key in range(0, self.blocks.key_tile, self.blocks.key_unit)
             for query in range(0, self.blocks.query_tile, self.blocks.query_unit)
+            for head in range(self.heads)
         ]
 
     @property
@@ -83,9 +87,9 @@ def make_plan(options: Options, operands: Operands, backward: bool) -> tuple[Pla
     """The plan of a call, and its lists of tiles as scalars for the kernel."""
     T, S, H = operands.q_BTNH.shape[1], *operands.k_BSKH.shape[1::2]
     mask, chip = operands.mask, CHIPS[options.chip]
-    blocks = options.blocks or (chip.backward if backward else chip.forward)
-    blocks = fit(blocks, T, S)
-    limit = _longest(chip.vmem_bytes, H, operands.q_BTNH.dtype.itemsize, backward)
+    blocks = fit(options.blocks or blocks_for(options.chip, H, backward), T, S)
+    heads, key_heads = (1, 1) if backward else _side_by_side(operands)
+    limit = _longest(chip.vmem_bytes // key_heads, H, operands.q_BTNH.dtype.itemsize, backward)
     query_chunk, query_chunks = _chunks(T, blocks.query_tile, limit)
     key_chunk, key_chunks = _chunks(S, blocks.key_tile, limit)
     chunk, chunks = (query_chunk, query_chunks) if backward else (key_chunk, key_chunks)
@@ -100,7 +104,7 @@ def make_plan(options: Options, operands: Operands, backward: bool) -> tuple[Pla
     lists = visits(kinds, chunk // opposite, has_diagonal(mask, real))
     plan = Plan(
         blocks, _rules(options, operands, S if padded.keys > S else None), real, padded, chunk,
-        chunks, key_chunk, kinds.shape[0] > 1, lists.kinds, chip.vmem_bytes, options.interpret,
+        chunks, key_chunk, heads, key_heads, kinds.shape[0] > 1, lists.kinds, chip.vmem_bytes, options.interpret,
     )
     return plan, {"order": lists.order.reshape(-1), "counts": lists.counts.reshape(-1)}
 
@@ -131,16 +135,11 @@ def vector_operands(plan: Plan, mask: AttentionMask) -> dict[str, jax.Array]:
     return vectors
 
 
-def vector_specs(vectors: dict, **specs) -> dict:
-    """Each vector with the block in which the kernel sees it."""
-    return {name: (array, pl.BlockSpec(*specs[name])) for name, array in vectors.items()}
-
-
 def piece_at(plan: Plan, r, at: tuple, within: tuple) -> Piece:
     """What is known about a piece: `at` is (key tile, unit, keys of the unit), `within` the slices
     of the query vectors and of the key vectors that hold it."""
     (tile, unit, piece), (queries, keys) = at, within
-    rules, b, n = plan.rules, pl.program_id(0), r.head
+    rules, b, n = plan.rules, pl.program_id(0), r.head + unit.head
     tile_start = r.first_key + tile * plan.blocks.key_tile
     first_block = bits = None
     if rules.sparsity_shift is not None:
@@ -167,6 +166,18 @@ def pad_to(array: jax.Array, dim: int, length: int) -> jax.Array:
     widths = [(0, 0)] * array.ndim
     widths[dim] = (0, length - array.shape[dim])
     return jnp.pad(array, widths)
+
+
+def _side_by_side(operands: Operands) -> tuple[int, int]:
+    """Two query heads where they can be paired, and their key heads: two, or the one they share.
+
+    What of one head waits for the matrix units' latency is filled by the other: most of a short
+    sequence's tiles are on the diagonal and have little work of their own.
+    """
+    N, K = operands.q_BTNH.shape[2], operands.k_BSKH.shape[2]
+    if N % 2 or (N > K and N // K % 2):
+        return 1, 1
+    return 2, (2 if N == K else 1)
 
 
 def _rules(options: Options, operands: Operands, num_keys: int | None) -> Rules:

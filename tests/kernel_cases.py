@@ -41,7 +41,7 @@ def make_mask(conditions: tuple[str, ...], num_queries: int, num_keys: int) -> A
     )
 
 
-def make_options(features: tuple[str, ...]) -> dict:
+def make_options(features: tuple[str, ...], N: int) -> dict:
     """The keyword arguments of the reference with these features."""
     key = jax.random.key(5)
     return dict(
@@ -55,15 +55,15 @@ def make_options(features: tuple[str, ...]) -> dict:
     )
 
 
-def errors(mask: AttentionMask, features, shape, dtype: str, kernel: Options) -> dict[str, float]:
+def errors(mask, features, shape, dtype: str, kernel: Options, heads=(N, K)) -> dict[str, float]:
     """Largest error of each result against the reference in fp32, relative to its largest entry.
 
-    shape: T, S, H. The log-sum-exp's gradient is not zero; where a row sees nothing both results
+    shape: T, S, H. heads: of queries, of keys. The log-sum-exp's gradient is not zero; where a row sees nothing both results
     must be exactly zeros and -inf, which is asserted.
     """
-    T, S, H = shape
+    (T, S, H), (N, K) = shape, heads
     keys = jax.random.split(jax.random.key(0), 5)
-    options = make_options(features)
+    options = make_options(features, N)
     q = jax.random.normal(keys[0], (B, T, N, H)).astype(dtype)
     k, v = (jax.random.normal(key, (B, S, K, H)).astype(dtype) for key in keys[1:3])
     g, g_lse = jax.random.normal(keys[3], (B, T, N, H)), jax.random.normal(keys[4], (B, T, N))

@@ -41,6 +41,12 @@ def test_without_features_and_without_races(conditions):
     assert not interpret_pallas_call.races.races_found
 
 
+@pytest.mark.parametrize("heads", [(4, 4), (3, 3), (6, 2), (4, 1)])
+def test_heads_side_by_side_with_keys_of_their_own_or_shared(heads):
+    found = errors(make_mask(("causal",), *SHAPE[:2]), FEATURES, SHAPE, "float32", kernel(), heads)
+    assert max(found.values()) < TOLERANCE["float32"], found
+
+
 @pytest.mark.parametrize("feature", FEATURES)
 def test_every_feature_alone(feature):
     check(("causal",), (feature,), shape=(72, 72, 16))
