@@ -19,15 +19,21 @@ HEAD_DIMS = (64, 80, 96, 128, 192, 256)  # Others, up to the largest, are padded
 CONDITIONS = ("causal", "window", "prefix", "segments", "sparse", "offset")
 
 
+# Which intersections are left out, and of what names: a prefix means something under causality alone,
+# and a layout of blocks is known when the kernel is built, an offset is not.
+EXCEPTIONS = {
+    "prefix without causal": lambda names: "prefix" in names and "causal" not in names,
+    "sparse with offset": lambda names: "sparse" in names and "offset" in names,
+}
+
+
 def _intersections() -> tuple[tuple[str, ...], ...]:
-    """Every intersection but two: a prefix means something under causality alone, and a layout of
-    blocks is known when the kernel is built, an offset is not."""
+    """Every intersection of the conditions, from none of them on, but the exceptions."""
     subsets = itertools.chain.from_iterable(
-        itertools.combinations(CONDITIONS, count) for count in range(len(CONDITIONS))
+        itertools.combinations(CONDITIONS, count) for count in range(len(CONDITIONS) + 1)
     )
     return tuple(
-        names for names in subsets
-        if ("prefix" not in names or "causal" in names) and not {"sparse", "offset"} <= set(names)
+        names for names in subsets if not any(left_out(names) for left_out in EXCEPTIONS.values())
     )
 
 
@@ -112,16 +118,29 @@ def chip_of(device_kind: str) -> str | None:
 
 
 def certification_table() -> str:
-    """The table of the documentation, as Markdown."""
-    lines = ["| chips | mask | with any of | dtypes | head dims |", "|---|---|---|---|---|"]
+    """The table of the documentation, as Markdown: entries that differ in their mask share a row."""
+    rows: dict[tuple, list] = {}
     for entry in CERTIFIED:
-        dims = ", ".join(map(str, entry.head_dims)) + f"; others to {max(entry.head_dims)} by padding"
+        rows.setdefault(entry._replace(mask=()), []).append(entry.mask)
+    lines = [
+        "| chips | masks | with any of | dtypes | head dims | entries |", "|---|---|---|---|---|---|"
+    ]
+    for shared, masks in rows.items():
+        dims = ", ".join(map(str, shared.head_dims))
         columns = (
-            ", ".join(entry.chips), _named(entry.mask), ", ".join(entry.features),
-            ", ".join(entry.dtypes), dims,
+            ", ".join(shared.chips), _described(masks), ", ".join(shared.features),
+            ", ".join(shared.dtypes), f"{dims}; others to {max(shared.head_dims)} by padding",
+            str(len(masks)),
         )
         lines.append(f"| {' | '.join(columns)} |")
     return "\n".join(lines)
+
+
+def _described(masks: list[tuple[str, ...]]) -> str:
+    """What masks are among these: by rule where they are all of `MASKS`, by name otherwise."""
+    if set(masks) != set(MASKS):
+        return "; ".join(map(_named, masks))
+    return f"full, or any of {', '.join(CONDITIONS)} together, but not {' or '.join(EXCEPTIONS)}"
 
 
 def _named(mask: tuple[str, ...]) -> str:

@@ -1,5 +1,6 @@
-"""What the README and the notebook show is executed, each as a newcomer would."""
+"""What the README, docs and the notebook show is executed, each as a newcomer would."""
 
+import dataclasses
 import os
 import pathlib
 import re
@@ -10,8 +11,13 @@ import sys
 
 import pytest
 
+from batiste.models import TransformerConfig, resolve_attention
+from batiste.models.attention_choice import fused_losses
+from batiste.pallas_kernels import AttentionMask, BlockSparsity, certified
+
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+ATTENTION = (ROOT / "docs" / "attention.md").read_text()
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +80,38 @@ def test_relative_links_of_the_documents_lead_somewhere():
         for target in re.findall(r"\]\(([^)#]+)", document.read_text()):
             if "://" not in target:
                 assert (document.parent / target).exists(), (document, target)
+
+
+def test_the_python_about_attention_runs(tmp_path, environment):
+    (code,) = re.findall(r"```python\n(.*?)```", ATTENTION, re.S)
+    code += "print(out_BTNH.shape, lse_BTN.shape)"
+    output = run([sys.executable, "-c", code], tmp_path, environment)
+    assert output.endswith("(2, 100, 4, 64) (2, 100, 4)\n")
+
+
+def test_the_certification_on_the_page_is_the_codes():
+    table = f"<!-- table: begin -->\n{certified.certification_table()}\n<!-- table: end -->"
+    assert table in ATTENTION, "run `python docs/attention_picture.py`, which writes the table"
+
+
+def test_what_the_page_says_that_attention_prints_is_printed():
+    config = TransformerConfig(attention="auto")
+    printed = [resolve_attention(config, kind, {"context": context})[1] for kind, context in (
+        ("TPU v6 lite", 1), ("cpu", 1), ("TPU v6 lite", 2))]
+    wide = dataclasses.replace(config, head_dim=320)
+    printed.append(resolve_attention(wide, "TPU v6 lite", {"context": 1})[1])
+    sparse = AttentionMask(causal=True, sparsity=BlockSparsity(48, 1))
+    for refused in (
+        lambda: resolve_attention(dataclasses.replace(config, attention="v6e"), "cpu", {}),
+        lambda: certified.check("v6e", ("causal", "sparse", "offset"), "bfloat16", 64),
+        lambda: certified.check_sparsity("v6e", sparse),
+        lambda: fused_losses("reference", None, None, None, {}),
+    ):
+        with pytest.raises(ValueError) as error:
+            refused()
+        printed.append(str(error.value))
+    said = "\n".join(re.findall(r"```text\n(.*?)```", ATTENTION, re.S)).splitlines()
+    assert sorted(filter(None, said)) == sorted(printed)
 
 
 def test_the_notebook_runs_from_top_to_bottom(tmp_path, environment):
