@@ -12,7 +12,7 @@ quickstart: $(VENV)/installed
 	$(BIN)/batiste train --config=$(CONFIG) --workdir=$(WORKDIR)
 
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests --numprocesses=2 --dist=loadfile
 
 # A stamp is written last, so an installation that was cut short is done again.
 $(VENV)/installed: setup.py

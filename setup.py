@@ -39,7 +39,7 @@ setup(
         "hf": ["transformers>=4.50", "safetensors>=0.4", "gguf>=0.10"],
         "eval": ["sacrebleu>=2.4", "rouge-score>=0.1.2"],
         "dev": [
-            "pytest>=8", "hypothesis>=6.100", "nbclient>=0.10", "ipykernel>=6.29", "nbformat>=5.10",
+            "pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "nbclient>=0.10", "ipykernel>=6.29", "nbformat>=5.10",
             "libtpu>=0.0.40; platform_system == 'Linux' and platform_machine == 'x86_64'",
         ],
     },

@@ -1,4 +1,4 @@
-"""Which attention a model uses: the reference or a chip's kernels, settled once and never silently."""
+"""Which attention a model uses: the reference or a chip's kernels, settled once and said."""
 
 import dataclasses
 import functools
@@ -8,8 +8,8 @@ import jax
 
 from batiste.models.config import TransformerConfig
 from batiste.pallas_kernels import (
-    AttentionMask, certified, flash_attention, flash_decode, fused_cross_entropy,
-    reference_attention,
+    AttentionMask, certified, decode_is_certified, flash_attention, flash_decode,
+    fused_cross_entropy, reference_attention,
 )
 from batiste.sharding import spec
 
@@ -60,11 +60,21 @@ def attention(
             "model.attention='auto' must be settled before the model runs: use resolve_attention, or "
             f"name one of reference, {', '.join(certified.CHIPS)}"
         )
-    decodes = q_BTNH.shape[1] == 1 and mask.query_offset_B is not None
+    decodes = _can_decode(implementation, q_BTNH, k_BSKH, mask)
     kernel = functools.partial(_decode if decodes else _flash, implementation, options)
     names = ("sinks_N", "alibi_slopes_N", "dropout_seeds_BN")
     arrays = {name: options.pop(name) for name in names}
     return _on_each_device(kernel, (q_BTNH, k_BSKH, v_BSKH, mask, arrays))
+
+
+def _can_decode(chip: str, q_BTNH: jax.Array, k_BSKH: jax.Array, mask: AttentionMask) -> bool:
+    """Whether this is one new token a row that the decoding kernel takes; else it is a tile."""
+    N, K = q_BTNH.shape[2], k_BSKH.shape[2]
+    one_each = q_BTNH.shape[1] == 1 and mask.query_offset_B is not None and mask.causal
+    return (
+        one_each and set(certified.conditions(mask)) <= {"causal", "window", "offset"}
+        and decode_is_certified(chip, q_BTNH.dtype.name, q_BTNH.shape[3], N // K)
+    )
 
 
 def _flash(chip, options, q_BTNH, k_BSKH, v_BSKH, mask, arrays):

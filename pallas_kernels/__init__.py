@@ -2,11 +2,11 @@
 
 from batiste.pallas_kernels.attention import flash_attention
 from batiste.pallas_kernels.cross_entropy import fused_cross_entropy, reference_cross_entropy
-from batiste.pallas_kernels.decode import flash_decode
+from batiste.pallas_kernels.decode import decode_is_certified, flash_decode
 from batiste.pallas_kernels.mask import AttentionMask, BlockSparsity
 from batiste.pallas_kernels.reference import reference_attention
 
 __all__ = [
-    "AttentionMask", "BlockSparsity", "flash_attention", "flash_decode", "fused_cross_entropy",
+    "AttentionMask", "BlockSparsity", "decode_is_certified", "flash_attention", "flash_decode", "fused_cross_entropy",
     "reference_attention", "reference_cross_entropy",
 ]

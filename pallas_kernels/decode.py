@@ -86,6 +86,14 @@ def _no_gradient(options, primals, tangents):
     raise ValueError("flash_decode has no gradient; flash_attention has")
 
 
+def decode_is_certified(chip: str, dtype: str, head_dim: int, queries_per_head: int) -> bool:
+    """Whether `flash_decode` takes such operands on the chip."""
+    entry = {entry.chip: entry for entry in CERTIFIED}[chip]
+    least, most = entry.head_dims
+    fits = least <= head_dim <= most and head_dim % entry.head_step == 0
+    return fits and dtype in entry.dtypes and queries_per_head <= entry.queries_per_head
+
+
 def _check(q_BNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, chip: str) -> None:
     chips = {entry.chip: entry for entry in CERTIFIED}
     if chip not in chips:

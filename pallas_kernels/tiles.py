@@ -111,15 +111,17 @@ def _segments(mask: AttentionMask, lengths: Lengths):
     def ranges(segments, length, tile):
         padded = jnp.pad(segments, ((0, 0), (0, -length % tile)))
         tiled = padded.reshape(segments.shape[0], -1, tile)
-        return tiled.min(axis=-1), tiled.max(axis=-1)
+        # Padding is no segment: counted as one below the first, it would reach from there.
+        first = jnp.where(tiled == 0, jnp.iinfo(jnp.int32).max, tiled).min(axis=-1)
+        return first, tiled.max(axis=-1), (tiled > 0).all(axis=-1)
 
-    low_query, high_query = ranges(mask.query_segments_BT, lengths.queries, lengths.query_tile)
-    low_key, high_key = ranges(mask.key_segments_BS, lengths.keys, lengths.key_tile)
+    low_query, high_query, real_query = ranges(mask.query_segments_BT, lengths.queries, lengths.query_tile)
+    low_key, high_key, real_key = ranges(mask.key_segments_BS, lengths.keys, lengths.key_tile)
     low_query, high_query = low_query[:, :, None], high_query[:, :, None]
     low_key, high_key = low_key[:, None], high_key[:, None]
-    some = (low_query <= high_key) & (low_key <= high_query) & (high_query > 0) & (high_key > 0)
+    some = (low_query <= high_key) & (low_key <= high_query)
     same = (low_query == high_query) & (low_key == high_key) & (low_query == low_key)
-    return some, same & (low_query > 0)
+    return some, same & real_query[:, :, None] & real_key[:, None]
 
 
 def _sparsity(mask: AttentionMask, lengths: Lengths):

@@ -17,7 +17,7 @@ def segments_of(rows: int, length: int, seed: int) -> jax.Array:
     random = np.random.default_rng(seed)
     segments = np.zeros((rows, length), np.int32)
     for row in range(rows):
-        real = length - 5 * row - 3
+        real = length - row * (length // 2) - 3  # Row 1 has tiles of padding alone.
         cuts = np.sort(random.choice(np.arange(1, real), 2, replace=False))
         segments[row, :real] = 1 + np.searchsorted(cuts, np.arange(real), side="right")
     return jnp.asarray(segments)

@@ -100,9 +100,14 @@ def test_the_fused_loss_needs_kernels_and_an_unsplit_vocabulary(model_config, ba
         experiment.validate()
 
 
-def test_decoding_with_kernels_gives_the_references_tokens(models, interpreted):
+@pytest.mark.parametrize("head_dim", [64, 24])
+def test_decoding_with_kernels_gives_the_references_tokens(models, interpreted, head_dim):
+    """Head dim 24 is not one that `flash_decode` knows: `flash_attention` takes the one query."""
     config = SamplingConfig(max_tokens=4, temperature=0.0)
     prompts = [[1, 2, 3, 4, 5, 6, 7], [9, 8]]
+    if head_dim != 64:
+        configs = [dataclasses.replace(model.config, head_dim=head_dim) for model in models]
+        models = [Transformer(each, rngs=nnx.Rngs(3)) for each in configs]
     expected, actual = (list(generate(model, prompts, 0, config)) for model in models)
     assert actual == expected
 
