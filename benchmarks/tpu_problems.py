@@ -29,6 +29,7 @@ from tpu_schedule import Kernel, Schedule, dissect, environment, read
 
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
 OURS, SPLASH, TOKAMAX = "batiste", "splash (jax)", "splash (tokamax)"
+EXPERIMENTAL = "splash (tokamax, experimental scheduler)"  # Changes its forward pass only.
 OPERAND_BYTES, HEADS = 2**28, 8
 
 
@@ -165,8 +166,10 @@ def splash(problem: Problem) -> tuple[Callable, list, str, Counts]:
         from tokamax._src.ops.experimental.tpu.splash_attention import (
             splash_attention_kernel as library, splash_attention_mask as masks,
         )
+        config = library.SplashConfig(
+            **blocks, use_experimental_scheduler=problem.contestant == EXPERIMENTAL)
         attention = library.make_splash_mha(
-            masks.CausalMask((S, S)), config=library.SplashConfig(**blocks), q_seq_shards=1)
+            masks.CausalMask((S, S)), config=config, q_seq_shards=1)
     info = attention.dkv_mask_info if problem.backward else attention.fwd_mask_info
     kinds = np.asarray(info.block_mask)
     kinds = kinds[0] if problem.contestant == SPLASH else kinds

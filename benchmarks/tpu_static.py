@@ -6,7 +6,7 @@
 
 Every kernel is compiled for causal self-attention in bf16 by the TPU's own compiler (libtpu), and
 the schedule that it writes is read (tpu_schedule.py). The others are jax's splash attention and
-tokamax's, each with its best blocks of a few.
+tokamax's, each with its best blocks of a few; one that is not installed says so in its row.
 
 The first form prints, for each body of a kernel, cycles for 512 x 512 pairs, hidden ones included,
 beside the floor, which is what the body's products take on matrix units that are always busy.
@@ -29,17 +29,19 @@ import importlib.metadata
 import importlib.util
 import itertools
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from absl import app, flags
 
 from tpu_problems import (
-    OURS, SPLASH, TOKAMAX, TOPOLOGIES, Blocks, Compiled, Problem, compile_problem, table_blocks,
+    EXPERIMENTAL, OURS, SPLASH, TOKAMAX, TOPOLOGIES, Blocks, Compiled, Problem, compile_problem,
+    table_blocks,
 )
 
 WHOLE = flags.DEFINE_bool("whole", False, "Add up whole causal problems instead.")
 SWEEP = flags.DEFINE_bool("sweep", False, "Try blocks for ours instead.")
-CHIP = flags.DEFINE_multi_enum("chip", None, sorted(TOPOLOGIES), "Chips; v6e and v5e by default.")
+CHIP = flags.DEFINE_multi_enum(
+    "chip", None, sorted(TOPOLOGIES), "Chips; v6e by default, and v5e for bodies.")
 HEAD_DIM = flags.DEFINE_multi_integer(
     "head_dim", None, "Head dims; 128 by default, and 256 for bodies on v6e.", lower_bound=1)
 PASS = flags.DEFINE_multi_enum(
@@ -49,25 +51,32 @@ LENGTH, TILE = 4096, 512 * 512
 # Queries, keys and keys of one product of a grid step of a splash attention.
 CANDIDATES = (
     (512, 512, 512), (1024, 512, 512), (1024, 1024, 512), (1024, 1024, 1024), (2048, 1024, 512),
+    (2048, 1024, 1024), (2048, 2048, 512),
 )
 CAVEAT = (
-    "Static cycles were checked by others against published device times (within 5 % for products,\n"
-    "about 15 % for attention forward, optimistic by a quarter for backward): they rank variants\n"
-    "and are not times."
+    "Static cycles were checked by others against published device times (within 5 % for\n"
+    "products, about 15 % for attention forward, optimistic by a quarter for backward): they rank\n"
+    "variants and are not times."
 )
 
 
-def compile_best(problem: Problem, score) -> Compiled | str:
-    """The problem with the blocks that score lowest; for ours those of the table."""
+def contestants(backward: bool) -> list[str]:
+    """Whose kernels are compared."""
+    return [OURS, SPLASH, TOKAMAX] + [EXPERIMENTAL] * (not backward)
+
+
+def compile_best(
+    problem: Problem, candidates: list[tuple[int, ...]], score: Callable[[Compiled], float],
+) -> Compiled | str:
+    """The problem with the candidate that scores lowest; for ours with the blocks of the table."""
     if problem.contestant == OURS:
         blocks = table_blocks(problem.chip, problem.backward)
         return compile_problem(problem._replace(blocks=blocks))
     results = []
-    for blocks in CANDIDATES:
-        if max(blocks) <= problem.length:
-            results.append(compile_problem(problem._replace(blocks=blocks)))
-            if "ModuleNotFoundError" in str(results[-1]):
-                break
+    for blocks in candidates:
+        results.append(compile_problem(problem._replace(blocks=blocks)))
+        if "ModuleNotFoundError" in str(results[-1]):
+            break
     right = [result for result in results if isinstance(result, Compiled)]
     return min(right, key=score) if right else results[0]
 
@@ -111,7 +120,7 @@ def show(blocks: tuple[int, ...]) -> str:
 def cases(whole: bool) -> list[tuple[str, int, bool]]:
     """Chip, head dim and whether backward, for each table."""
     chosen = []
-    for chip in CHIP.value or ["v6e", "v5e"]:
+    for chip in CHIP.value or (["v6e"] if whole else ["v6e", "v5e"]):
         dims = HEAD_DIM.value or ([128, 256] if chip == "v6e" and not whole else [128])
         chosen += itertools.product([chip], dims, [name == "backward" for name in PASS.value])
     return chosen
@@ -124,14 +133,15 @@ def caption(chip: str, head_dim: int, backward: bool) -> str:
 
 def run_bodies() -> None:
     """One table for each case, a row for each body."""
+    large = [blocks for blocks in CANDIDATES if min(blocks[:2]) >= 1024]
     for chip, head_dim, backward in cases(False):
         print(f"\n{caption(chip, head_dim, backward)}; counts for 512 x 512 pairs:\n")
         print(row("kernel", "blocks", "body", "cycles", "floor", "× floor", "stalls", "spills",
                   "fills", "VMEM, MiB"))
         print("|" + "---|" * 10)
-        for contestant in (OURS, SPLASH, TOKAMAX):
+        for contestant in contestants(backward):
             problem = Problem(contestant, chip, head_dim, LENGTH, backward, ())
-            best = compile_best(problem, tile_cycles)
+            best = compile_best(problem, large, tile_cycles)
             if isinstance(best, str):
                 print(row(contestant, "", best, *[""] * 7), flush=True)
             else:
@@ -146,10 +156,12 @@ def run_whole() -> None:
                   "× batiste"))
         print("|" + "---|" * 7)
         for length in (1024, 2048, 4096):
+            # A block as long as the sequence computes twice what causality leaves.
+            fitting = [blocks for blocks in CANDIDATES if max(blocks) <= max(1024, length // 2)]
             ours = None
-            for contestant in (OURS, SPLASH, TOKAMAX):
+            for contestant in contestants(backward):
                 problem = Problem(contestant, chip, head_dim, length, backward, ())
-                best = compile_best(problem, Compiled.cycles_of_head)
+                best = compile_best(problem, fitting, Compiled.cycles_of_head)
                 if isinstance(best, str):
                     print(row(length, contestant, "", "", best, "", ""), flush=True)
                     continue
