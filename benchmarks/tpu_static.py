@@ -33,8 +33,9 @@ from collections.abc import Callable, Iterable
 
 from absl import app, flags
 
+from batiste.pallas_kernels.tpu_blocks import Blocks
 from tpu_problems import (
-    EXPERIMENTAL, OURS, SPLASH, TOKAMAX, TOPOLOGIES, Blocks, Compiled, Problem, compile_problem,
+    EXPERIMENTAL, OURS, SPLASH, TOKAMAX, TOPOLOGIES, Compiled, Problem, compile_problem,
     table_blocks,
 )
 
@@ -189,41 +190,44 @@ def units(query_tile: int, key_tile: int) -> list[Blocks]:
             and 2 <= count(blocks) <= 32 and count(blocks) % 2 == 0]
 
 
+def attempt(case: tuple[str, int, bool], candidates: list[Blocks]) -> dict[Blocks, float]:
+    """Cycles of those candidates that compile, without a mask; progress goes to stderr."""
+    chip, head_dim, backward = case
+    cycles = {}
+    for index, blocks in enumerate(candidates):
+        print(f"\r{index + 1} of {len(candidates)} ", end="", file=sys.stderr, flush=True)
+        problem = Problem(OURS, chip, head_dim, LENGTH, backward, blocks, causal=False)
+        result = compile_problem(problem)
+        if isinstance(result, Compiled):
+            cycles[blocks] = tile_cycles(result)
+    print(file=sys.stderr)
+    return cycles
+
+
 def run_sweep() -> None:
-    """Units and pieces at one tile, then other tiles with the best three; all without mask."""
-    for chip, head_dim, backward in cases(True):
-        tried: dict[Blocks, Compiled] = {}
-
-        def attempt(candidates: list[Blocks]) -> list[Blocks]:
-            for index, blocks in enumerate(candidates):
-                print(f"\r{index + 1} of {len(candidates)}", end="", file=sys.stderr, flush=True)
-                problem = Problem(OURS, chip, head_dim, LENGTH, backward, blocks, causal=False)
-                result = compile_problem(problem)
-                if isinstance(result, Compiled):
-                    tried[blocks] = result
-            print(file=sys.stderr)
-            return sorted(tried, key=lambda blocks: tile_cycles(tried[blocks]))
-
-        best = attempt(units(1024, 1024))[:3]
-        tiles = itertools.product((512, 1024, 2048), repeat=2)
-        ranked = attempt([
-            Blocks(*tile, *blocks[2:]) for tile in tiles for blocks in best
-            if tile != (1024, 1024) and Blocks(*tile, *blocks[2:]) in units(*tile)
-        ])
-        print(f"\n{caption(chip, head_dim, backward)}; cycles for 512 x 512 pairs:\n")
+    """Units and pieces at one tile, then other tiles with the best three."""
+    for case in cases(True):
+        cycles = attempt(case, units(1024, 1024))
+        if not cycles:
+            sys.exit(f"No candidate compiles for {caption(*case)}.")
+        best = sorted(cycles, key=cycles.get)[:3]
+        tiles = set(itertools.product((512, 1024, 2048), repeat=2)) - {(1024, 1024)}
+        wider = [Blocks(*tile, *blocks[2:]) for tile in sorted(tiles) for blocks in best]
+        cycles |= attempt(case, [blocks for blocks in wider if blocks in units(*blocks[:2])])
+        ranked = sorted(cycles, key=cycles.get)
+        print(f"\n{caption(*case)}; cycles for 512 x 512 pairs:\n")
         print(row("blocks", "cycles") + "\n|---|---|")
         for blocks in ranked:
-            print(row(show(blocks), f"{tile_cycles(tried[blocks]):,.0f}"))
+            print(row(show(blocks), f"{cycles[blocks]:,.0f}"))
         # Others have no tiles on the diagonal, and mask what causality cuts pair by pair.
         square = next(blocks for blocks in ranked if blocks.query_tile == blocks.key_tile)
-        print(f"\nFor tpu_blocks.CHIPS: \"{chip}\" {'backward' if backward else 'forward'}: "
-              f"Blocks{show(square)}", flush=True)
+        print(f"\nFor tpu_blocks.CHIPS[\"{case[0]}\"]: Blocks{show(square)}", flush=True)
 
 
 def main(argv: list[str]) -> None:
     """Prints the versions, then what was asked for."""
     if len(argv) > 1:
-        raise app.UsageError(f"unknown arguments: {argv[1:]}")
+        sys.exit(f"Unknown arguments: {' '.join(argv[1:])}.")
     if not importlib.util.find_spec("libtpu"):
         sys.exit("This benchmark needs the TPU compiler: pip install libtpu (Linux, x86-64).")
     versions = []
