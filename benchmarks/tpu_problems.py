@@ -23,7 +23,7 @@ from jax.sharding import SingleDeviceSharding
 
 from batiste.pallas_kernels import AttentionMask, tpu_attention
 from batiste.pallas_kernels.operands import Operands, Options
-from batiste.pallas_kernels.tpu_blocks import CHIPS, Blocks
+from batiste.pallas_kernels.tpu_blocks import Blocks
 from batiste.pallas_kernels.tpu_plan import make_plan
 from tpu_schedule import Kernel, Schedule, dissect, environment, read
 
@@ -55,11 +55,12 @@ class Visits(NamedTuple):
 
 
 class Counts(NamedTuple):
-    """What one head costs: steps of the grid, rows whose edges are run, visits of each body."""
+    """What `heads` heads side by side cost: steps, rows whose edges are run, visits of bodies."""
 
     steps: int
     edges: int
     visits: list[Visits]
+    heads: int = 1
 
 
 class Compiled(NamedTuple):
@@ -73,15 +74,14 @@ class Compiled(NamedTuple):
 
     def cycles_of_head(self) -> int:
         """The cost of one head with all its tiles."""
+        return round(self.cycles_of_step_heads() / self.counts.heads)
+
+    def cycles_of_step_heads(self) -> int:
+        """The cost of the heads that a step works off side by side."""
         bodies = zip(self.kernel.bodies, self.counts.visits, strict=True)
         return (self.counts.steps * self.kernel.step_cycles
                 + self.counts.edges * self.kernel.edge_cycles
                 + sum(body.cycles(visits.sections, visits.rounds) for body, visits in bodies))
-
-
-def table_blocks(chip: str, backward: bool) -> Blocks:
-    """Ours as the table has them."""
-    return CHIPS[chip].backward if backward else CHIPS[chip].forward
 
 
 def compile_problem(problem: Problem) -> Compiled | str:
@@ -94,7 +94,8 @@ def compile_problem(problem: Problem) -> Compiled | str:
         if child.returncode:
             return reason(child.stderr)
         facts = json.loads(child.stdout.splitlines()[-1])
-        counts = Counts(facts["steps"], facts["edges"], [Visits(*pair) for pair in facts["visits"]])
+        counts = Counts(facts["steps"], facts["edges"], [Visits(*pair) for pair in facts["visits"]],
+                        facts["heads"])
         schedule = read(folder, facts["kernel"])
         return Compiled(problem, schedule, dissect(schedule), counts, facts["vmem_bytes"])
 
@@ -141,7 +142,7 @@ def ours(problem: Problem) -> tuple[Callable, list, str, Counts]:
     visits = [Visits(body, int((counts_R > 0).sum()), int(counts_R.sum()))
               for body, counts_R in zip(("full", "diagonal", "partial"), counts_RK.T)
               if counts_R.any()]
-    counts = Counts(len(counts_RK), 1, visits)
+    counts = Counts(len(counts_RK), 1, visits, plan.heads)
     if not problem.backward:
         return (lambda q, k, v: tpu_attention.forward(options, operands(q, k, v)), [x_BSNH] * 3,
                 "flash_forward", counts)

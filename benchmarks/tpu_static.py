@@ -33,10 +33,9 @@ from collections.abc import Callable, Iterable
 
 from absl import app, flags
 
-from batiste.pallas_kernels.tpu_blocks import Blocks
+from batiste.pallas_kernels.tpu_blocks import Blocks, blocks_for
 from tpu_problems import (
     EXPERIMENTAL, OURS, SPLASH, TOKAMAX, TOPOLOGIES, Compiled, Problem, compile_problem,
-    table_blocks,
 )
 
 WHOLE = flags.DEFINE_bool("whole", False, "Add up whole causal problems instead.")
@@ -71,7 +70,7 @@ def compile_best(
 ) -> Compiled | str:
     """The problem with the candidate that scores lowest; for ours with the blocks of the table."""
     if problem.contestant == OURS:
-        blocks = table_blocks(problem.chip, problem.backward)
+        blocks = blocks_for(problem.chip, problem.head_dim, problem.backward)
         return compile_problem(problem._replace(blocks=blocks))
     results = []
     for blocks in candidates:
@@ -89,8 +88,9 @@ def tile_cycles(compiled: Compiled) -> float:
 
 
 def scale(compiled: Compiled) -> float:
-    """Tiles of 512 x 512 in a block or tile, inverted."""
-    return TILE / (compiled.problem.blocks[0] * compiled.problem.blocks[1])
+    """Tiles of 512 x 512 in the blocks or tiles of a step's heads, inverted."""
+    pairs = compiled.problem.blocks[0] * compiled.problem.blocks[1]
+    return TILE / (pairs * compiled.counts.heads)
 
 
 def body_rows(compiled: Compiled) -> Iterable[str]:
