@@ -24,9 +24,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from batiste.pallas_kernels import tpu_logits
-from batiste.pallas_kernels.tiles import DIAGONAL, FULL, PARTIAL
-from batiste.pallas_kernels.tpu_pipeline import Stages, Unit, looped, straight
-from batiste.pallas_kernels.tpu_plan import Plan, dot, piece_at
+from batiste.pallas_kernels.tiles import FULL
+from batiste.pallas_kernels.tpu_pipeline import Stages, Unit
+from batiste.pallas_kernels.tpu_plan import Plan, dot, piece_at, visit
 
 
 def backward_call(plan: Plan, scalars: dict, heads: dict, keys: dict, vectors: dict):
@@ -100,7 +100,7 @@ def _kernel(plan: Plan, names: tuple[str, ...], *refs) -> None:
     tiles = pl.num_programs(5)
     row = (b if plan.varies_by_row else 0) * pl.num_programs(2) * tiles + c * tiles + j
     row = row * plan.chunks + r
-    full, diagonal, partial = (x.counts[3 * row + index] for index in range(3))
+    counts = [x.counts[3 * row + index] for index in range(3)]
     x.head, x.num_heads = k * pl.num_programs(3) + g, pl.num_programs(1) * pl.num_programs(3)
     x.first_query = r * plan.chunk + (x.offset[b] if hasattr(x, "offset") else 0)
     x.first_key = c * plan.key_chunk
@@ -112,18 +112,7 @@ def _kernel(plan: Plan, names: tuple[str, ...], *refs) -> None:
 
     pl.when(j == 0)(lambda: _zero(x.dq))
     pl.when((g == 0) & (r == 0) & (j == 0))(lambda: _zero(x.dk, x.dv))
-    if FULL in plan.kinds:
-        pl.when(full > 0)(lambda: looped(_stages(plan, x, FULL), tile_at, full, plan.units))
-    if DIAGONAL in plan.kinds:
-        cut, units = plan.on_diagonal()
-        pl.when(diagonal > 0)(lambda: straight(_stages(cut, x, DIAGONAL), tile_at(full), units))
-    if PARTIAL in plan.kinds:
-        stages = _stages(plan, x, PARTIAL)
-
-        def body(index, _):
-            straight(stages, tile_at(index), plan.units)
-
-        jax.lax.fori_loop(full + diagonal, full + diagonal + partial, body, None)
+    visit(plan, functools.partial(_stages, x), tile_at, counts)
 
 
 def _zero(*refs) -> None:
@@ -131,7 +120,7 @@ def _zero(*refs) -> None:
         ref[...] = jnp.zeros_like(ref)
 
 
-def _stages(plan: Plan, x, kind: int) -> Stages:
+def _stages(x, plan: Plan, kind: int) -> Stages:
     """The pipeline for tiles of one kind; a tile is the index of its queries inside the chunk."""
     blocks, rules = plan.blocks, plan.rules
     wide, tall = slice(0, blocks.query_unit), slice(0, blocks.key_unit)

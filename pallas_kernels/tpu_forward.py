@@ -25,10 +25,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from batiste.pallas_kernels import tpu_logits
-from batiste.pallas_kernels.tiles import DIAGONAL, FULL, PARTIAL
+from batiste.pallas_kernels.tiles import FULL
 from batiste.pallas_kernels.tpu_logits import LOG2_E, LOWEST
-from batiste.pallas_kernels.tpu_pipeline import Stages, Unit, looped, straight
-from batiste.pallas_kernels.tpu_plan import Plan, dot, piece_at
+from batiste.pallas_kernels.tpu_pipeline import Stages, Unit
+from batiste.pallas_kernels.tpu_plan import Plan, dot, piece_at, visit
 
 LN_2 = math.log(2)
 
@@ -100,7 +100,7 @@ def _kernel(plan: Plan, names: tuple[str, ...], *refs) -> None:
     r = SimpleNamespace(**dict(zip(names, refs)))
     b, n, i, c = (pl.program_id(axis) for axis in range(4))
     row = ((b if plan.varies_by_row else 0) * pl.num_programs(2) + i) * plan.chunks + c
-    full, diagonal, partial = (r.counts[3 * row + index] for index in range(3))
+    counts = [r.counts[3 * row + index] for index in range(3)]
     r.head, r.num_heads = n * plan.heads, pl.num_programs(1) * plan.heads
     r.first_query = i * plan.blocks.query_tile + (r.offset[b] if hasattr(r, "offset") else 0)
     r.first_key = c * plan.chunk
@@ -110,18 +110,7 @@ def _kernel(plan: Plan, names: tuple[str, ...], *refs) -> None:
         return r.order[row * (plan.chunk // plan.blocks.key_tile) + index]
 
     pl.when(c == 0)(lambda: _begin(r, plan.heads))
-    if FULL in plan.kinds:
-        pl.when(full > 0)(lambda: looped(_stages(plan, r, FULL), tile_at, full, plan.units))
-    if DIAGONAL in plan.kinds:
-        cut, units = plan.on_diagonal()
-        pl.when(diagonal > 0)(lambda: straight(_stages(cut, r, DIAGONAL), tile_at(full), units))
-    if PARTIAL in plan.kinds:
-        stages = _stages(plan, r, PARTIAL)
-
-        def body(index, _):
-            straight(stages, tile_at(index), plan.units)
-
-        jax.lax.fori_loop(full + diagonal, full + diagonal + partial, body, None)
+    visit(plan, functools.partial(_stages, r), tile_at, counts)
     pl.when(c == plan.chunks - 1)(lambda: _finish(r))
 
 
@@ -142,7 +131,7 @@ def _finish(r) -> None:
     r.lse[0] = jnp.where(seen, r.top[...] * LN_2 + jnp.log(total), -jnp.inf)
 
 
-def _stages(plan: Plan, r, kind: int) -> Stages:
+def _stages(r, plan: Plan, kind: int) -> Stages:
     """The pipeline for tiles of one kind; a tile is its index inside the chunk."""
     blocks, wide = plan.blocks, slice(0, plan.blocks.query_unit)
     pieces = [slice(p, p + blocks.key_piece) for p in range(0, blocks.key_unit, blocks.key_piece)]

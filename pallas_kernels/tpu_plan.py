@@ -1,6 +1,7 @@
 """What a TPU attention kernel is built from: padding, tiles, lists of tiles, scalars and vectors."""
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -10,10 +11,12 @@ from jax.experimental import pallas as pl
 
 from batiste.pallas_kernels.mask import AttentionMask
 from batiste.pallas_kernels.operands import Operands, Options
-from batiste.pallas_kernels.tiles import DIAGONAL, FULL, Lengths, has_diagonal, tile_kinds, visits
+from batiste.pallas_kernels.tiles import (
+    DIAGONAL, FULL, PARTIAL, Lengths, has_diagonal, tile_kinds, visits,
+)
 from batiste.pallas_kernels.tpu_blocks import CHIPS, Blocks, blocks_for, fit
 from batiste.pallas_kernels.tpu_logits import LOG2_E, Piece, Rules
-from batiste.pallas_kernels.tpu_pipeline import Unit
+from batiste.pallas_kernels.tpu_pipeline import Unit, looped, straight
 
 
 class Plan(NamedTuple):
@@ -133,6 +136,26 @@ def vector_operands(plan: Plan, mask: AttentionMask) -> dict[str, jax.Array]:
     if mask.sparsity is not None:
         vectors["sparsity_bits"] = _sparsity_bits(mask, plan)
     return vectors
+
+
+def visit(plan: Plan, stages: Callable, tile_at: Callable, counts: list[jax.Array]) -> None:
+    """Works off the tiles of a row's list: `counts` full ones, diagonal ones and partial ones.
+
+    stages(plan, kind): the pipeline for tiles of a kind. tile_at(index): the list.
+    """
+    full, diagonal, partial = counts
+    if FULL in plan.kinds:
+        pl.when(full > 0)(lambda: looped(stages(plan, FULL), tile_at, full, plan.units))
+    if DIAGONAL in plan.kinds:
+        cut, units = plan.on_diagonal()
+        pl.when(diagonal > 0)(lambda: straight(stages(cut, DIAGONAL), tile_at(full), units))
+    if PARTIAL in plan.kinds:
+        first = full + diagonal
+
+        def body(index, _):
+            straight(stages(plan, PARTIAL), tile_at(index), plan.units)
+
+        jax.lax.fori_loop(first, first + partial, body, None)
 
 
 def piece_at(plan: Plan, r, at: tuple, within: tuple) -> Piece:

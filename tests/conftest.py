@@ -20,6 +20,9 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 from batiste.data import Batch
 from batiste.models import TransformerConfig
 from batiste.train import TrainConfig
+from kernel_checks import races
+
+__all__ = ["races"]  # A fixture of every test of kernels.
 
 
 def pytest_addoption(parser):

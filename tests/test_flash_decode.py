@@ -6,9 +6,7 @@ import numpy as np
 import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from kernel_checks import (  # noqa: F401
-    GPU, TPU, assert_close, compile_for, copies, interpreter, races,
-)
+from kernel_checks import GPU, TPU, assert_close, compile_for, copies, interpreter
 
 from batiste.pallas_kernels import AttentionMask, gpu_decode, reference_attention, tpu_decode
 from batiste.pallas_kernels.decode import CERTIFIED, flash_decode
@@ -74,7 +72,7 @@ def keys(chip):
 
 @pytest.mark.parametrize("names", [(), *((name,) for name in VALUES), tuple(VALUES)])
 @pytest.mark.parametrize("chip", ["v5e", "hopper"])
-def test_every_feature(chip, names, races, monkeypatch):  # noqa: F811
+def test_every_feature(chip, names, races, monkeypatch):
     # Two splits of three tiles; as many programs as fill a GPU would have one tile each.
     few = {name: tile._replace(programs=20) for name, tile in gpu_decode.TILES.items()}
     monkeypatch.setattr(gpu_decode, "TILES", few)
@@ -84,13 +82,13 @@ def test_every_feature(chip, names, races, monkeypatch):  # noqa: F811
 
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize("chip", ["v5e", "ampere"])
-def test_every_view_of_the_cache(chip, heads, races):  # noqa: F811
+def test_every_view_of_the_cache(chip, heads, races):
     check(chip, (keys(chip), *heads), "float32", features(*VALUES))
     races.check(chip)
 
 
 @pytest.mark.parametrize("entry", CERTIFIED, ids=lambda entry: entry.chip)
-def test_every_dtype_on_every_chip(entry, races):  # noqa: F811
+def test_every_dtype_on_every_chip(entry, races):
     # v5p, v6e and tpu7x run v5e's kernel with tiles of their own: there one dtype is enough.
     for dtype in entry.dtypes if entry.chip in ("v5e", *GPU) else entry.dtypes[:1]:
         check(entry.chip, (keys(entry.chip), 4, 2, 64), dtype, features(*entry.features))
@@ -100,13 +98,13 @@ def test_every_dtype_on_every_chip(entry, races):  # noqa: F811
 
 @pytest.mark.parametrize("window", [1, 2, 128, 4000])
 @pytest.mark.parametrize("chip", ["v5e", "hopper"])
-def test_windows_that_end_within_a_tile_or_beyond_the_cache(chip, window, races):  # noqa: F811
+def test_windows_that_end_within_a_tile_or_beyond_the_cache(chip, window, races):
     check(chip, (keys(chip), 4, 2, 64), "float32", NONE | {"window": window})
     races.check(chip)
 
 
 @pytest.mark.parametrize("chip", ["v5e", "hopper"])
-def test_a_cache_below_a_tile(chip, races):  # noqa: F811
+def test_a_cache_below_a_tile(chip, races):
     check(chip, (5, 4, 2, 128), "float32", NONE)
     check(chip, (5, 4, 2, 64), "float32", NONE)
     races.check(chip)
@@ -165,7 +163,7 @@ def test_hidden_tiles_are_not_fetched():
         assert tiles == [[0], [0], [0], [0, 1], [4] if window else [0, 1, 2, 3, 4]]
 
 
-def test_a_race_would_be_seen(races):  # noqa: F811
+def test_a_race_would_be_seen(races):
     def hasty(x_ref, out_ref, buffer_ref, arrived):
         copy = pltpu.make_async_copy(x_ref, buffer_ref, arrived)
         copy.start()

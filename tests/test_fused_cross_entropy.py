@@ -4,9 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from kernel_checks import (  # noqa: F401
-    GPU, TPU, assert_close, compile_for, interpreter, races,
-)
+from kernel_checks import GPU, TPU, assert_close, compile_for, interpreter
 
 from batiste.pallas_kernels.cross_entropy import (
     CERTIFIED, fused_cross_entropy, reference_cross_entropy,
@@ -64,14 +62,14 @@ def check(chip, layout, arrays, options, tolerance):
     ("VD", ("label_smoothing",)), ("DV", tuple(VALUES)), ("VD", tuple(VALUES)),
 ])
 @pytest.mark.parametrize("chip", ["v5e", "hopper"])
-def test_every_feature_and_layout(chip, layout, names, races):  # noqa: F811
+def test_every_feature_and_layout(chip, layout, names, races):
     M, V = SIZES[chip]
     check(chip, layout, operands(layout, (M, 128, V), "float32"), features(*names), 3e-6)
     races.check(chip)
 
 
 @pytest.mark.parametrize("entry", CERTIFIED, ids=lambda entry: entry.chip)
-def test_every_dtype_on_every_chip(entry, races):  # noqa: F811
+def test_every_dtype_on_every_chip(entry, races):
     M, V = SIZES[entry.chip]
     # v5p, v6e and tpu7x run v5e's kernels with tiles of their own: there one dtype is enough.
     dtypes = entry.dtypes if entry.chip in ("v5e", *GPU) else entry.dtypes[:1]
@@ -86,7 +84,7 @@ def test_every_dtype_on_every_chip(entry, races):  # noqa: F811
     ("v5e", (1, 24, 37)), ("v5e", (256, 1152, 1024)),
     ("ampere", (1, 24, 37)), ("ampere", (64, 256, 128)), ("hopper", (64, 24, 2500)),
 ])
-def test_sizes_below_a_tile_of_whole_tiles_and_of_two_splits(chip, size, races):  # noqa: F811
+def test_sizes_below_a_tile_of_whole_tiles_and_of_two_splits(chip, size, races):
     check(chip, "DV", operands("DV", size, "float32"), features(*VALUES), 3e-6)
     races.check(chip)
 
