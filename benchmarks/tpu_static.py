@@ -39,6 +39,7 @@ from tpu_problems import (
 )
 
 WHOLE = flags.DEFINE_bool("whole", False, "Add up whole causal problems instead.")
+OURS_ALONE = flags.DEFINE_bool("ours_alone", False, "Leave the other kernels out.")
 SWEEP = flags.DEFINE_bool("sweep", False, "Try blocks for ours instead.")
 CHIP = flags.DEFINE_multi_enum(
     "chip", None, sorted(TOPOLOGIES), "Chips; v6e by default, and v5e for bodies.")
@@ -62,7 +63,8 @@ CAVEAT = (
 
 def contestants(backward: bool) -> list[str]:
     """Whose kernels are compared."""
-    return [OURS, SPLASH, TOKAMAX] + [EXPERIMENTAL] * (not backward)
+    others = [SPLASH, TOKAMAX] + [EXPERIMENTAL] * (not backward)
+    return [OURS] + others * (not OURS_ALONE.value)
 
 
 def compile_best(
