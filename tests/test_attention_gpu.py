@@ -7,7 +7,7 @@ import pytest
 
 from batiste.models.positions import alibi_slopes
 from batiste.pallas_kernels import AttentionMask, BlockSparsity, reference_attention
-from batiste.pallas_kernels.attention import attend, flash_attention
+from batiste.pallas_kernels.attention import attend
 from batiste.pallas_kernels.dropout import kept
 from batiste.pallas_kernels.gpu_blocks import Blocks, Plan, choose
 from batiste.pallas_kernels.gpu_schedule import schedule
@@ -215,7 +215,7 @@ def test_the_schedule_visits_what_is_visible_and_masks_what_is_not(name, by_keys
 def lower(mask, options, arrays, chip):
     """Forward and backward, lowered for CUDA on whatever machine this is."""
     def loss(q, k, v):
-        out, lse = flash_attention(q, k, v, mask, **options, chip=chip)
+        out, lse = kernel(None, chip, interpret=False)(q, k, v, mask, **options)
         return out.astype(jnp.float32).sum() + lse.sum()
 
     shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays[:3]]
@@ -259,8 +259,7 @@ def test_what_the_kernels_do_not_take_is_refused_in_one_line(change, message):
     q, k, v, *_ = random_arrays(change.get("head_dim", 64))
     mask = change.get("mask", AttentionMask(causal=True))
     with pytest.raises(ValueError, match=message) as error:
-        flash_attention(q, k, v.astype(change.get("v_dtype", "float32")), mask, **NO_FEATURES,
-                        chip="hopper", interpret=True)
+        kernel(None)(q, k, v.astype(change.get("v_dtype", "float32")), mask, **NO_FEATURES)
     assert "\n" not in str(error.value)
 
 
