@@ -7,6 +7,7 @@ from batiste.pallas_kernels.mask import AttentionMask, BlockSparsity
 from batiste.pallas_kernels.reference import reference_attention
 
 __all__ = [
-    "AttentionMask", "BlockSparsity", "decode_is_certified", "flash_attention", "flash_decode", "fused_cross_entropy",
+    "AttentionMask", "BlockSparsity", "decode_is_certified", "flash_attention", "flash_decode",
+    "fused_cross_entropy",
     "reference_attention", "reference_cross_entropy",
 ]

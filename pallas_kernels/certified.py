@@ -101,8 +101,8 @@ def check_sparsity(chip: str, mask: AttentionMask) -> None:
     block = None if mask.sparsity is None else mask.sparsity.block
     if block is not None and (block < 32 or block & (block - 1)):
         raise ValueError(
-            f"attention={chip!r} is certified for blocks of sparsity that are powers of two from 32 "
-            f"on, got {block}: the nearest is {max(32, 1 << (block - 1).bit_length())}"
+            f"attention={chip!r} is certified for blocks of sparsity that are powers of two from "
+            f"32 on, got {block}: the nearest is {max(32, 1 << (block - 1).bit_length())}"
         )
 
 
@@ -118,7 +118,7 @@ def chip_of(device_kind: str) -> str | None:
 
 
 def certification_table() -> str:
-    """The table of the documentation, as Markdown: entries that differ in their mask share a row."""
+    """The documentation's table, as Markdown: entries that differ in their mask share a row."""
     rows: dict[tuple, list] = {}
     for entry in CERTIFIED:
         rows.setdefault(entry._replace(mask=()), []).append(entry.mask)

@@ -1,8 +1,8 @@
 """Which tiles of queries and keys a mask fills, cuts or empties: what a kernel visits, and how.
 
 A kernel walks, for each tile of queries (or of keys, backward), a list of the tiles opposite that
-are not empty: first those in which all sees all, which need no mask; then the one on the diagonal of
-a causal mask, whose shape is known when the kernel is built; then the rest, masked element by
+are not empty: first those in which all sees all, which need no mask; then the one on the diagonal
+of a causal mask, whose shape is known when the kernel is built; then the rest, masked element by
 element. The order inside a row is free, because the softmax is online and gradients are sums.
 """
 
@@ -115,8 +115,9 @@ def _segments(mask: AttentionMask, lengths: Lengths):
         first = jnp.where(tiled == 0, jnp.iinfo(jnp.int32).max, tiled).min(axis=-1)
         return first, tiled.max(axis=-1), (tiled > 0).all(axis=-1)
 
-    low_query, high_query, real_query = ranges(mask.query_segments_BT, lengths.queries, lengths.query_tile)
-    low_key, high_key, real_key = ranges(mask.key_segments_BS, lengths.keys, lengths.key_tile)
+    T, S, *tiles = lengths
+    low_query, high_query, real_query = ranges(mask.query_segments_BT, T, tiles[0])
+    low_key, high_key, real_key = ranges(mask.key_segments_BS, S, tiles[1])
     low_query, high_query = low_query[:, :, None], high_query[:, :, None]
     low_key, high_key = low_key[:, None], high_key[:, None]
     some = (low_query <= high_key) & (low_key <= high_query)

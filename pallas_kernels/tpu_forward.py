@@ -170,7 +170,8 @@ def _stages(r, plan: Plan, kind: int) -> Stages:
             weights = jnp.exp2(r.scores[slot, piece, wide] - top)
             sums.append(weights.reshape(-1, 8, weights.shape[1]).sum(axis=0))
             if plan.rules.dropout_rate is not None:
-                where = piece_at(plan, r, (tile, unit, piece), (strip(unit), keys(tile, unit, piece)))
+                rows = keys(tile, unit, piece)
+                where = piece_at(plan, r, (tile, unit, piece), (strip(unit), rows))
                 weights = tpu_logits.dropped(plan.rules, where, weights)
             r.weights[slot, piece, wide] = weights.astype(r.weights.dtype)
         total = functools.reduce(jnp.add, sums).sum(axis=0, keepdims=True)

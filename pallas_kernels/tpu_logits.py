@@ -1,4 +1,4 @@
-"""What happens to a piece of scores before the softmax: soft cap, ALiBi, mask; and dropout after it."""
+"""What happens to scores before the softmax: soft cap, ALiBi, mask; and dropout after it."""
 
 import math
 from typing import NamedTuple

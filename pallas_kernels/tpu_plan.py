@@ -92,7 +92,9 @@ def make_plan(options: Options, operands: Operands, backward: bool) -> tuple[Pla
     mask, chip = operands.mask, CHIPS[options.chip]
     blocks = fit(options.blocks or blocks_for(options.chip, H, backward), T, S)
     heads, key_heads = (1, 1) if backward else _side_by_side(operands)
-    limit = _longest(chip.vmem_bytes // key_heads, H, operands.q_BTNH.dtype.itemsize, backward)
+    # fp16 is worked off in fp32 (tpu_attention._working).
+    itemsize = 2 if operands.q_BTNH.dtype == jnp.bfloat16 else 4
+    limit = _longest(chip.vmem_bytes // key_heads, H, itemsize, backward)
     query_chunk, query_chunks = _chunks(T, blocks.query_tile, limit)
     key_chunk, key_chunks = _chunks(S, blocks.key_tile, limit)
     chunk, chunks = (query_chunk, query_chunks) if backward else (key_chunk, key_chunks)
@@ -107,7 +109,8 @@ def make_plan(options: Options, operands: Operands, backward: bool) -> tuple[Pla
     lists = visits(kinds, chunk // opposite, has_diagonal(mask, real))
     plan = Plan(
         blocks, _rules(options, operands, S if padded.keys > S else None), real, padded, chunk,
-        chunks, key_chunk, heads, key_heads, kinds.shape[0] > 1, lists.kinds, chip.vmem_bytes, options.interpret,
+        chunks, key_chunk, heads, key_heads, kinds.shape[0] > 1, lists.kinds, chip.vmem_bytes,
+        options.interpret,
     )
     return plan, {"order": lists.order.reshape(-1), "counts": lists.counts.reshape(-1)}
 
