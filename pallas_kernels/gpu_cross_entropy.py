@@ -243,7 +243,10 @@ def _head_place(first, chunk, plan):
 def _over_chunks(plan: Plan, body: Any, carry: Any) -> Any:
     """carry = body(chunk, carry) for each chunk of D, an index; D is a multiple of 128."""
     depth = plan.tile.depth
-    step = lambda index, carry: body(pl.ds(index * depth, depth), carry)  # noqa: E731
+
+    def step(index, carry):
+        return body(pl.ds(index * depth, depth), carry)
+
     return jax.lax.fori_loop(0, plan.D // depth, step, carry)
 
 
