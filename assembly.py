@@ -41,7 +41,7 @@ class Assembly:
     def row_losses(self) -> Callable[[Any, Batch], jax.Array]:
         """Compiled once, whoever measures."""
         objective = self.experiment.train.objective
-        return make_row_losses(self.program.graphdef, self.mesh, objective)
+        return make_row_losses(self.program, self.mesh, objective)
 
     def measure(self, params: Any, max_batches: int | None = None) -> Perplexity:
         """The perplexity of the validation split, or of its first batches."""
@@ -136,5 +136,5 @@ def assemble(
     kind = mesh.devices.flat[0].device_kind
     model, choice = resolve_attention(experiment.model, kind, mesh.shape)
     print(choice, file=sys.stderr, flush=True)  # The output of `generate` is text alone.
-    program = make_program(model, experiment.train, mesh, mesh_config.zero)
+    program = make_program(model, experiment.train, mesh, mesh_config)
     return Assembly(experiment, workdir, prepared, mesh, program)

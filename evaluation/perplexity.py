@@ -8,7 +8,8 @@ import jax
 import numpy as np
 from flax import nnx
 
-from batiste.train import ObjectiveConfig, causal_loss
+from batiste.sharding import laid_out
+from batiste.train import ObjectiveConfig, Program, causal_loss
 
 
 class Perplexity(NamedTuple):
@@ -27,14 +28,15 @@ class Perplexity(NamedTuple):
 
 
 def make_row_losses(
-    graphdef: Any, mesh: jax.sharding.Mesh, config: ObjectiveConfig
+    program: Program, mesh: jax.sharding.Mesh, config: ObjectiveConfig
 ) -> Callable:
     """Returns the jitted (params, batch) -> cross-entropy of each row in nats, float32 B."""
 
     @jax.jit
     def row_losses(params: Any, batch: Any) -> jax.Array:
-        model = nnx.merge(graphdef, params)
-        return causal_loss(model, batch, None, config).cross_entropy_B
+        model = nnx.merge(program.graphdef, params)
+        with laid_out(program.layout):
+            return causal_loss(model, batch, None, config).cross_entropy_B
 
     def on_mesh(params: Any, batch: Any) -> jax.Array:
         with jax.set_mesh(mesh):

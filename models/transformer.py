@@ -49,19 +49,35 @@ class Block(nnx.Module):
         """Returns x_BTD after the block, and this layer's cache (None stays None)."""
         keys = (None,) * 3 if dropout_key is None else jax.random.split(dropout_key, 3)
         h_BTD = x_BTD if self.attention_norm is None else self.attention_norm(x_BTD)
-        h_BTD, cache = self.attention(h_BTD, mask, rotation, cache, keys[0])
-        x_BTD = self._add(x_BTD, dropout(h_BTD, self.dropout_rate, keys[1]), self.attention_post_norm)
+        h_BTD, cache = self.attention(whole_time(h_BTD, cache), mask, rotation, cache, keys[0])
+        h_BTD = dropout(split_time(h_BTD, cache), self.dropout_rate, keys[1])
+        x_BTD = self._add(x_BTD, h_BTD, self.attention_post_norm)
         h_BTD = x_BTD if self.feed_forward_norm is None else self.feed_forward_norm(x_BTD)
-        h_BTD = dropout(self.feed_forward(h_BTD), self.dropout_rate, keys[2])
+        h_BTD = self.feed_forward(whole_time(h_BTD, cache))
+        h_BTD = dropout(split_time(h_BTD, cache), self.dropout_rate, keys[2])
         return self._add(x_BTD, h_BTD, self.feed_forward_post_norm), cache
 
     def _add(self, x_BTD: jax.Array, h_BTD: jax.Array, norm: Norm | None) -> jax.Array:
         """pre: x + h. sandwich: x + norm(h). post: norm(x + h)."""
         if norm is None:
-            return constrain(x_BTD + h_BTD, "BTD")
-        if self.norms_the_sum:
-            return constrain(norm(x_BTD + h_BTD), "BTD")
-        return constrain(x_BTD + norm(h_BTD), "BTD")
+            return x_BTD + h_BTD
+        return norm(x_BTD + h_BTD) if self.norms_the_sum else x_BTD + norm(h_BTD)
+
+
+# Each of the two says both layouts. Left to the compiler, the sum over `tensor` that ends a block
+# became a gather of all heads.
+
+
+def split_time(x_BTD: jax.Array, cache: LayerCache | None) -> jax.Array:
+    """The residual stream as it lies between blocks; time is whole while decoding, often a token."""
+    x_BTD = constrain(x_BTD, "BTD")
+    return x_BTD if cache is not None else constrain(x_BTD, "BTD", between_blocks=True)
+
+
+def whole_time(x_BTD: jax.Array, cache: LayerCache | None) -> jax.Array:
+    """What enters a block's products: the same, whole over `tensor`."""
+    x_BTD = x_BTD if cache is not None else constrain(x_BTD, "BTD", between_blocks=True)
+    return constrain(x_BTD, "BTD")
 
 
 class Transformer(nnx.Module):
@@ -123,7 +139,7 @@ class Transformer(nnx.Module):
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """The head, in float32 from the product on; soft-capped if the config says so."""
-        x_BTD = x_BTD if self.norm is None else self.norm(x_BTD)
+        x_BTD = constrain(x_BTD if self.norm is None else self.norm(x_BTD), "BTD")
         if self.head_DV is None:
             table_VD = gather(self.embedding_VD[...], "VD")
             logits_BTV = project(x_BTD, table_VD, (1,), jnp.float32)
@@ -162,7 +178,8 @@ class Transformer(nnx.Module):
         embed_key = layers_key = None
         if dropout_key is not None and config.dropout > 0:
             embed_key, layers_key = jax.random.split(dropout_key)
-        x_BTD = dropout(self._embed(tokens_BT, positions_BT), config.dropout, embed_key)
+        x_BTD = split_time(self._embed(tokens_BT, positions_BT), cache)
+        x_BTD = dropout(x_BTD, config.dropout, embed_key)
         turn = rotation(config, positions_BT) if config.positions == "rope" else None
         masks = {
             kind: AttentionMask(
@@ -197,7 +214,7 @@ class Transformer(nnx.Module):
             x_BTD += gather(self.position_TD[...], "TD")[positions_BT]
         elif config.positions == "sinusoidal":
             x_BTD += sinusoids(positions_BT, config.model_dim)
-        return constrain(x_BTD.astype(config.dtype), "BTD")
+        return x_BTD.astype(config.dtype)
 
 
 def _scan_pattern(config, apply, x_BTD, layers):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from batiste.sharding import constrain, zero_level
+from batiste.sharding import constrain, laid_out
 from batiste.train.config import TrainConfig
 from batiste.train.objectives import causal_loss
 from batiste.train.precision import adjust, all_finite, keep_if, unscale
@@ -72,7 +72,7 @@ def _accumulate(program: Program, config: TrainConfig, params, batch, key_and_sc
 
     def scaled_loss(params, batch, key):
         model = nnx.merge(program.graphdef, params)
-        with zero_level(program.zero):
+        with laid_out(program.layout):
             terms = causal_loss(model, batch, key, config.objective)
         terms = jax.tree.map(jnp.sum, terms)
         return terms.loss_B if scale is None else terms.loss_B * scale, tuple(terms)
