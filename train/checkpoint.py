@@ -6,6 +6,7 @@ The place for integrity manifests (hash on commit, verify on restore, fall back)
 import pathlib
 from typing import Any
 
+import jax
 import orbax.checkpoint as ocp
 
 from batiste.train.config import CheckpointConfig
@@ -15,7 +16,10 @@ CHECKPOINT_FOLDER = "checkpoints"
 
 
 class Checkpoints:
-    """The committed states of a run. Opening sweeps what a killed save left behind."""
+    """The committed states of a run. Opening sweeps what a killed save left behind.
+
+    All processes of a run make the same calls, in the same order.
+    """
 
     def __init__(self, workdir: pathlib.Path, config: CheckpointConfig):
         policies = ocp.checkpoint_managers
@@ -41,12 +45,12 @@ class Checkpoints:
 
     def save(self, step: int, state: TrainState, meta: dict[str, Any]) -> None:
         """Starts saving; returns when the arrays are copied and the step may donate them."""
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state._asdict()), meta=ocp.args.JsonSave(meta)
-            ),
+        args = ocp.args.Composite(
+            state=ocp.args.StandardSave(state._asdict()), meta=ocp.args.JsonSave(meta)
         )
+        # Several processes wait for each other in Orbax by sums over all devices, fetched implicitly.
+        with jax.transfer_guard("allow"):
+            self._manager.save(step, args=args)
 
     def meta(self, step: int) -> dict[str, Any]:
         """What was saved beside the arrays of a step: config, fingerprint, validation losses."""
