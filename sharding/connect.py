@@ -15,7 +15,7 @@ INITIALIZATION_SECONDS = 300  # Machines of a pod, and containers that are still
 HEARTBEAT_SECONDS = 60
 # Processes end within a second of each other. Where one ends with an error of its own, the others
 # are in a collective that it will never join, and are ended after this time. jax's default is 300.
-SHUTDOWN_SECONDS = 60
+SHUTDOWN_SECONDS = 30
 
 
 def connect(

@@ -15,6 +15,18 @@ from batiste.train.state import TrainState
 CHECKPOINT_FOLDER = "checkpoints"
 
 
+class _Manager(ocp.CheckpointManager):
+    """Orbax's, without its own questions to jax's preemption service.
+
+    The service answers yes to one number, one above the last that any process asked about. The loop
+    asks about 1, 2, 3 and so on (train/stopping.py); Orbax, about the step, would make it miss that.
+    """
+
+    def reached_preemption(self, step: int) -> bool:
+        del step
+        return False
+
+
 class Checkpoints:
     """The committed states of a run. Opening sweeps what a killed save left behind.
 
@@ -26,7 +38,7 @@ class Checkpoints:
         keep = [policies.LatestN(config.keep)]
         if config.keep_every is not None:
             keep.append(policies.EveryNSteps(config.keep_every))
-        self._manager = ocp.CheckpointManager(
+        self._manager = _Manager(
             pathlib.Path(workdir, CHECKPOINT_FOLDER).absolute(),
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=policies.AnyPreservationPolicy(keep),
