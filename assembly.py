@@ -18,7 +18,9 @@ from batiste.data import Batch, Loader, Prepared
 from batiste.evaluation import Perplexity, RowSums, make_row_losses, perplexity
 from batiste.inference import SamplingConfig, generate
 from batiste.models import resolve_attention
-from batiste.sharding import MeshConfig, Share, is_first, make_mesh, replicate
+from batiste.sharding import (
+    MeshConfig, Share, check_host_memory, is_first, make_mesh, replicate,
+)
 from batiste.train import (
     Ledger, Program, Progress, ReportFacts, flops_per_token, make_program, mfu_formula_line,
     total_peak_flops, write_report,
@@ -39,7 +41,7 @@ class Assembly:
     def row_losses(self) -> Callable[[Any, Batch, jax.Array], RowSums]:
         """Compiled once, whoever measures."""
         objective = self.experiment.train.objective
-        return make_row_losses(self.program.graphdef, self.mesh, objective)
+        return make_row_losses(self.program, self.mesh, objective)
 
     @functools.cached_property
     def byte_lengths_V(self) -> jax.Array:
@@ -143,5 +145,11 @@ def assemble(
     model, choice = resolve_attention(experiment.model, kind, mesh.shape)
     if is_first():
         print(choice, file=sys.stderr, flush=True)  # The output of `generate` is text alone.
-    program = make_program(model, experiment.train, mesh, mesh_config.zero)
+    for field, wanted in (
+        ("mesh.offload_optimizer", mesh_config.offload_optimizer),
+        ("model.offloaded", bool(model.offloaded)),
+    ):
+        if wanted:
+            check_host_memory(mesh, field)
+    program = make_program(model, experiment.train, mesh, mesh_config)
     return Assembly(experiment, workdir, prepared, mesh, program)

@@ -31,7 +31,7 @@ PREPARE_SECONDS = 2 * 3600  # Longer work than that is for `batiste prepare`, on
 # These change where or how a step is computed and recorded, not what it computes.
 FREE_TO_CHANGE = (
     "mesh.", "sample.", "train.checkpoint.", "train.evaluation.", "train.stop.", "model.remat",
-    "model.scan_unroll",
+    "model.saved", "model.offloaded", "model.scan_unroll",
 )
 
 

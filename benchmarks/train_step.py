@@ -36,7 +36,7 @@ def batiste_step(dtype: str, scan_unroll: int) -> Callable[[], None]:
     )
     config = TrainConfig(batch_size=BATCH_SIZE)
     mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
-    program = make_program(model, config, mesh, zero=0)
+    program = make_program(model, config, mesh, MeshConfig(data=1))
     train_step = make_train_step(program, config, mesh)
     random = np.random.default_rng(0)
     tokens_BT = random.integers(0, VOCAB_SIZE, (BATCH_SIZE, LENGTH)).astype(np.int32)

@@ -1,6 +1,7 @@
 """One experiment: what each room needs, side by side; only main.py sees it whole."""
 
 import dataclasses
+import math
 import types
 import typing
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 from batiste.data import DataConfig
 from batiste.inference import SamplingConfig
 from batiste.models import TransformerConfig
-from batiste.sharding import MeshConfig
+from batiste.sharding import AXES, MeshConfig
 from batiste.train import TrainConfig
 
 
@@ -42,25 +43,41 @@ class Experiment:
                 f"train.objective.fused=True does not know a vocabulary split over mesh.tensor="
                 f"{self.mesh.tensor}: set mesh.tensor=1, or train.objective.loss_chunk instead"
             )
-        for field in ("num_heads", "num_kv_heads", "mlp_dim", "vocab_size"):
-            size = getattr(self.model, field)
-            if size % self.mesh.tensor:
+        self._validate_splits()
+
+    def _validate_splits(self) -> None:
+        mesh, model = self.mesh, self.model
+        for field, size, axes in (
+            ("model.num_heads", model.num_heads, ("tensor",)),
+            ("model.num_kv_heads", model.num_kv_heads, ("tensor",)),
+            ("model.mlp_dim", model.mlp_dim, ("tensor",)),
+            ("model.vocab_size", model.vocab_size, ("stage", "tensor")),
+            ("data.sequence_length", self.data.sequence_length, ("context", "tensor")),
+            ("train.objective.loss_chunk", self.train.objective.loss_chunk or 0, ("context",)),
+        ):
+            axes = [axis for axis in axes if getattr(mesh, axis) > 1]
+            parts = math.prod(getattr(mesh, axis) for axis in axes)
+            if size % parts:
+                given = " * ".join(f"mesh.{axis}={getattr(mesh, axis)}" for axis in axes)
                 raise ValueError(
-                    f"model.{field}={size} is not divisible by mesh.tensor={self.mesh.tensor}: "
-                    f"choose mesh.tensor among the divisors of {size}"
+                    f"{field}={size} is not divisible by {given}: choose sizes that divide it"
                 )
 
     def validate_on(self, num_devices: int) -> None:
         """Raises ValueError when mesh, batch and model do not fit together on these devices."""
         self.validate()
-        sizes = dict(zip(("slice", "data"), self.mesh.shape(num_devices)))
+        sizes = dict(zip(AXES, self.mesh.shape(num_devices), strict=True))
+        rows = sizes["slice"] * sizes["data"] * sizes["expert"]
         micro_batch = self.train.batch_size // self.train.accumulation
-        if micro_batch % sizes["data"]:
+        if micro_batch % rows:
+            given = " * ".join(
+                f"mesh.{axis}={sizes[axis]}" for axis in ("slice", "data", "expert")
+                if axis == "data" or sizes[axis] > 1
+            )
             raise ValueError(
                 f"train.batch_size={self.train.batch_size} / train.accumulation="
-                f"{self.train.accumulation} = {micro_batch} sequences do not divide over mesh.data="
-                f"{sizes['data']}: make train.batch_size a multiple of "
-                f"{sizes['data'] * self.train.accumulation}"
+                f"{self.train.accumulation} = {micro_batch} sequences do not divide over {given}: "
+                f"make train.batch_size a multiple of {rows * self.train.accumulation}"
             )
         if self.mesh.zero and self.model.model_dim % sizes["data"]:
             raise ValueError(

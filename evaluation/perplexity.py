@@ -9,7 +9,8 @@ import jax
 import numpy as np
 from flax import nnx
 
-from batiste.train import ObjectiveConfig, causal_loss
+from batiste.sharding import laid_out
+from batiste.train import ObjectiveConfig, Program, causal_loss
 
 
 class Perplexity(NamedTuple):
@@ -39,7 +40,7 @@ class RowSums(NamedTuple):
 
 
 def make_row_losses(
-    graphdef: Any, mesh: jax.sharding.Mesh, config: ObjectiveConfig
+    program: Program, mesh: jax.sharding.Mesh, config: ObjectiveConfig
 ) -> Callable[[Any, Any, jax.Array], RowSums]:
     """Returns the jitted (params, batch, byte_lengths_V) -> RowSums, whole in every process.
 
@@ -49,12 +50,11 @@ def make_row_losses(
 
     @functools.partial(jax.jit, out_shardings=whole)
     def row_losses(params: Any, batch: Any, byte_lengths_V: jax.Array) -> RowSums:
-        model = nnx.merge(graphdef, params)
-        return RowSums(
-            causal_loss(model, batch, None, config).cross_entropy_B,
-            batch.weights_BT.sum(axis=1),
-            (byte_lengths_V[batch.targets_BT] * batch.weights_BT).sum(axis=1),
-        )
+        model = nnx.merge(program.graphdef, params)
+        with laid_out(program.layout):
+            nats_B = causal_loss(model, batch, None, config).cross_entropy_B
+        bytes_BT = byte_lengths_V[batch.targets_BT] * batch.weights_BT
+        return RowSums(nats_B, batch.weights_BT.sum(axis=1), bytes_BT.sum(axis=1))
 
     def on_mesh(params: Any, batch: Any, byte_lengths_V: jax.Array) -> RowSums:
         with jax.set_mesh(mesh):

@@ -11,7 +11,7 @@ from batiste.pallas_kernels import (
     AttentionMask, certified, decode_is_certified, flash_attention, flash_decode,
     fused_cross_entropy, reference_attention,
 )
-from batiste.sharding import spec
+from batiste.sharding import per_device, spec
 
 
 def resolve_attention(
@@ -93,8 +93,6 @@ def _decode(chip, options, q_BTNH, k_BSKH, v_BSKH, mask, arrays):
 
 def _on_each_device(kernel, operands):
     """Each device attends with its own rows and heads: XLA cannot split a kernel by itself."""
-    if jax.sharding.get_abstract_mesh().empty:
-        return kernel(*operands)
     mask, arrays = operands[3:]
     mask_specs = dataclasses.replace(mask, **{
         field.name: None if getattr(mask, field.name) is None else spec(field.name.split("_")[-1])
@@ -106,9 +104,7 @@ def _on_each_device(kernel, operands):
     # What B, T, N map to; keys are whole on every device, like S in the table.
     in_specs = (spec("BTNH"), spec("BSKH"), spec("BSKH"), mask_specs, array_specs)
     out_specs = (spec("BTNH"), spec("BTN"))
-    # The kernels' outputs do not carry which axes they vary over, so that is not checked.
-    call = jax.shard_map(kernel, in_specs=in_specs, out_specs=out_specs, check_vma=False)
-    return call(*operands)
+    return per_device(kernel, in_specs, out_specs)(*operands)
 
 
 def fused_losses(
@@ -126,11 +122,8 @@ def fused_losses(
         losses = fused_cross_entropy(x_MD, head, targets_M, chip=chip, **options)
         return tuple(loss_M.reshape(targets_BT.shape) for loss_M in losses)
 
-    if jax.sharding.get_abstract_mesh().empty:
-        return kernel(x_BTD, head, targets_BT)
     in_specs = (spec("BTD"), jax.sharding.PartitionSpec(), spec("BT"))
-    call = jax.shard_map(kernel, in_specs=in_specs, out_specs=(spec("BT"),) * 2, check_vma=False)
-    return call(x_BTD, head, targets_BT)
+    return per_device(kernel, in_specs, (spec("BT"),) * 2)(x_BTD, head, targets_BT)
 
 
 def _check(config: TransformerConfig, chip: str, axis_sizes: Mapping[str, int]) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from batiste.models.config import TransformerConfig
 from batiste.models.parameter import matrix, vector
@@ -24,13 +25,25 @@ def project(
     cotangents with bf16 operands, at fp32 speed: a bf16 step on a CPU took 1.9 times as long.
     """
     summed = tuple(range(x.ndim - len(dims), x.ndim))
-    product = _dot(x, w.astype(x.dtype), summed, dims)
+    sum_dtype = _sum_dtype(x) if dtype is None else jnp.float32
+    product = _dot(x, w.astype(x.dtype), summed, dims, sum_dtype)
     return product.astype(x.dtype if dtype is None else dtype)
 
 
-def _dot(a: jax.Array, b: jax.Array, dims_of_a: tuple, dims_of_b: tuple) -> jax.Array:
+def _dot(a: jax.Array, b: jax.Array, dims_of_a: tuple, dims_of_b: tuple, dtype=jnp.float32):
     dims = ((dims_of_a, dims_of_b), ((), ()))
-    return jax.lax.dot_general(a, b, dims, preferred_element_type=jnp.float32)
+    return jax.lax.dot_general(a, b, dims, preferred_element_type=dtype)
+
+
+def _sum_dtype(x: jax.Array) -> Any:
+    """The dtype in which an activation leaves its product.
+
+    Where `tensor` splits what is summed, parts of the sum travel: in x's dtype they are half the
+    bytes, and the TPU's compiler adds up those of q, k and v before it sends them (of five fp32
+    arrays a layer, backward, two in bf16 remained). Within a device the sum is fp32 in either case.
+    """
+    tensor = jax.sharding.get_abstract_mesh().shape.get("tensor", 1)
+    return x.dtype if tensor > 1 else jnp.float32
 
 
 def _project_forward(x, w, dims, dtype):
@@ -39,12 +52,14 @@ def _project_forward(x, w, dims, dtype):
 
 def _project_backward(dims, dtype, saved, gradient):
     x, w = saved
+    w_dtype = w.dtype
     gradient = gradient.astype(x.dtype)
     rows = tuple(range(x.ndim - len(dims)))
     out_of_gradient = tuple(range(len(rows), gradient.ndim))
     out_of_w = tuple(dim for dim in range(w.ndim) if dim not in dims)
-    gradient_x = _dot(gradient, w.astype(x.dtype), out_of_gradient, out_of_w)
-    return gradient_x.astype(x.dtype), _weight_gradient(x, gradient, rows, dims).astype(w.dtype)
+    w = w.astype(x.dtype)
+    gradient_x = _dot(gradient, w, out_of_gradient, out_of_w, _sum_dtype(x))
+    return gradient_x.astype(x.dtype), _weight_gradient(x, gradient, rows, dims).astype(w_dtype)
 
 
 def _weight_gradient(x: jax.Array, gradient: jax.Array, rows: tuple, dims: tuple) -> jax.Array:
@@ -121,12 +136,12 @@ class FeedForward(nnx.Module):
         self.down_bias_D = vector("D", sizes, 0.0) if config.bias else None
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        h_BTF = add_bias(project(x_BTD, self.up_DF[...]), self.up_bias_F)
+        h_BTF = checkpoint_name(add_bias(project(x_BTD, self.up_DF[...]), self.up_bias_F), "up")
         if self.gate_DF is None:
             h_BTF = activate(self.activation, h_BTF)
         else:
             gate_BTF = add_bias(project(x_BTD, self.gate_DF[...]), self.gate_bias_F)
-            h_BTF *= activate(self.activation, gate_BTF)
+            h_BTF *= activate(self.activation, checkpoint_name(gate_BTF, "gate"))
         return add_bias(project(constrain(h_BTF, "BTF"), self.down_FD[...]), self.down_bias_D)
 
 

@@ -2,11 +2,13 @@
 
 import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from batiste.models.attention import Attention, LayerCache
 from batiste.models.attention_choice import fused_losses
@@ -15,12 +17,19 @@ from batiste.models.layers import FeedForward, Norm, dropout, project
 from batiste.models.parameter import gathered, matrix
 from batiste.models.positions import rotation, sinusoids
 from batiste.pallas_kernels import AttentionMask
-from batiste.sharding import constrain, gather
+from batiste.sharding import HOST_MEMORY, constrain, gather
 
-REMAT = {
-    "dots": jax.checkpoint_policies.dots_saveable,
-    "full": jax.checkpoint_policies.nothing_saveable,
-}
+
+def remat_policy(config: TransformerConfig) -> Callable:
+    """Which tensors of a layer are saved for the backward pass, as `jax.checkpoint` wants it said."""
+    policies = jax.checkpoint_policies
+    if config.remat == "names":
+        return policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=config.saved, names_which_can_be_offloaded=config.offloaded,
+            offload_src="device", offload_dst=HOST_MEMORY,
+        )
+    return policies.dots_saveable if config.remat == "dots" else policies.nothing_saveable
+
 
 
 class Cache(NamedTuple):
@@ -49,19 +58,37 @@ class Block(nnx.Module):
         """Returns x_BTD after the block, and this layer's cache (None stays None)."""
         keys = (None,) * 3 if dropout_key is None else jax.random.split(dropout_key, 3)
         h_BTD = x_BTD if self.attention_norm is None else self.attention_norm(x_BTD)
-        h_BTD, cache = self.attention(h_BTD, mask, rotation, cache, keys[0])
-        x_BTD = self._add(x_BTD, dropout(h_BTD, self.dropout_rate, keys[1]), self.attention_post_norm)
+        h_BTD, cache = self.attention(whole_time(h_BTD, cache), mask, rotation, cache, keys[0])
+        h_BTD = checkpoint_name(split_time(h_BTD, cache), "attention")
+        h_BTD = dropout(h_BTD, self.dropout_rate, keys[1])
+        x_BTD = self._add(x_BTD, h_BTD, self.attention_post_norm)
         h_BTD = x_BTD if self.feed_forward_norm is None else self.feed_forward_norm(x_BTD)
-        h_BTD = dropout(self.feed_forward(h_BTD), self.dropout_rate, keys[2])
+        h_BTD = self.feed_forward(whole_time(h_BTD, cache))
+        h_BTD = checkpoint_name(split_time(h_BTD, cache), "feed_forward")
+        h_BTD = dropout(h_BTD, self.dropout_rate, keys[2])
         return self._add(x_BTD, h_BTD, self.feed_forward_post_norm), cache
 
     def _add(self, x_BTD: jax.Array, h_BTD: jax.Array, norm: Norm | None) -> jax.Array:
         """pre: x + h. sandwich: x + norm(h). post: norm(x + h)."""
         if norm is None:
-            return constrain(x_BTD + h_BTD, "BTD")
-        if self.norms_the_sum:
-            return constrain(norm(x_BTD + h_BTD), "BTD")
-        return constrain(x_BTD + norm(h_BTD), "BTD")
+            return x_BTD + h_BTD
+        return norm(x_BTD + h_BTD) if self.norms_the_sum else x_BTD + norm(h_BTD)
+
+
+# Each of the two says both layouts. Left to the compiler, the sum over `tensor` that ends a block
+# became a gather of all heads.
+
+
+def split_time(x_BTD: jax.Array, cache: LayerCache | None) -> jax.Array:
+    """The residual stream as it lies between blocks; time is whole while decoding, often a token."""
+    x_BTD = constrain(x_BTD, "BTD")
+    return x_BTD if cache is not None else constrain(x_BTD, "BTD", between_blocks=True)
+
+
+def whole_time(x_BTD: jax.Array, cache: LayerCache | None) -> jax.Array:
+    """What enters a block's products: the same, whole over `tensor`."""
+    x_BTD = x_BTD if cache is not None else constrain(x_BTD, "BTD", between_blocks=True)
+    return constrain(x_BTD, "BTD")
 
 
 class Transformer(nnx.Module):
@@ -123,7 +150,7 @@ class Transformer(nnx.Module):
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """The head, in float32 from the product on; soft-capped if the config says so."""
-        x_BTD = x_BTD if self.norm is None else self.norm(x_BTD)
+        x_BTD = constrain(x_BTD if self.norm is None else self.norm(x_BTD), "BTD")
         if self.head_DV is None:
             table_VD = gather(self.embedding_VD[...], "VD")
             logits_BTV = project(x_BTD, table_VD, (1,), jnp.float32)
@@ -162,7 +189,8 @@ class Transformer(nnx.Module):
         embed_key = layers_key = None
         if dropout_key is not None and config.dropout > 0:
             embed_key, layers_key = jax.random.split(dropout_key)
-        x_BTD = dropout(self._embed(tokens_BT, positions_BT), config.dropout, embed_key)
+        x_BTD = split_time(self._embed(tokens_BT, positions_BT), cache)
+        x_BTD = dropout(x_BTD, config.dropout, embed_key)
         turn = rotation(config, positions_BT) if config.positions == "rope" else None
         masks = {
             kind: AttentionMask(
@@ -197,7 +225,7 @@ class Transformer(nnx.Module):
             x_BTD += gather(self.position_TD[...], "TD")[positions_BT]
         elif config.positions == "sinusoidal":
             x_BTD += sinusoids(positions_BT, config.model_dim)
-        return constrain(x_BTD.astype(config.dtype), "BTD")
+        return x_BTD.astype(config.dtype)
 
 
 def _scan_pattern(config, apply, x_BTD, layers):
@@ -207,7 +235,7 @@ def _scan_pattern(config, apply, x_BTD, layers):
     """
     pattern = config.layer_pattern
     if config.remat != "none":
-        apply = jax.checkpoint(apply, policy=REMAT[config.remat], static_argnums=(0,))
+        apply = jax.checkpoint(apply, policy=remat_policy(config), static_argnums=(0,))
     periods = config.num_layers // len(pattern)
     whole = periods * len(pattern)
 

@@ -1,39 +1,43 @@
 """One table from letters to mesh axes; every sharding in the repository derives from it."""
 
-import contextlib
-import contextvars
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from batiste.sharding.alphabet import check_letters
+from batiste.sharding.layout import layout
 
 # A letter that is absent is replicated. D is split only in what ZeRO shards (ZERO_RULE): in an
-# activation it stays whole, because the batch already occupies the data axis.
+# activation it stays whole, because the batch already occupies the data axis. The vocabulary is
+# split over the stages too, so that embedding and head are every stage's share of work and memory
+# and no stage waits for another's. Outside the experts, `expert` is one more axis of the batch.
 RULES = {
-    "B": ("slice", "data"),
+    "B": ("slice", "data", "expert"),
     "T": "context",
     "N": "tensor",
     "K": "tensor",
     "F": "tensor",
-    "V": "tensor",
+    "V": ("stage", "tensor"),
     "L": "stage",
     "E": "expert",
 }
 ZERO_RULE = {"D": "data"}
-_zero = contextvars.ContextVar("zero", default=0)
+# Between blocks, where no head or feed-forward dim needs `tensor`, it splits time (sequence
+# parallelism, Korthikanti et al. 2022, arXiv:2205.05198).
+BETWEEN_BLOCKS_RULE = {"T": ("context", "tensor")}
+HOST_MEMORY = "pinned_host"
 
 
-def spec(letters: str, *, zero: bool = False) -> PartitionSpec:
+def spec(letters: str, *, zero: bool = False, between_blocks: bool = False) -> PartitionSpec:
     """The PartitionSpec of an array with these letters.
 
-    zero: also split over `data`, as ZeRO does with what it shards.
-    Raises ValueError when two letters want the same mesh axis.
+    zero: also split over `data`, as ZeRO does with what it shards. between_blocks: of the residual
+    stream. Raises ValueError when two letters want the same mesh axis.
     """
-    rules = {**RULES, **ZERO_RULE} if zero else RULES
+    rules = RULES | (ZERO_RULE if zero else {}) | (BETWEEN_BLOCKS_RULE if between_blocks else {})
     axes = tuple(rules.get(letter) for letter in check_letters(letters))
     flat = [name for axis in axes if axis for name in ([axis] if isinstance(axis, str) else axis)]
     if len(flat) != len(set(flat)):
@@ -41,21 +45,43 @@ def spec(letters: str, *, zero: bool = False) -> PartitionSpec:
     return PartitionSpec(*axes)
 
 
-def constrain(x: jax.Array, letters: str) -> jax.Array:
+def constrain(x: jax.Array, letters: str, *, between_blocks: bool = False) -> jax.Array:
     """Pins an activation to its sharding on the ambient mesh; without a mesh, changes nothing."""
     if jax.sharding.get_abstract_mesh().empty:
         return x
-    return jax.lax.with_sharding_constraint(x, spec(letters))
+    return _constrain(x, spec(letters, between_blocks=between_blocks))
 
 
-@contextlib.contextmanager
-def zero_level(zero: int) -> Iterator[None]:
-    """Says, while a step is traced, what of the weights is split over `data` (see MeshConfig)."""
-    token = _zero.set(zero)
-    try:
-        yield
-    finally:
-        _zero.reset(token)
+def _constrain(x: jax.Array, partition: PartitionSpec) -> jax.Array:
+    return jax.lax.with_sharding_constraint(x, _automatic(partition))
+
+
+def _automatic(partition: PartitionSpec) -> PartitionSpec:
+    """Without the axes that an enclosing shard_map has already split over (slice, stage)."""
+    manual = jax.sharding.get_abstract_mesh().manual_axes
+    kept = [
+        tuple(name for name in ((axes,) if isinstance(axes, str) else axes or ()) if name not in manual)
+        for axes in partition
+    ]
+    return PartitionSpec(*(axes[0] if len(axes) == 1 else axes or None for axes in kept))
+
+
+def per_device(function: Callable, in_specs: Any, out_specs: Any) -> Callable:
+    """`function` called by each device with its own share; without a mesh, `function` itself.
+
+    The specs are PartitionSpecs as `spec` makes them; axes that are already split are left out.
+    Which axes an output varies over is not checked: the kernels' outputs do not carry it.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return function
+    in_specs, out_specs = jax.tree.map(
+        _automatic, (in_specs, out_specs), is_leaf=lambda node: isinstance(node, PartitionSpec)
+    )
+    axes = set(mesh.axis_names) - set(mesh.manual_axes)
+    return jax.shard_map(
+        function, in_specs=in_specs, out_specs=out_specs, axis_names=axes, check_vma=False
+    )
 
 
 def gather(weight: jax.Array, letters: str) -> jax.Array:
@@ -64,21 +90,21 @@ def gather(weight: jax.Array, letters: str) -> jax.Array:
     Said here and not left to the compiler, which otherwise may move activations instead of weights:
     without it an embedding lookup under ZeRO-3 became an all-to-all.
     """
-    if jax.sharding.get_abstract_mesh().empty or _zero.get() < 2:
+    if jax.sharding.get_abstract_mesh().empty or layout().zero < 2:
         return weight
     return _gather(weight, letters)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _gather(weight: jax.Array, letters: str) -> jax.Array:
-    return jax.lax.with_sharding_constraint(weight, spec(letters))
+    return _constrain(weight, spec(letters))
 
 
 def _scatter(letters: str, _: None, gradient: jax.Array) -> tuple[jax.Array]:
     # Reduced first, then split: the TPU compiler fuses the two into a reduce-scatter. Asked for the
     # split alone, it may move activations instead (an all-to-all for the embedding).
-    whole = jax.lax.with_sharding_constraint(gradient, spec(letters))
-    return (jax.lax.with_sharding_constraint(whole, spec(letters, zero=True)),)
+    whole = _constrain(gradient, spec(letters))
+    return (_constrain(whole, spec(letters, zero=True)),)
 
 
 _gather.defvjp(lambda weight, letters: (_gather(weight, letters), None), _scatter)

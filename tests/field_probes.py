@@ -57,7 +57,7 @@ def logits(experiment: Experiment, _):
 
 def _program(experiment: Experiment):
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    program = make_program(experiment.model, experiment.train, mesh, 0)
+    program = make_program(experiment.model, experiment.train, mesh, MeshConfig(data=1))
     return program, mesh, make_train_step(program, experiment.train, mesh)
 
 
@@ -117,8 +117,8 @@ def layout(experiment: Experiment, _):
     except ValueError as error:
         return str(error)
     program = make_program(
-        experiment.model, experiment.train, make_mesh(experiment.mesh), experiment.mesh.zero)
-    specs = jax.tree.map(lambda leaf: str(leaf.sharding.spec), program.abstract_state)
+        experiment.model, experiment.train, make_mesh(experiment.mesh), experiment.mesh)
+    specs = jax.tree.map(lambda leaf: f"{leaf.sharding.spec} {leaf.sharding.memory_kind}", program.abstract_state)
     mesh = jax.tree.leaves(program.abstract_state)[0].sharding.mesh
     return specs, tuple(mesh.shape.items())
 
@@ -185,14 +185,14 @@ def _no_peak(mesh, dtype):
 _compiled: dict = {}
 
 
-def _shared_program(model, train: TrainConfig, mesh, zero):
+def _shared_program(model, train: TrainConfig, mesh, layout):
     """One program for all configs that differ only in what the loop reads; steps share likewise."""
     blank = TrainConfig()
     same = dataclasses.replace(train, num_steps=0, checkpoint=blank.checkpoint,
                                evaluation=blank.evaluation, stop=blank.stop)
-    key = repr((model, same, mesh.shape, zero))
+    key = repr((model, same, mesh.shape, layout))
     if key not in _compiled:
-        _compiled[key] = make_program(model, train, mesh, zero)
+        _compiled[key] = make_program(model, train, mesh, layout)
     return _compiled[key]
 
 
@@ -203,10 +203,10 @@ def _shared_step(program, config, mesh):
     return _compiled[key]
 
 
-def _shared_row_losses(graphdef, mesh, objective):
-    key = id(graphdef), "row losses"
+def _shared_row_losses(program, mesh, objective):
+    key = id(program), "row losses"
     if key not in _compiled:
-        _compiled[key] = make_row_losses(graphdef, mesh, objective)
+        _compiled[key] = make_row_losses(program, mesh, objective)
     return _compiled[key]
 
 

@@ -42,7 +42,7 @@ def abstract_program(name: str):
     """The preset laid out on as many devices as it is meant for, none of which is needed."""
     experiment, (_, devices) = load(name), PRESETS[name]
     mesh = AbstractMesh(experiment.mesh.shape(devices), AXES)
-    return make_program(experiment.model, experiment.train, mesh, experiment.mesh.zero)
+    return make_program(experiment.model, experiment.train, mesh, experiment.mesh)
 
 
 def by_path(tree) -> dict[str, object]:
@@ -56,7 +56,7 @@ def sharding_table(name: str) -> str:
     state = program.abstract_state
     mesh = next(iter(jax.tree.leaves(state.params))).sharding.mesh
     lines = ["mesh " + " ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
-             + f" zero={program.zero}"]
+             + f" zero={program.layout.zero}"]
     letters, moments = by_path(program.letters), by_path(state.optimizer_state)
     for path, leaf in by_path(state.params).items():
         of_state = sorted({str(moment.sharding.spec) for where, moment in moments.items()

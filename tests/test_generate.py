@@ -15,7 +15,7 @@ from batiste.inference import SamplingConfig, generate
 from batiste.inference.sampling import sample
 from batiste.models import Transformer
 from batiste.sharding import MeshConfig, make_mesh
-from batiste.train import ObjectiveConfig
+from batiste.train import ObjectiveConfig, TrainConfig, make_program
 
 PROMPTS = [[1, 5, 9], [1], [1, 7, 3, 3, 8, 2], [1, 30]]
 GREEDY = SamplingConfig(temperature=0.0, top_p=None, max_tokens=7)
@@ -107,10 +107,11 @@ def test_meaningless_sampling_is_refused(field, value):
 
 
 def test_perplexity_is_the_formula_with_a_standard_error(model):
-    graphdef, params = nnx.split(model, nnx.Param)
-    params = nnx.to_pure_dict(params)
-    mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
-    losses = make_row_losses(graphdef, mesh, ObjectiveConfig(loss_chunk=4))
+    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    layout = MeshConfig(data=1)
+    mesh = make_mesh(layout, jax.devices()[:1])
+    program = make_program(model.config, TrainConfig(), mesh, layout)
+    losses = make_row_losses(program, mesh, ObjectiveConfig(loss_chunk=4))
     batches = [make_batch(8, 11, 37, seed) for seed in (0, 1)]
     byte_lengths_V = np.arange(37) % 5 + 1
     got = perplexity(

@@ -64,7 +64,7 @@ def experiment(corpus: str, mesh: str):
 
 def budget(experiment, steps: int) -> float:
     """The FLOPs of so many steps, as train.stop.flops takes them."""
-    program = make_program(experiment.model, experiment.train, make_mesh(MeshConfig()), 0)
+    program = make_program(experiment.model, experiment.train, make_mesh(MeshConfig()), MeshConfig())
     length = experiment.data.sequence_length
     per_token = flops_per_token(
         experiment.model, program.abstract_state.params, program.letters, length)

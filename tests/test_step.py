@@ -23,7 +23,7 @@ GOLDEN_LOSSES = pathlib.Path(__file__).parent / "golden" / "losses.txt"
 def start(model_config, train_config):
     """A fresh state and the step, on one device."""
     mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
-    program = make_program(model_config, train_config, mesh, zero=0)
+    program = make_program(model_config, train_config, mesh, MeshConfig(data=1))
     put = functools.partial(place, mesh, letters_tree=Batch(*("BT",) * 5))
     return program, make_train_step(program, train_config, mesh), put
 

@@ -29,7 +29,7 @@ def compile_step(topology: str, mesh_config: MeshConfig, model: TransformerConfi
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     mesh = make_mesh(mesh_config, devices)
     config = TrainConfig(batch_size=16)
-    program = make_program(model, config, mesh, mesh_config.zero)
+    program = make_program(model, config, mesh, mesh_config)
     step = make_train_step(program, config, mesh)
     batch = Batch(*(
         jax.ShapeDtypeStruct((16, 256), np.float32 if name == "weights_BT" else np.int32,
@@ -49,6 +49,15 @@ def test_zero_2_reduces_by_scattering_on_a_tpu():
     scatters = {zero: len(re.findall(r"%all-reduce-scatter[.\d]* ", texts[zero])) for zero in texts}
     assert scatters[0] == 0 and scatters[2] >= 1
     assert "all-gather" in texts[2] and "all-to-all" not in texts[2]
+
+
+def test_tensor_parallel_sums_travel_once_and_in_bfloat16():
+    """Two sums a layer in each direction, also of what q, k and v (gate and up) send back."""
+    text = compile_step("v5e:2x4", MeshConfig(data=2, tensor=4))[1].as_text()
+    sums = re.findall(r"%all-reduce[.\d]* = ([a-z]+\d+)\[8,256,256\].* all-reduce\(", text)
+    assert len(sums) >= 4 and set(sums) == {"bf16"}
+    assert len(sums) <= 7  # The layers' four, the embedding's, the head's and its gradient's.
+    assert "all-to-all" not in text
 
 
 def test_zero_3_takes_less_memory_per_chip_than_zero_0():

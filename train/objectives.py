@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from batiste.models import Transformer
+from batiste.sharding import constrain
 from batiste.train.config import ObjectiveConfig
 
 
@@ -54,16 +55,29 @@ def causal_loss(model: Transformer, batch, dropout_key, config: ObjectiveConfig)
 
     if config.loss_chunk is None:
         return terms(x_BTD, batch.targets_BT, batch.weights_BT)
+    x_BTD = constrain(x_BTD, "BTD")
     return _chunked(terms, (x_BTD, batch.targets_BT, batch.weights_BT), config.loss_chunk)
 
 
 def _chunked(terms, arrays, chunk: int) -> Terms:
-    """Sums `terms` over chunks of time; the backward pass recomputes each chunk's logits."""
-    length = arrays[0].shape[1]
-    whole = length - length % chunk
+    """Sums `terms` over chunks of time; the backward pass recomputes each chunk's logits.
+
+    Where the mesh splits time, a chunk has an equal share of each part, so that all work on it.
+    """
+    B, length = arrays[0].shape[:2]
+    parts = jax.sharding.get_abstract_mesh().shape.get("context", 1)
+    share, length = chunk // parts, length // parts
+    whole = length - length % share
+
+    def in_parts(x, start, stop):
+        return x.reshape(B, parts, length, *x.shape[2:])[:, :, start:stop]
 
     def split(x):
-        return x[:, :whole].reshape(x.shape[0], -1, chunk, *x.shape[2:]).swapaxes(0, 1)
+        x = in_parts(x, 0, whole).reshape(B, parts, -1, share, *x.shape[2:])
+        return jnp.moveaxis(x, 2, 0).reshape(-1, B, chunk, *x.shape[4:])
+
+    def rest(x):
+        return in_parts(x, whole, length).reshape(B, -1, *x.shape[2:])
 
     remat = jax.checkpoint(terms)
     zero = Terms(*(jnp.zeros(arrays[0].shape[:1], jnp.float32),) * 3)
@@ -73,5 +87,5 @@ def _chunked(terms, arrays, chunk: int) -> Terms:
         tuple(split(x) for x in arrays),
     )
     if whole < length:
-        total = jax.tree.map(jnp.add, total, remat(*(x[:, whole:] for x in arrays)))
+        total = jax.tree.map(jnp.add, total, remat(*(rest(x) for x in arrays)))
     return total

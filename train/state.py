@@ -10,7 +10,7 @@ import optax
 from flax import nnx
 
 from batiste.models import Transformer, TransformerConfig, letters_tree
-from batiste.sharding import check_divisible, shardings
+from batiste.sharding import HOST_MEMORY, MeshConfig, check_divisible, shardings
 from batiste.train.config import TrainConfig
 from batiste.train.optimizer import make_optimizer, optimizer_letters
 from batiste.train.precision import LossScale, initial_loss_scale
@@ -36,6 +36,7 @@ class Program(NamedTuple):
     graphdef: the model's structure; `nnx.merge(graphdef, params)` is the model.
     letters: the parameters' letters. abstract_state: shapes, dtypes and shardings of the state.
     gradient_shardings: where gradients live between the backward pass and the optimizer.
+    layout: the mesh config that all of it follows.
     """
 
     graphdef: Any
@@ -44,18 +45,22 @@ class Program(NamedTuple):
     letters: Any
     abstract_state: TrainState
     gradient_shardings: Any
-    zero: int
+    layout: MeshConfig
     initialize: Callable[[], TrainState]
 
 
 def make_program(
-    model_config: TransformerConfig, config: TrainConfig, mesh: jax.sharding.Mesh, zero: int
+    model_config: TransformerConfig,
+    config: TrainConfig,
+    mesh: jax.sharding.Mesh,
+    layout: MeshConfig,
 ) -> Program:
-    """Lays a model out on a mesh; `zero` (0 to 3) says what is sharded over `data`.
+    """Lays a model out on a mesh that was made from `layout`.
 
     Raises ValueError for a config that cannot be, or a dim that its mesh axis does not divide.
     """
     config.validate()
+    zero = layout.zero
     build = functools.partial(Transformer, model_config)
     abstract = nnx.eval_shape(lambda: build(rngs=nnx.Rngs(config.seed)))
     graphdef, abstract_params = nnx.split(abstract, nnx.Param)
@@ -87,7 +92,10 @@ def make_program(
     state_shardings = TrainState(
         step=shardings(mesh, state_letters.step),
         params=shardings(mesh, letters, zero=zero >= 3),
-        optimizer_state=shardings(mesh, state_letters.optimizer_state, zero=zero >= 1),
+        optimizer_state=_kept(
+            shardings(mesh, state_letters.optimizer_state, zero=zero >= 1), shapes.optimizer_state,
+            layout.offload_optimizer,
+        ),
         loss_scale=shardings(mesh, state_letters.loss_scale),
     )
     abstract_state = jax.tree.map(
@@ -97,6 +105,16 @@ def make_program(
     return Program(
         graphdef, optimizer, schedule, letters, abstract_state,
         gradient_shardings=shardings(mesh, letters, zero=zero >= 2),
-        zero=zero,
+        layout=layout,
         initialize=jax.jit(initialize, out_shardings=state_shardings),
+    )
+
+
+def _kept(device_shardings: Any, shapes: Any, on_host: bool) -> Any:
+    """The shardings of the optimizer's state between updates; counts stay on the device."""
+    if not on_host:
+        return device_shardings
+    return jax.tree.map(
+        lambda sharding, leaf: sharding.with_memory_kind(HOST_MEMORY) if leaf.ndim else sharding,
+        device_shardings, shapes,
     )
