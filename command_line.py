@@ -7,6 +7,7 @@ import functools
 import os
 import pathlib
 import re
+import signal
 import sys
 import traceback
 import typing
@@ -69,7 +70,7 @@ def _define_processes(values: flags.FlagValues) -> None:
     flags.DEFINE_string("coordinator_address", None, "Where process 0 listens, HOST:PORT, instead "
                         "of --distributed.", flag_values=values)
     flags.DEFINE_integer("num_processes", None, "Processes of this run.", 1, flag_values=values)
-    flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.", 0, flag_values=values)
+    flags.DEFINE_integer("process_id", None, "Which one this is, from 0.", 0, flag_values=values)
 
 
 def _define_train(values: flags.FlagValues, argv: list[str]) -> None:
@@ -160,6 +161,7 @@ def _evaluate(values: flags.FlagValues) -> int:
 
     workdir = _required(values, "workdir")
     prints = _connect(values)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # jax takes it, for training alone to ask about.
     result = main.evaluate(workdir)
     if prints:
         _print_perplexity(result)
@@ -178,6 +180,7 @@ def _generate(values: flags.FlagValues) -> int:
     config = dataclasses.replace(config, **given)
     prompts = values.prompt if values.prompt else list(config.prompts)
     say = functools.partial(print, end="", flush=True) if _connect(values) else lambda text: None
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # As for `evaluate`.
     if len(prompts) == 1:
         say(prompts[0])
         main.generate(workdir, prompts, config, lambda text: say(text[0]))

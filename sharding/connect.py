@@ -47,14 +47,16 @@ def connect(
     _await_coordinator(address, index)
     missing = threading.Timer(INITIALIZATION_SECONDS, _give_up, (count, address))
     missing.start()
-    jax.distributed.initialize(
-        address, count, index, local_device_ids=local_device_ids,
-        cluster_detection_method="deactivate",  # What is given stands.
-        initialization_timeout=INITIALIZATION_SECONDS + 30,
-        heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
-        shutdown_timeout_seconds=SHUTDOWN_SECONDS,
-    )
-    missing.cancel()
+    try:
+        jax.distributed.initialize(
+            address, count, index, local_device_ids=local_device_ids,
+            cluster_detection_method="deactivate",  # What is given stands.
+            initialization_timeout=INITIALIZATION_SECONDS + 30,
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+            shutdown_timeout_seconds=SHUTDOWN_SECONDS,
+        )
+    finally:
+        missing.cancel()
     if jax.process_count() != count:
         raise ValueError(
             f"num_processes={count}, but the {jax.default_backend()} devices here belong to "
@@ -72,17 +74,18 @@ def _detect() -> tuple[str, int, int, list[int] | None]:
         raise ValueError(f"the cluster could not be read: {' '.join(str(error).split())}") from None
     if found[0] is None:
         raise ValueError(
-            "no cluster was detected (SLURM's srun, Open MPI, Kubernetes with jax[k8s], Cloud TPU): "
-            "give --coordinator_address=HOST:PORT --num_processes=N --process_id=I"
+            "no cluster was detected (SLURM's srun, Open MPI, Kubernetes with jax[k8s], Cloud "
+            "TPU): give --coordinator_address=HOST:PORT --num_processes=N --process_id=I"
         )
     return found
 
 
 def _await_coordinator(address: str, index: int) -> None:
-    """Refuses in a line what jax answers with a crash: a bad address, a taken port, nobody there."""
+    """Refuses in a line what jax answers with a crash: bad address, taken port, nobody there."""
     match = re.fullmatch(r"\[?([^\s/]+?)\]?:(\d{1,5})", address)
     if not match or not 0 < int(match[2]) < 65536:
-        raise ValueError(f"coordinator_address={address!r}: expected HOST:PORT, as in 10.0.0.1:8476")
+        raise ValueError(
+            f"coordinator_address={address!r}: expected HOST:PORT, as in 10.0.0.1:8476")
     host, port = match[1], int(match[2])
     if index == 0:
         dual = socket.has_dualstack_ipv6()

@@ -42,7 +42,7 @@ def together(
     if client is None:
         return [call()]
     _meetings.append(what)
-    place = f"batiste/{len(_meetings)}"
+    place = f"batiste/{len(_meetings):06}"
     error, outcome = None, {}
     try:
         outcome["said"] = call()
@@ -68,7 +68,7 @@ def together(
 
 
 def agree(values: dict[str, Any]) -> None:
-    """Raises ValueError, naming what differs, where processes hold other `values` than process 0."""
+    """Raises ValueError, naming what differs, where a process has other `values` than process 0."""
     texts = {name: repr(value) for name, value in values.items()}
     first, *others = map(json.loads, together("compare itself", lambda: json.dumps(texts)))
     for index, other in enumerate(others, start=1):

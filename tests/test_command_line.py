@@ -135,7 +135,9 @@ BY_HAND = ("--coordinator_address=localhost:1", "--num_processes=2", "--process_
     ((*BY_HAND, "--nodistributed"), ("--nodistributed and --coordinator_address exclude",)),
     (("--distributed",), ("no cluster was detected", "SLURM", "--process_id=I")),
 ])
-def test_processes_that_cannot_be_joined_are_refused(verb, arguments, flags, parts, refusal, monkeypatch):
+def test_processes_that_cannot_be_joined_are_refused(
+    verb, arguments, flags, parts, refusal, monkeypatch
+):
     monkeypatch.setattr(main, "load_experiment", lambda workdir: Experiment())
     line = refusal(verb, *arguments, "--workdir=x", *flags)
     for part in parts:

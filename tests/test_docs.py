@@ -74,6 +74,7 @@ def test_the_processes_that_the_page_about_launching_starts_by_hand_train(ten_li
         port = str(listener.getsockname()[1])
     assert ":8476" in commands
     commands = commands.replace("8476", port).replace("batiste", f"{sys.executable} -m batiste", 1)
+    commands = commands.replace("--process_id", "--config.sample.max_tokens=8 --process_id")
     # The text is that of the README's example; preparing it again would take longer than the rest.
     shutil.copytree(folder / "runs/ten_lines/data", folder / "runs/by_hand/data")
     output = run(["bash", "-c", commands], folder, environment)

@@ -36,16 +36,20 @@ def get_config(arg):
 # A program instead of the command line: trains, and says which positions of the data it has read.
 PROGRAM = """
 import json, pathlib, sys
+from jax.experimental import multihost_utils
 from batiste import main, sharding
 from batiste.data import order
 from test_processes import experiment, program_checks
 
 address, index, corpus, workdir = sys.argv[1:]
 sharding.connect(address, 2, int(index))
+asked, ask = [], multihost_utils.reached_preemption_sync_point
+multihost_utils.reached_preemption_sync_point = lambda at: (asked.append(at), ask(at))[1]
 read, records_at = [], order.Order.records_at
 order.Order.records_at = lambda self, at: (read.extend(at.tolist()), records_at(self, at))[1]
 result = main.train(experiment(corpus, "zero"), workdir)
-found = {"read": read, "result": list(result), "evaluated": list(main.evaluate(workdir)),
+evaluated = main.evaluate(workdir)
+found = {"read": read, "asked": asked, "result": list(result), "evaluated": list(evaluated),
          **program_checks(pathlib.Path(workdir))}
 pathlib.Path(f"{workdir}_{index}.json").write_text(json.dumps(found))
 """
@@ -64,7 +68,8 @@ def experiment(corpus: str, mesh: str):
 
 def budget(experiment, steps: int) -> float:
     """The FLOPs of so many steps, as train.stop.flops takes them."""
-    program = make_program(experiment.model, experiment.train, make_mesh(MeshConfig()), MeshConfig())
+    mesh = make_mesh(MeshConfig())
+    program = make_program(experiment.model, experiment.train, mesh, MeshConfig())
     length = experiment.data.sequence_length
     per_token = flops_per_token(
         experiment.model, program.abstract_state.params, program.letters, length)
@@ -191,7 +196,8 @@ def losses(workdir: pathlib.Path) -> dict[tuple[str, int], float]:
 
 def samples(workdir: pathlib.Path) -> str:
     """The samples of a report."""
-    return re.search(r"^## Samples\n.*?(?=^## )", (workdir / "report.md").read_text(), re.S | re.M)[0]
+    report = (workdir / "report.md").read_text()
+    return re.search(r"^## Samples\n.*?(?=^## )", report, re.S | re.M)[0]
 
 
 @pytest.fixture(scope="module")
@@ -208,7 +214,8 @@ def folder(tmp_path_factory) -> pathlib.Path:
 
 def train_flags(folder: pathlib.Path, mesh: str, name: str) -> list[str]:
     """Flags of `batiste train`."""
-    return [f"--config={folder}/config.py:{folder}/corpus/*.txt@{mesh}", f"--workdir={folder}/{name}"]
+    return [f"--config={folder}/config.py:{folder}/corpus/*.txt@{mesh}",
+            f"--workdir={folder}/{name}"]
 
 
 def alone(folder: pathlib.Path, mesh: str, name: str, steps: int) -> dict[tuple[str, int], float]:
@@ -249,6 +256,12 @@ def test_each_process_reads_its_share_and_no_more(program):
         shares = [[place - step * batch for place in places if place // batch == step]
                   for places in read]
         assert shares == [[0, 1, 2, 3], [4, 5, 6, 7]]
+
+
+def test_each_process_asks_after_each_step_whether_to_stop_and_nobody_else_does(program):
+    """What the preemption service is asked about has no gap, or a signal could fall into it."""
+    for found in program[1]:
+        assert found["asked"] == list(range(1, STEPS + 2))
 
 
 def test_shares_of_meshes_that_mix_the_processes(program):

@@ -18,8 +18,9 @@ CHECKPOINT_FOLDER = "checkpoints"
 class _Manager(ocp.CheckpointManager):
     """Orbax's, without its own questions to jax's preemption service.
 
-    The service answers yes to one number, one above the last that any process asked about. The loop
-    asks about 1, 2, 3 and so on (train/stopping.py); Orbax, about the step, would make it miss that.
+    The service answers yes to one number, one above the last that any process asked about. The
+    loop asks about 1, 2, 3 and so on (train/stopping.py); Orbax would ask about the step between
+    two of them.
     """
 
     def reached_preemption(self, step: int) -> bool:
@@ -60,7 +61,7 @@ class Checkpoints:
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(state._asdict()), meta=ocp.args.JsonSave(meta)
         )
-        # Several processes wait for each other in Orbax by sums over all devices, fetched implicitly.
+        # In Orbax, processes wait for each other by sums over all devices, fetched implicitly.
         with jax.transfer_guard("allow"):
             self._manager.save(step, args=args)
 

@@ -46,7 +46,8 @@ def fit(
     """Trains from `state` to `run.last_step`; returns the state and why it stopped.
 
     The reason is "done", "patience", or the signal that asked for it ("SIGINT", "SIGTERM"); in
-    every case the state is saved and committed. All processes of a run call this alike. Raises ValueError when the loss is not finite.
+    every case the state is saved and committed. All processes of a run call this alike. Raises
+    ValueError when the loss is not finite.
     """
     pending = None
     reason = "done"
