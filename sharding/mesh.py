@@ -22,7 +22,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 
 def check_host_memory(mesh: Mesh, field: str) -> None:
     """Raises ValueError, naming the field that wants it, where devices have no pinned host memory."""
-    device = mesh.devices.flat[0]
+    device = mesh.local_devices[0]
     kinds = [memory.kind for memory in device.addressable_memories()]
     if HOST_MEMORY not in kinds:
         raise ValueError(
