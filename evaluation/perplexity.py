@@ -1,5 +1,6 @@
 """Loss, perplexity and bits per byte of held-out text, with a standard error."""
 
+import functools
 import math
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -8,7 +9,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from batiste.sharding import laid_out
+from batiste.sharding import compiler_options, laid_out
 from batiste.train import ObjectiveConfig, Program, causal_loss
 
 
@@ -32,7 +33,9 @@ def make_row_losses(
 ) -> Callable:
     """Returns the jitted (params, batch) -> cross-entropy of each row in nats, float32 B."""
 
-    @jax.jit
+    options = compiler_options(mesh.devices.flat[0], program.letters)
+
+    @functools.partial(jax.jit, compiler_options=options)
     def row_losses(params: Any, batch: Any) -> jax.Array:
         model = nnx.merge(program.graphdef, params)
         with laid_out(program.layout):

@@ -44,7 +44,9 @@ def plan(chosen_MC: jax.Array, num_experts: int, devices: int) -> Routes:
     chosen_Q = chosen_MC.reshape(-1)
     order_Q = jnp.argsort(chosen_Q, stable=True)
     rank_Q = jnp.argsort(order_Q)
-    load_E = jnp.bincount(chosen_Q, length=num_experts).astype(jnp.int32)
+    # Compared and summed: as a bincount it is a scatter, which a TPU does row by row.
+    experts_E = jnp.arange(num_experts, dtype=chosen_Q.dtype)
+    load_E = (chosen_Q[:, None] == experts_E[None]).sum(axis=0, dtype=jnp.int32)
     if devices == 1:
         return Routes(order_Q, rank_Q, load_E, None, None)
     # From everybody's loads, sources first, each device knows where everything lies everywhere.

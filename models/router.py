@@ -57,19 +57,18 @@ def route(
         weights_BTC /= weights_BTC.sum(axis=-1, keepdims=True)
     if not softmax:
         scores_BTE /= scores_BTE.sum(axis=-1, keepdims=True)
-    sums = _sums(logits_BTE, scores_BTE, hit_BTCE.sum(axis=2), real_BT)
+    sums = _sums(logits_BTE, scores_BTE, hit_BTCE, real_BT)
     return chosen_BTC, weights_BTC, sums
 
 
-def _sums(logits_BTE, shares_BTE, hit_BTE, real_BT) -> RouterSums:
+def _sums(logits_BTE, shares_BTE, hit_BTCE, real_BT) -> RouterSums:
     """The sequence-wise balance loss, sum of f_i P_i (arXiv:2412.19437, equations 17 to 20), and
     the router z-loss (ST-MoE, arXiv:2202.08906, equation 5), without their factors."""
     tokens_B = jnp.maximum(real_BT.sum(axis=1), 1)
-    load_BE = constrain((hit_BTE * real_BT[..., None]).sum(axis=1), "B")
+    load_BE = constrain((hit_BTCE * real_BT[..., None, None]).sum(axis=(1, 2)), "B")
     share_BE = (shares_BTE * real_BT[..., None]).sum(axis=1) / tokens_B[:, None]
-    # C tokens' worth of copies: the mean load of an expert is C / E of the tokens.
-    C = hit_BTE[:1, :1].sum(axis=-1)
-    frequency_BE = load_BE * (logits_BTE.shape[-1] / (C * tokens_B[:, None]))
+    C, E = hit_BTCE.shape[2:]
+    frequency_BE = load_BE * E / (C * tokens_B[:, None])
     z_BT = jnp.square(jax.nn.logsumexp(logits_BTE, axis=-1))
     z_B = (z_BT * real_BT).sum(axis=1) / tokens_B
     return RouterSums(

@@ -9,7 +9,7 @@ import optax
 from flax import nnx
 
 from batiste.models import rebalanced
-from batiste.sharding import constrain, laid_out
+from batiste.sharding import compiler_options, constrain, laid_out
 from batiste.train.config import TrainConfig
 from batiste.train.objectives import RouterTerms, causal_loss
 from batiste.train.precision import adjust, all_finite, keep_if, unscale
@@ -59,7 +59,10 @@ def make_train_step(
         return new, metrics
 
     state_shardings = jax.tree.map(lambda leaf: leaf.sharding, program.abstract_state)
-    jitted = jax.jit(step, donate_argnums=0, out_shardings=(state_shardings, None))
+    jitted = jax.jit(
+        step, donate_argnums=0, out_shardings=(state_shardings, None),
+        compiler_options=compiler_options(mesh.devices.flat[0], program.letters),
+    )
 
     def on_mesh(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         with jax.set_mesh(mesh):
