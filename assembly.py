@@ -34,8 +34,8 @@ class Assembly:
     program: Program
 
     def place(self, batch: Batch) -> Batch:
-        """The batch on the mesh, split by rows."""
-        return place(self.mesh, batch, Batch(*("BT",) * len(batch)))
+        """The batch on the mesh, split by rows; the step itself splits time."""
+        return place(self.mesh, batch, Batch(*("BS",) * len(batch)))
 
     @functools.cached_property
     def row_losses(self) -> Callable[[Any, Batch], jax.Array]:
