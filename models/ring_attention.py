@@ -58,10 +58,10 @@ def _forward(options, operands):
     total = jnp.zeros(operands.q_BTNH.shape, jnp.float32), jnp.broadcast_to(no_keys, (B, T, N))
     keys, steps = (operands.k_BSKH, operands.v_BSKH), _steps(operands.mask, T)
     for step, following in zip(steps, [*steps[1:], None]):
-        # Sent before they are used, so that they travel while this step is worked off.
         keys_after = None if following is None else _pass_on(keys, following - step)
         meeting = _meeting(operands, step)
         piece = attend_piece(options, _rows_of(operands, keys, meeting))
+        piece, keys_after = _meanwhile(piece, keys_after)
         total = _into_chunks(merge, total, piece, meeting.queries)
         keys = keys_after
     out_BTNH, lse_BTN = total[0].astype(operands.q_BTNH.dtype), total[1]
@@ -71,26 +71,29 @@ def _forward(options, operands):
 def _backward(options, saved, gradients):
     """Keys go round again, and with them their gradients, which are home after the last step.
 
-    A device's own keys come last: they need not wait for anyone, and meanwhile the gradients that
-    the others made for them arrive.
+    They go the other way, or the compiler, where layers are not scanned, keeps those that came by
+    in the forward pass: the whole row. A device's own keys are last: they need not wait for anyone,
+    and meanwhile the gradients that the others made for them arrive.
     """
     operands, *results = saved
     lse_BTN, delta_BTN = of_loss(*results, gradients)
     own = keys = operands.k_BSKH, operands.v_BSKH
     dq = jnp.zeros(operands.q_BTNH.shape, jnp.float32)
     dkv = tuple(jnp.zeros(x.shape, jnp.float32) for x in own)
-    at, steps = 0, _steps(operands.mask, dq.shape[1])
-    for step in [*steps[1:], context_size()]:
-        keys = own if step == context_size() else _pass_on(keys, step - at)
-        dkv = dkv if at == 0 else _pass_on(dkv, step - at)
-        meeting = _meeting(operands, step)
+    home, at = context_size(), 0
+    steps = [*_steps(operands.mask, dq.shape[1])[1:], home]
+    if len(steps) > 1:
+        keys = _pass_on(own, -steps[0])
+    for step, following in zip(steps, [*steps[1:], home]):
+        keys_after = own if following == home else _pass_on(keys, step - following)
+        passed = dkv if at == 0 else _pass_on(dkv, at - step)
+        meeting = _meeting(operands, -step)
         from_loss = (_rows(x, meeting.queries, meeting.size) for x in (gradients[0], lse_BTN, delta_BTN))
-        dq_piece, *dkv_piece = attend_piece_gradients(
-            options, _rows_of(operands, keys, meeting), *from_loss
-        )
+        piece = attend_piece_gradients(options, _rows_of(operands, keys, meeting), *from_loss)
+        (dq_piece, *dkv_piece), (keys, passed) = _meanwhile(piece, (keys_after, passed))
         dq = _into_chunks(jnp.add, dq, dq_piece, meeting.queries)
         dkv = tuple(
-            _into_chunks(jnp.add, total, piece, meeting.keys) for total, piece in zip(dkv, dkv_piece)
+            _into_chunks(jnp.add, total, piece, meeting.keys) for total, piece in zip(passed, dkv_piece)
         )
         at = step
     dq, dk, dv = (x.astype(operands.q_BTNH.dtype) for x in (dq, *dkv))
@@ -104,10 +107,19 @@ ring_attention.defvjp(_forward, _backward)
 
 
 def _pass_on(tree, hops: int):
-    """What the device `hops` before this one has."""
+    """What the device `hops` before this one (after it, if negative) has."""
     size = context_size()
     ring = [(device, (device + hops) % size) for device in range(size)]
     return jax.tree.map(lambda x: jax.lax.ppermute(x, "context", ring), tree)
+
+
+def _meanwhile(worked_off, sent):
+    """Both, neither to be used before the other is there.
+
+    So that the TPU compiler starts to send before a kernel and ends after it. It hid the way of the
+    keys behind the merging of results instead, as far as that lasted, and no kernel.
+    """
+    return jax.lax.optimization_barrier((worked_off, sent))
 
 
 def _steps(mask: AttentionMask, num_queries: int) -> list[int]:
@@ -126,7 +138,7 @@ def _steps(mask: AttentionMask, num_queries: int) -> list[int]:
 
 
 def _meeting(operands: Operands, step: int) -> Meeting:
-    """What there is to do with the keys of the device `step` before this one."""
+    """What there is to do with the keys of the device `step` before this one (negative: after)."""
     mask, (B, T) = operands.mask, operands.q_BTNH.shape[:2]
     device = jax.lax.axis_index("context")
     source = (device - step) % context_size()
