@@ -4,7 +4,7 @@ import dataclasses
 import math
 
 AXES = ("slice", "data", "stage", "context", "expert", "tensor")
-WORKING_AXES = ("data", "tensor")
+WORKING_AXES = ("slice", "data", "tensor")
 
 
 @dataclasses.dataclass

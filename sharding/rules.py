@@ -44,11 +44,13 @@ def spec(letters: str, *, zero: bool = False, between_blocks: bool = False) -> P
     return PartitionSpec(*axes)
 
 
-def constrain(x: jax.Array, letters: str, *, between_blocks: bool = False) -> jax.Array:
-    """Pins an activation to its sharding on the ambient mesh; without a mesh, changes nothing."""
+def constrain(
+    x: jax.Array, letters: str, *, zero: bool = False, between_blocks: bool = False
+) -> jax.Array:
+    """Pins an array to its sharding on the ambient mesh; without a mesh, changes nothing."""
     if jax.sharding.get_abstract_mesh().empty:
         return x
-    return _constrain(x, spec(letters, between_blocks=between_blocks))
+    return _constrain(x, spec(letters, zero=zero, between_blocks=between_blocks))
 
 
 def _constrain(x: jax.Array, partition: PartitionSpec) -> jax.Array:
@@ -63,6 +65,14 @@ def _automatic(partition: PartitionSpec) -> PartitionSpec:
         for axes in partition
     ]
     return PartitionSpec(*(axes[0] if len(axes) == 1 else axes or None for axes in kept))
+
+
+def axes_of(letters: str) -> tuple[str, ...]:
+    """The mesh axes that dims with these letters are split over here; without a mesh, none."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return ()
+    axes = _automatic(spec(letters))
+    return tuple(name for each in axes for name in ((each,) if isinstance(each, str) else each or ()))
 
 
 def per_device(function: Callable, in_specs: Any, out_specs: Any) -> Callable:
@@ -109,9 +119,18 @@ def _scatter(letters: str, _: None, gradient: jax.Array) -> tuple[jax.Array]:
 _gather.defvjp(lambda weight, letters: (_gather(weight, letters), None), _scatter)
 
 
-def shardings(mesh: Mesh, letters_tree: Any, *, zero: bool = False) -> Any:
-    """A tree of NamedSharding for a tree whose leaves are letters."""
-    return jax.tree.map(lambda letters: NamedSharding(mesh, spec(letters, zero=zero)), letters_tree)
+def shardings(
+    mesh: Mesh, letters_tree: Any, *, zero: bool = False, each_slice: bool = False
+) -> Any:
+    """A tree of NamedSharding for a tree whose leaves are letters.
+
+    each_slice: of arrays that every slice has one of, stacked in a leading dim that has no letter.
+    """
+    def sharding(letters: str) -> NamedSharding:
+        partition = spec(letters, zero=zero)
+        return NamedSharding(mesh, PartitionSpec("slice", *partition) if each_slice else partition)
+
+    return jax.tree.map(sharding, letters_tree)
 
 
 def check_divisible(mesh: Mesh, letters: str, shape: tuple[int, ...], *, zero: bool) -> None:

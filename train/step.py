@@ -1,5 +1,6 @@
 """One training step: a pure function (state, batch) -> (state, metrics), jitted once."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -7,11 +8,14 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import PartitionSpec
 
 from batiste.sharding import constrain, laid_out
 from batiste.train.config import TrainConfig
+from batiste.train.local_steps import Workers, exchanged_bytes, make_exchange
 from batiste.train.objectives import causal_loss
 from batiste.train.precision import adjust, all_finite, keep_if, unscale
+from batiste.train.slices import all_reduce_bytes, in_each_slice, sum_over_slices, summed_bytes
 from batiste.train.state import Program, TrainState
 
 Metrics = dict[str, jax.Array]
@@ -24,37 +28,11 @@ def make_train_step(
 
     The batch is a Batch of global arrays on the mesh. Metrics are float32 scalars: loss and
     cross_entropy (nats per token), tokens, gradient_norm, learning_rate; loss_scale and skipped
-    when the compute dtype is float16.
+    when the compute dtype is float16; slice_bytes, what a device sends to other slices, when there
+    are several. In local steps all but the last are arrays over slices, of each slice's own rows.
     """
-
-    def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
-        scale = None if state.loss_scale is None else state.loss_scale.scale
-        dropout_key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-        gradients, terms = _accumulate(program, config, state.params, batch, (dropout_key, scale))
-        loss, cross_entropy, num_tokens = terms
-        tokens = jnp.maximum(num_tokens, 1)
-        if state.loss_scale is not None:
-            gradients = unscale(gradients, state.loss_scale)
-        gradients = jax.tree.map(lambda gradient: gradient / tokens, gradients)
-        gradients = jax.lax.with_sharding_constraint(gradients, program.gradient_shardings)
-        updates, optimizer_state = program.optimizer.update(
-            gradients, state.optimizer_state, state.params
-        )
-        metrics = {
-            "loss": loss / tokens,
-            "cross_entropy": cross_entropy / tokens,
-            "tokens": num_tokens,
-            "gradient_norm": optax.tree.norm(gradients),
-            "learning_rate": jnp.asarray(program.schedule(state.step), jnp.float32),
-        }
-        new = TrainState(
-            state.step + 1, optax.apply_updates(state.params, updates), optimizer_state,
-            state.loss_scale,
-        )
-        if state.loss_scale is not None:
-            new, metrics = _skip_overflow(config, state, new, (gradients, metrics))
-        return new, metrics
-
+    local = config.local.steps is not None
+    step = _local_step(program, config, mesh) if local else _common_step(program, config, mesh)
     state_shardings = jax.tree.map(lambda leaf: leaf.sharding, program.abstract_state)
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(state_shardings, None))
 
@@ -66,10 +44,101 @@ def make_train_step(
     return on_mesh
 
 
-def _accumulate(program: Program, config: TrainConfig, params, batch, key_and_scale):
-    """Gradients of the summed loss, and the summed Terms, over `accumulation` micro-batches."""
-    dropout_key, scale = key_and_scale
+def _common_step(program: Program, config: TrainConfig, mesh: jax.sharding.Mesh) -> Callable:
+    """A step that all devices take together, by the gradients of the whole batch."""
+    gradients_of = functools.partial(_accumulate, program, config)
+    slices = mesh.shape["slice"]
+    if slices > 1:
+        gradients_of = sum_over_slices(gradients_of, program.letters)
+    gradient_bytes = summed_bytes(mesh, program.letters, program.abstract_state.params)
 
+    def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+        scale = None if state.loss_scale is None else state.loss_scale.scale
+        key = _dropout_key(config, state.step)
+        gradients, terms = gradients_of(state.params, batch, key, scale)
+        new, metrics = _update(program, config, state, gradients, terms)
+        if slices > 1:
+            sums = 4 * len(jax.tree.leaves(terms))
+            metrics["slice_bytes"] = jnp.float32(gradient_bytes + all_reduce_bytes(slices, sums))
+        return new, metrics
+
+    return step
+
+
+def _local_step(program: Program, config: TrainConfig, mesh: jax.sharding.Mesh) -> Callable:
+    """A step that each slice takes by itself, with its own rows; and an exchange where it is due."""
+    exchange = make_exchange(config.local, program.letters, program.layout.zero)
+    num_bytes = exchanged_bytes(
+        config.local, mesh, program.letters, program.abstract_state.params)
+
+    def of_this_slice(step: jax.Array, workers: Workers, batch: Any) -> tuple[Workers, Metrics]:
+        own = jax.tree.map(lambda leaf: leaf[0], workers)
+        state = TrainState(step, own.params, own.optimizer_state, own.loss_scale)
+        scale = None if own.loss_scale is None else own.loss_scale.scale
+        key = jax.random.fold_in(_dropout_key(config, step), jax.lax.axis_index("slice"))
+        gradients, terms = _accumulate(program, config, own.params, batch, key, scale)
+        state, metrics = _update(program, config, state, gradients, terms)
+        own = Workers(state.params, state.optimizer_state, state.loss_scale, own.residual)
+        return jax.tree.map(lambda leaf: leaf[None], (own, metrics))
+
+    def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+        own = PartitionSpec("slice")
+        train = in_each_slice(of_this_slice, (PartitionSpec(), own, own), own)
+        workers, metrics = train(state.step, state.workers, batch)
+        done = state.step + 1
+        due = (done % config.local.steps == 0) | (done == config.num_steps)
+        params, outer_state, own_params, residual = jax.lax.cond(
+            due, exchange, lambda *same: same,
+            state.params, state.optimizer_state, workers.params, workers.residual,
+        )
+        workers = workers._replace(params=own_params, residual=residual)
+        metrics["slice_bytes"] = jnp.where(due, jnp.float32(num_bytes), 0)
+        return TrainState(done, params, outer_state, None, workers), metrics
+
+    return step
+
+
+def _dropout_key(config: TrainConfig, step: jax.Array) -> jax.Array:
+    return jax.random.fold_in(jax.random.key(config.seed), step)
+
+
+def _update(
+    program: Program, config: TrainConfig, state: TrainState, gradients: Any, terms: tuple
+) -> tuple[TrainState, Metrics]:
+    """The state after an optimizer step by summed gradients and Terms, and what it measured."""
+    loss, cross_entropy, num_tokens = terms
+    tokens = jnp.maximum(num_tokens, 1)
+    if state.loss_scale is not None:
+        gradients = unscale(gradients, state.loss_scale)
+    gradients = jax.tree.map(
+        lambda gradient, letters: constrain(
+            gradient / tokens, letters, zero=program.layout.zero >= 2),
+        gradients, program.letters,
+    )
+    updates, optimizer_state = program.optimizer.update(
+        gradients, state.optimizer_state, state.params
+    )
+    metrics = {
+        "loss": loss / tokens,
+        "cross_entropy": cross_entropy / tokens,
+        "tokens": num_tokens,
+        "gradient_norm": optax.tree.norm(gradients),
+        "learning_rate": jnp.asarray(program.schedule(state.step), jnp.float32),
+    }
+    new = TrainState(
+        state.step + 1, optax.apply_updates(state.params, updates), optimizer_state,
+        state.loss_scale,
+    )
+    if state.loss_scale is not None:
+        new, metrics = _skip_overflow(config, state, new, (gradients, metrics))
+    return new, metrics
+
+
+def _accumulate(program: Program, config: TrainConfig, params, batch, dropout_key, scale):
+    """Gradients of the summed loss, and the summed Terms, over `accumulation` micro-batches.
+
+    scale: float16's loss scale, or None.
+    """
     def scaled_loss(params, batch, key):
         model = nnx.merge(program.graphdef, params)
         with laid_out(program.layout):
@@ -91,8 +160,9 @@ def _accumulate(program: Program, config: TrainConfig, params, batch, key_and_sc
         batch, key = micro
         return jax.tree.map(jnp.add, total, differentiate(params, batch, key)), None
 
-    zero = (jax.tree.map(jnp.zeros_like, params), (jnp.zeros((), jnp.float32),) * 3)
     micros = (jax.tree.map(split, batch), jax.random.split(dropout_key, k))
+    shapes = jax.eval_shape(differentiate, params, *jax.tree.map(lambda x: x[0], micros))
+    zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
     return jax.lax.scan(add, zero, micros)[0]
 
 
