@@ -82,42 +82,25 @@ def _weight_gradient(x: jax.Array, gradient: jax.Array, rows: tuple, dims: tuple
 project.defvjp(_project_forward, _project_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def lookup(table: jax.Array, places_BT: jax.Array, letters: str) -> jax.Array:
     """The rows of a table ("VD" or "TD", by `letters`) at these places, in its dtype.
 
-    Its gradient is said device by device: inside one of several slices, XLA's partitioner would
-    gather the activations of all devices to add them up.
+    Said device by device, the gradient by transposition: inside one of several slices XLA's
+    partitioner dies of the lookup, and gathers the activations of all devices for its gradient.
     """
-    return table[places_BT]
+    # A table of places is whole over `context`, which splits the rows of the batch.
+    axes = tuple(axis for axis in axes_of(letters) if axis not in axes_of("BT"))
 
+    def of_this_device(table: jax.Array, places_BT: jax.Array) -> jax.Array:
+        if not axes:
+            return table[places_BT]
+        here_BT = places_BT - jax.lax.axis_index(axes) * table.shape[0]
+        is_here_BT = (here_BT >= 0) & (here_BT < table.shape[0])
+        rows_BTD = jnp.where(is_here_BT[..., None], table[jnp.where(is_here_BT, here_BT, 0)], 0)
+        return jax.lax.psum(rows_BTD, axes)
 
-def _lookup_forward(table, places_BT, letters):
-    return table[places_BT], (places_BT, table.shape[0])
-
-
-def _lookup_backward(letters, saved, gradient_BTD):
-    places_BT, size = saved
-    row_axes = axes_of("BT")
-    # What splits the rows too (context, of a table of places) splits the sum only afterwards.
-    table_axes = tuple(axis for axis in axes_of(letters) if axis not in row_axes)
-
-    def of_this_device(places_BT, gradient_BTD):
-        part, share = 0, size
-        for axis in table_axes:
-            part = part * jax.lax.axis_size(axis) + jax.lax.axis_index(axis)
-            share //= jax.lax.axis_size(axis)
-        here_BT = places_BT - part * share
-        here_BT = jnp.where(here_BT < 0, share, here_BT)  # Below 0 would count from the end.
-        sums = jnp.zeros((share, gradient_BTD.shape[-1]), gradient_BTD.dtype)
-        sums = sums.at[here_BT].add(gradient_BTD, mode="drop")
-        return jax.lax.psum(sums, row_axes)
-
-    specs = (spec("BT"), spec("BTD")), PartitionSpec(table_axes or None, None)
-    return per_device(of_this_device, *specs)(places_BT, gradient_BTD), None
-
-
-lookup.defvjp(_lookup_forward, _lookup_backward)
+    specs = (PartitionSpec(axes or None, None), spec("BT")), spec("BTD")
+    return per_device(of_this_device, *specs)(table, places_BT)
 
 
 def add_bias(x: jax.Array, bias: nnx.Param | None) -> jax.Array:

@@ -68,8 +68,12 @@ def _common_step(program: Program, config: TrainConfig, mesh: jax.sharding.Mesh)
 def _local_step(program: Program, config: TrainConfig, mesh: jax.sharding.Mesh) -> Callable:
     """A step that each slice takes by itself, with its own rows; and an exchange where it is due."""
     exchange = make_exchange(config.local, program.letters, program.layout.zero)
-    num_bytes = exchanged_bytes(
-        config.local, mesh, program.letters, program.abstract_state.params)
+    whole = program.abstract_state
+    places = jax.tree.map(
+        lambda leaf: leaf.sharding,
+        (whole.params, whole.optimizer_state, whole.workers.params, whole.workers.residual),
+    )
+    num_bytes = exchanged_bytes(config.local, mesh, program.letters, whole.params)
 
     def of_this_slice(step: jax.Array, workers: Workers, batch: Any) -> tuple[Workers, Metrics]:
         own = jax.tree.map(lambda leaf: leaf[0], workers)
@@ -87,10 +91,13 @@ def _local_step(program: Program, config: TrainConfig, mesh: jax.sharding.Mesh) 
         workers, metrics = train(state.step, state.workers, batch)
         done = state.step + 1
         due = (done % config.local.steps == 0) | (done == config.num_steps)
-        params, outer_state, own_params, residual = jax.lax.cond(
-            due, exchange, lambda *same: same,
-            state.params, state.optimizer_state, workers.params, workers.residual,
-        )
+        exchanged = state.params, state.optimizer_state, workers.params, workers.residual
+        # Said on both sides of the condition: otherwise the shares that an exchange works on spread
+        # into the steps, and weights are gathered in every layer.
+        exchanged = jax.lax.with_sharding_constraint(exchanged, places)
+        exchanged = jax.lax.cond(due, exchange, lambda *same: same, *exchanged)
+        params, outer_state, own_params, residual = jax.lax.with_sharding_constraint(
+            exchanged, places)
         workers = workers._replace(params=own_params, residual=residual)
         metrics["slice_bytes"] = jnp.where(due, jnp.float32(num_bytes), 0)
         return TrainState(done, params, outer_state, None, workers), metrics
