@@ -50,7 +50,7 @@ def _common_step(program: Program, config: TrainConfig, mesh: jax.sharding.Mesh)
     slices = mesh.shape["slice"]
     if slices > 1:
         gradients_of = sum_over_slices(gradients_of, program.letters)
-    gradient_bytes = summed_bytes(mesh, program.letters, program.abstract_state.params)
+        gradient_bytes = summed_bytes(mesh, program.letters, program.abstract_state.params)
 
     def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         scale = None if state.loss_scale is None else state.loss_scale.scale
@@ -58,7 +58,7 @@ def _common_step(program: Program, config: TrainConfig, mesh: jax.sharding.Mesh)
         gradients, terms = gradients_of(state.params, batch, key, scale)
         new, metrics = _update(program, config, state, gradients, terms)
         if slices > 1:
-            sums = 4 * len(jax.tree.leaves(terms))
+            sums = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(terms))
             metrics["slice_bytes"] = jnp.float32(gradient_bytes + all_reduce_bytes(slices, sums))
         return new, metrics
 
