@@ -14,7 +14,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     """The mesh over `devices` (default: all), axes in the order of AXES, `slice` the slowest.
 
     Where the devices are of several TPU slices, those are what `slice` counts, and each is laid out
-    by its own wiring. Anywhere else a slice is devices in a row: of a few hosts of GPUs, or pretended.
+    by its own wiring. Anywhere else a slice is devices in a row: some hosts of GPUs, or pretended.
     Raises ValueError when the config does not fit the number of devices, or of TPU slices.
     """
     config.validate()

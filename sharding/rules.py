@@ -30,14 +30,18 @@ ZERO_RULE = {"D": "data"}
 BETWEEN_BLOCKS_RULE = {"T": ("context", "tensor")}
 
 
-def spec(letters: str, *, zero: bool = False, between_blocks: bool = False) -> PartitionSpec:
+def spec(
+    letters: str, *, zero: bool = False, between_blocks: bool = False, each_slice: bool = False
+) -> PartitionSpec:
     """The PartitionSpec of an array with these letters.
 
     zero: also split over `data`, as ZeRO does with what it shards. between_blocks: of the residual
-    stream. Raises ValueError when two letters want the same mesh axis.
+    stream. each_slice: of arrays that every slice has one of, stacked in a leading dim that has no
+    letter. Raises ValueError when two letters want the same mesh axis.
     """
     rules = RULES | (ZERO_RULE if zero else {}) | (BETWEEN_BLOCKS_RULE if between_blocks else {})
     axes = tuple(rules.get(letter) for letter in check_letters(letters))
+    axes = ("slice", *axes) if each_slice else axes
     flat = [name for axis in axes if axis for name in ([axis] if isinstance(axis, str) else axis)]
     if len(flat) != len(set(flat)):
         raise ValueError(f"letters {letters!r}: two dims want the same mesh axis, got {axes}")
@@ -72,7 +76,8 @@ def axes_of(letters: str) -> tuple[str, ...]:
     if jax.sharding.get_abstract_mesh().empty:
         return ()
     axes = _automatic(spec(letters))
-    return tuple(name for each in axes for name in ((each,) if isinstance(each, str) else each or ()))
+    named = ((each,) if isinstance(each, str) else each or () for each in axes)
+    return tuple(name for names in named for name in names)
 
 
 def per_device(function: Callable, in_specs: Any, out_specs: Any) -> Callable:
@@ -122,15 +127,11 @@ _gather.defvjp(lambda weight, letters: (_gather(weight, letters), None), _scatte
 def shardings(
     mesh: Mesh, letters_tree: Any, *, zero: bool = False, each_slice: bool = False
 ) -> Any:
-    """A tree of NamedSharding for a tree whose leaves are letters.
-
-    each_slice: of arrays that every slice has one of, stacked in a leading dim that has no letter.
-    """
-    def sharding(letters: str) -> NamedSharding:
-        partition = spec(letters, zero=zero)
-        return NamedSharding(mesh, PartitionSpec("slice", *partition) if each_slice else partition)
-
-    return jax.tree.map(sharding, letters_tree)
+    """A tree of NamedSharding for a tree whose leaves are letters; options as in `spec`."""
+    return jax.tree.map(
+        lambda letters: NamedSharding(mesh, spec(letters, zero=zero, each_slice=each_slice)),
+        letters_tree,
+    )
 
 
 def check_divisible(mesh: Mesh, letters: str, shape: tuple[int, ...], *, zero: bool) -> None:

@@ -1,4 +1,4 @@
-"""What slices send each other, made small: 8-bit codes with a scale a block, or the largest entries.
+"""What slices send each other, made small: 8-bit codes and a scale a block, or the largest entries.
 
 Arrays have two dims: rows that are compressed one by one, and what is in a row.
 """

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 
 from batiste.sharding import constrain, per_device, spec
 from batiste.train.compression import COMPRESSIONS, decode, encode
@@ -48,8 +48,8 @@ class LocalStepsConfig:
             raise ValueError(f"train.local.steps: expected >= 1 or None, got {self.steps}")
         if self.steps is None and self.compression != "none":
             raise ValueError(
-                f"train.local.compression={self.compression!r} is of exchanges between local steps: "
-                "set train.local.steps, or train.local.compression='none'"
+                f"train.local.compression={self.compression!r} is of exchanges between local "
+                "steps: set train.local.steps, or train.local.compression='none'"
             )
         if not self.outer_learning_rate > 0:
             raise ValueError(
@@ -112,7 +112,7 @@ def _mean_way(config: LocalStepsConfig, letters: Any, arrays: tuple) -> tuple[An
         return means, jax.tree.map(lambda way, got: (way - got)[None], ways, received)
 
     shared = jax.tree.map(lambda name: spec(name, zero=True), letters)
-    own = jax.tree.map(lambda name: PartitionSpec("slice", *spec(name, zero=True)), letters)
+    own = jax.tree.map(lambda name: spec(name, zero=True, each_slice=True), letters)
     residual = None if arrays[2] is None else own
     return per_device(of_this_device, (shared, own, residual), (shared, residual))(*arrays)
 

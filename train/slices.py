@@ -1,7 +1,8 @@
-"""Several slices, one step: gradients are summed inside a slice first, and between slices in shares.
+"""Several slices, one step: gradients are summed inside a slice, then between slices in shares.
 
-Inside a slice the sum leaves each device of `data` with a share (D is split, as ZeRO splits it), only
-that share travels over the slow network, and the slice gathers again what its ZeRO level wants whole.
+Inside a slice the sum leaves each device of `data` with a share (D is split, as ZeRO splits it),
+only that share travels over the slow network, and the slice gathers again what its ZeRO level wants
+whole.
 """
 
 import math
@@ -25,7 +26,7 @@ def in_each_slice(function: Callable, in_specs: Any, out_specs: Any) -> Callable
 
 
 def sum_over_slices(gradients_of: Callable, letters: Any) -> Callable:
-    """`gradients_of` (params, batch, key, scale) of all rows, where each slice computes with its own.
+    """`gradients_of` (params, batch, key, scale) of all rows; each slice computes with its own.
 
     The gradients come back split over `data`. Each slice folds its number into the dropout key, so
     that no two drop the same entries.
@@ -60,7 +61,7 @@ def summed_bytes(mesh: Mesh, letters: Any, params: Any) -> float:
 def all_reduce_bytes(slices: int, size: int) -> float:
     """Bytes that a device sends so that `slices` devices sum arrays of `size` bytes.
 
-    Each sends every other device's part once to be summed, and once summed: Patarasuk and Yuan 2009,
+    Each part travels S - 1 times to be summed and S - 1 times when it is: Patarasuk and Yuan 2009,
     Bandwidth optimal all-reduce algorithms for clusters of workstations.
     """
     return 2 * (slices - 1) / slices * size

@@ -22,9 +22,9 @@ class TrainState(NamedTuple):
     """All that the next step depends on, besides the batch of that step.
 
     step: updates done, int32; it is also the position in the data and the seed of dropout.
-    params: the model, as evaluation and generation see it. loss_scale: None unless the compute dtype
-    is float16. workers: None unless slices take local steps; then they hold what each slice trains,
-    params are what the slices last agreed on, and optimizer_state is the outer optimizer's.
+    params: the model, as evaluation and generation see it. loss_scale: None unless the compute
+    dtype is float16. workers: None unless slices take local steps; then they hold what each slice
+    trains, params are what the slices last agreed on, and optimizer_state is the outer optimizer's.
     """
 
     step: jax.Array
@@ -111,7 +111,7 @@ def _with_workers(state: TrainState, config: TrainConfig, slices: int) -> TrainS
 
 
 def _shardings(mesh: jax.sharding.Mesh, zero: int, letters: Any, rest: tuple) -> TrainState:
-    """Where each array of the state lives; `rest`: the optimizer, the config, the state's shapes."""
+    """Where each array of the state lives; `rest`: optimizer, config, the state's shapes."""
     optimizer, config, shapes = rest
     inner = optimizer_letters(optimizer, shapes.params, letters)
     if config.local.steps is None:

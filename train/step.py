@@ -66,7 +66,7 @@ def _common_step(program: Program, config: TrainConfig, mesh: jax.sharding.Mesh)
 
 
 def _local_step(program: Program, config: TrainConfig, mesh: jax.sharding.Mesh) -> Callable:
-    """A step that each slice takes by itself, with its own rows; and an exchange where it is due."""
+    """A step that each slice takes by itself, with its own rows; an exchange where it is due."""
     exchange = make_exchange(config.local, program.letters, program.layout.zero)
     whole = program.abstract_state
     places = jax.tree.map(
