@@ -44,6 +44,11 @@ class Experiment:
                 f"{self.mesh.tensor}: set mesh.tensor=1, or train.objective.loss_chunk instead"
             )
         self._validate_experts()
+        if self.train.local.steps is not None and self.mesh.slice == 1:
+            raise ValueError(
+                f"train.local.steps={self.train.local.steps} are steps that slices take alone, but "
+                "mesh.slice=1: set mesh.slice, or train.local.steps=None"
+            )
         self._validate_splits()
 
     def _validate_experts(self) -> None:
@@ -113,10 +118,13 @@ class Experiment:
                 f"{self.train.accumulation} = {micro_batch} sequences do not divide over {given}: "
                 f"make train.batch_size a multiple of {rows * self.train.accumulation}"
             )
-        if self.mesh.zero and self.model.model_dim % sizes["data"]:
+        splits = self.mesh.zero or self.mesh.slice > 1
+        if splits and self.model.model_dim % sizes["data"]:
+            by = f"mesh.zero={self.mesh.zero} splits it" if self.mesh.zero else (
+                f"gradients are split before mesh.slice={self.mesh.slice} slices exchange them")
             raise ValueError(
                 f"model.model_dim={self.model.model_dim} is not divisible by mesh.data="
-                f"{sizes['data']}, over which mesh.zero={self.mesh.zero} splits it"
+                f"{sizes['data']}, over which {by}: choose sizes that divide it"
             )
 
 

@@ -4,7 +4,7 @@ import dataclasses
 import math
 
 AXES = ("slice", "data", "stage", "context", "expert", "tensor")
-WORKING_AXES = ("data", "context", "expert", "tensor")
+WORKING_AXES = ("slice", "data", "context", "expert", "tensor")
 CONTEXT_EXCHANGES = ("ring", "all_to_all")
 
 
