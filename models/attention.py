@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from batiste.models.attention_choice import attention
+from batiste.models.attention_choice import OneOf, attention
 from batiste.models.config import TransformerConfig
 from batiste.models.layers import Norm, add_bias, project, residual_gain
 from batiste.models.parameter import matrix, vector
@@ -49,7 +49,7 @@ class Attention(nnx.Module):
     def __call__(
         self,
         x_BTD: jax.Array,
-        mask: AttentionMask,
+        mask: AttentionMask | OneOf,
         rotation: tuple[jax.Array, jax.Array] | None,
         cache: LayerCache | None,
         dropout_key: jax.Array | None,

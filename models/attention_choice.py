@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import jax
 
@@ -12,6 +13,13 @@ from batiste.pallas_kernels import (
     fused_cross_entropy, reference_attention,
 )
 from batiste.sharding import per_device, spec
+
+
+class OneOf(NamedTuple):
+    """A mask that is known when the program runs: that of `masks` at `index`, an int32."""
+
+    masks: tuple[AttentionMask, ...]
+    index: jax.Array
 
 
 def resolve_attention(
@@ -49,10 +57,13 @@ def attention(
     q_BTNH: jax.Array,
     k_BSKH: jax.Array,
     v_BSKH: jax.Array,
-    mask: AttentionMask,
+    mask: AttentionMask | OneOf,
     **options,
 ) -> tuple[jax.Array, jax.Array]:
     """out_BTNH and lse_BTN by the chosen implementation; `options` as in `reference_attention`."""
+    if isinstance(mask, OneOf):
+        branches = [functools.partial(_masked, implementation, each, options) for each in mask.masks]
+        return jax.lax.switch(mask.index, branches, q_BTNH, k_BSKH, v_BSKH)
     if implementation == "reference":
         return reference_attention(q_BTNH, k_BSKH, v_BSKH, mask, **options)
     if implementation == "auto":
@@ -65,6 +76,10 @@ def attention(
     names = ("sinks_N", "alibi_slopes_N", "dropout_seeds_BN")
     arrays = {name: options.pop(name) for name in names}
     return _on_each_device(kernel, (q_BTNH, k_BSKH, v_BSKH, mask, arrays))
+
+
+def _masked(implementation, mask, options, q_BTNH, k_BSKH, v_BSKH):
+    return attention(implementation, q_BTNH, k_BSKH, v_BSKH, mask, **options)
 
 
 def _can_decode(chip: str, q_BTNH: jax.Array, k_BSKH: jax.Array, mask: AttentionMask) -> bool:

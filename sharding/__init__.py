@@ -7,8 +7,10 @@ from batiste.sharding.mesh import make_mesh, place
 from batiste.sharding.rules import (
     check_divisible, constrain, gather, per_device, shardings, spec,
 )
+from batiste.sharding.stages import layer_order, reorder
 
 __all__ = [
     "ALPHABET", "AXES", "MeshConfig", "check_divisible", "check_letters", "constrain", "gather",
-    "laid_out", "layout", "make_mesh", "per_device", "place", "shardings", "spec",
+    "laid_out", "layer_order", "layout", "make_mesh", "per_device", "place", "reorder", "shardings",
+    "spec",
 ]

@@ -4,7 +4,7 @@ import dataclasses
 import math
 
 AXES = ("slice", "data", "stage", "context", "expert", "tensor")
-WORKING_AXES = ("data", "tensor")
+WORKING_AXES = ("data", "stage", "tensor")
 
 
 @dataclasses.dataclass
@@ -13,6 +13,9 @@ class MeshConfig:
 
     `zero` says what is sharded over `data`: 0 nothing, 1 optimizer state, 2 and gradients,
     3 and parameters (Rajbhandari et al. 2020, arXiv:1910.02054).
+    `micro_batches` of the rows of one accumulation step flow through the stages one after another
+    (GPipe, Huang et al. 2019, arXiv:1811.06965). Each passes every stage `interleave` times, each
+    time through fewer layers, so that stages wait less (Narayanan et al. 2021, arXiv:2104.04473).
     """
 
     slice: int = 1
@@ -22,6 +25,8 @@ class MeshConfig:
     expert: int = 1
     tensor: int = 1
     zero: int = 0
+    micro_batches: int = 1
+    interleave: int = 1
 
     def validate(self) -> None:
         """Raises ValueError for an impossible size, or an axis that does not work yet."""
@@ -35,6 +40,24 @@ class MeshConfig:
                 )
         if self.zero not in (0, 1, 2, 3):
             raise ValueError(f"mesh.zero={self.zero}: expected 0, 1, 2 or 3")
+        self._validate_pipeline()
+
+    def _validate_pipeline(self) -> None:
+        for field in ("micro_batches", "interleave"):
+            value = getattr(self, field)
+            if value < 1:
+                raise ValueError(f"mesh.{field}={value}: expected at least 1")
+            if value > 1 and self.stage == 1:
+                raise ValueError(
+                    f"mesh.{field}={value} has no effect on one stage: set it to 1, or raise "
+                    "mesh.stage"
+                )
+        if self.interleave > 1 and self.micro_batches % self.stage:
+            raise ValueError(
+                f"mesh.micro_batches={self.micro_batches} is not a multiple of mesh.stage="
+                f"{self.stage}, as mesh.interleave={self.interleave} needs: choose "
+                f"{-(-self.micro_batches // self.stage) * self.stage}, or set mesh.interleave=1"
+            )
 
     def shape(self, num_devices: int) -> tuple[int, ...]:
         """Sizes of AXES for `num_devices`; ValueError if they do not multiply to it."""
@@ -47,3 +70,11 @@ class MeshConfig:
                 f"unset and choose mesh.tensor among the divisors of {num_devices}"
             )
         return tuple(data if axis == "data" else getattr(self, axis) for axis in AXES)
+
+    def plain(self, num_devices: int) -> "MeshConfig":
+        """The same devices without stages, slices, context or experts: what decoding runs on.
+
+        All that is not `tensor` becomes `data`, which splits the parameters, so that a device
+        holds no more of them than it did.
+        """
+        return MeshConfig(data=num_devices // self.tensor, tensor=self.tensor, zero=3)

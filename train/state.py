@@ -10,7 +10,7 @@ import optax
 from flax import nnx
 
 from batiste.models import Transformer, TransformerConfig, letters_tree
-from batiste.sharding import MeshConfig, check_divisible, shardings
+from batiste.sharding import MeshConfig, check_divisible, layer_order, shardings
 from batiste.train.config import TrainConfig
 from batiste.train.optimizer import make_optimizer, optimizer_letters
 from batiste.train.precision import LossScale, initial_loss_scale
@@ -68,8 +68,13 @@ def make_program(
     schedule = make_schedule(config.schedule, config.num_steps)
     optimizer = make_optimizer(config.optimizer, schedule, letters)
 
+    order = layer_order(model_config.num_layers, layout.stage, layout.interleave)
+
     def initialize() -> TrainState:
         params = nnx.to_pure_dict(nnx.state(build(rngs=nnx.Rngs(config.seed)), nnx.Param))
+        params = jax.tree.map(
+            lambda leaf, letters: leaf[order] if letters.startswith("L") else leaf, params, letters
+        )
         scaled = model_config.dtype == "float16"
         return TrainState(
             step=jnp.zeros((), jnp.int32),
