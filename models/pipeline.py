@@ -6,13 +6,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from batiste.sharding import constrain, layer_order, layout
 
-# Names of what a backward pass may or may not keep (see `_without_copies`).
-LAYER_INPUT, CHUNK = "input of a layer", "weights of a chunk"
+# The name under which a layer's input may be kept for the backward pass.
+LAYER_INPUT = "layer_input"
+MOVES = ("slice", "dynamic_slice", "squeeze", "reshape", "sharding_constraint")
 
 
 class Schedule(NamedTuple):
@@ -63,13 +63,19 @@ class Layers(NamedTuple):
 
 
 def pipelined(
-    run: Callable, kinds: Sequence[str], x_BTD: jax.Array, rows: Any, layers: Layers
+    run: Callable,
+    kinds: Sequence[str],
+    policy: Callable | None,
+    x_BTD: jax.Array,
+    rows: Any,
+    layers: Layers,
 ) -> tuple[jax.Array, Any]:
     """x_BTD after all layers, and their results; each stage of the ambient mesh runs its own.
 
     run(pattern, rows, x_BTD, layers) -> (x_BTD, results): some layers, one after another. `pattern`
     repeats over them; where it is (None,), `layers.kinds` says each layer's.
-    kinds: of each layer. rows: what `run` needs of each row, a tree with leading B.
+    kinds: of each layer. policy: the one of jax.checkpoint that `run` has, if any.
+    rows: what `run` needs of each row besides x_BTD, a tree of arrays BT.
     layers: weights as they are stored, in the order of `layer_order`; keys by depth, of which each
     micro-batch gets its own unless it is the only one. Results have leading L in the order of the
     weights: fields named ..._B... have all rows, others are sums over the micro-batches.
@@ -82,7 +88,8 @@ def pipelined(
     layers = layers._replace(keys=keys, kinds=kinds_L)
 
     def on_stage(x_SMBTD, rows, layers):
-        y_MBTD, results = _ticks(schedule, _chunk(run, pattern, schedule), x_SMBTD[0], rows, layers)
+        chunk = _chunk(run, pattern, policy, schedule)
+        y_MBTD, results = _ticks(schedule, chunk, x_SMBTD[0], rows, layers)
         return y_MBTD[None], results
 
     # XLA's CPU compiler dies of a bfloat16 sum over `stage` in here, be it one that a gradient
@@ -127,7 +134,7 @@ def _ticks(schedule: Schedule, chunk: Callable, x_MBTD: jax.Array, rows: Any, la
     return y_MBTD, results
 
 
-def _chunk(run: Callable, pattern: tuple, schedule: Schedule) -> Callable:
+def _chunk(run: Callable, pattern: tuple, policy: Callable | None, schedule: Schedule) -> Callable:
     """A stage's layers of one round, for one micro-batch."""
 
     def chunk(turn, micro, x_BTD, rows, layers):
@@ -138,12 +145,27 @@ def _chunk(run: Callable, pattern: tuple, schedule: Schedule) -> Callable:
             layers = layers._replace(keys=keys)
         return run(pattern, rows, x_BTD, layers)
 
-    return chunk
+    if schedule.rounds == 1:
+        return chunk
+    return jax.checkpoint(chunk, policy=_policy(policy))
+
+
+def _policy(policy: Callable | None) -> Callable:
+    """What the backward pass keeps of a chunk: what the model's own policy does, and no weights.
+
+    The weights of a round are picked by an index, so that autodiff would keep a copy of them for
+    every tick (of 8 layers on 2 stages with 16 micro-batches, 148 MB instead of 38). So what only
+    moves numbers is done again.
+    """
+    if policy is None:
+        return lambda primitive, *_, **__: primitive.name not in MOVES
+    policies = jax.checkpoint_policies
+    return policies.save_from_both_policies(policy, policies.save_only_these_names(LAYER_INPUT))
 
 
 def _of_round(leaf: jax.Array, turn: jax.Array, rounds: int) -> jax.Array:
-    chunks = leaf.reshape(rounds, leaf.shape[0] // rounds, *leaf.shape[1:])
-    return jax.lax.dynamic_index_in_dim(chunks, turn, keepdims=False)
+    size = leaf.shape[0] // rounds
+    return jax.lax.dynamic_slice_in_dim(leaf, turn * size, size)
 
 
 def _pattern(kinds: Sequence[str], order: np.ndarray, schedule: Schedule):

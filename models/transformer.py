@@ -7,13 +7,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from batiste.models.attention import Attention, LayerCache
 from batiste.models.attention_choice import OneOf, fused_losses
 from batiste.models.config import TransformerConfig
 from batiste.models.layers import FeedForward, Norm, dropout, project
 from batiste.models.parameter import gathered, matrix
-from batiste.models.pipeline import Layers, pipelined
+from batiste.models.pipeline import LAYER_INPUT, Layers, pipelined
 from batiste.models.positions import rotation, sinusoids
 from batiste.pallas_kernels import AttentionMask
 from batiste.sharding import constrain, gather, layout
@@ -190,6 +191,7 @@ class Transformer(nnx.Module):
 
             def apply(kind, x_BTD, layer):
                 mask = OneOf(tuple(masks.values()), layer.kinds) if kind is None else masks[kind]
+                x_BTD = checkpoint_name(x_BTD, LAYER_INPUT)
                 block = nnx.merge(graphdef, gathered(layer.weights))
                 return block(x_BTD, mask, turn, layer.cache, layer.keys)
 
@@ -198,8 +200,9 @@ class Transformer(nnx.Module):
         keys = None if layers_key is None else jax.random.split(layers_key, config.num_layers)
         rows = (positions_BT, segments)
         if cache is None and layout().stage > 1:
+            kinds, policy = config.layer_kinds, REMAT.get(config.remat)
             layers = Layers(weights, keys)
-            return pipelined(run, config.layer_kinds, x_BTD, rows, layers)[0], None
+            return pipelined(run, kinds, policy, x_BTD, rows, layers)[0], None
         layer_cache = None if cache is None else LayerCache(cache.k_LBSKH, cache.v_LBSKH)
         layers = Layers(weights, keys, layer_cache)
         x_BTD, layer_cache = run(config.layer_pattern, rows, x_BTD, layers)

@@ -72,9 +72,11 @@ class MeshConfig:
         return tuple(data if axis == "data" else getattr(self, axis) for axis in AXES)
 
     def plain(self, num_devices: int) -> "MeshConfig":
-        """The same devices without stages, slices, context or experts: what decoding runs on.
+        """What decodes: the same devices without slices, stages, context and experts.
 
-        All that is not `tensor` becomes `data`, which splits the parameters, so that a device
-        holds no more of them than it did.
+        All but `tensor` becomes `data`, which then splits the parameters too, so that no device
+        holds more of them than before. A mesh without those axes stays as it is.
         """
+        if self.slice * self.stage * self.context * self.expert == 1:
+            return self
         return MeshConfig(data=num_devices // self.tensor, tensor=self.tensor, zero=3)

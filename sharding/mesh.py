@@ -20,6 +20,12 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     return jax.make_mesh(shape, AXES, (AxisType.Auto,) * len(AXES), devices=devices)
 
 
+def make_mesh_like(mesh: Mesh, config: MeshConfig) -> Mesh:
+    """Another mesh over the devices of `mesh`, in the same order: arrays move without the host."""
+    shape = config.shape(mesh.size)
+    return Mesh(mesh.devices.reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
 def place(mesh: Mesh, tree: Any, letters_tree: Any) -> Any:
     """Puts host arrays on the mesh by their letters; an explicit transfer, so no guard objects."""
     return jax.device_put(tree, shardings(mesh, letters_tree))

@@ -1,6 +1,12 @@
 """Which layers a pipeline stage holds, and where they are stored."""
 
+import functools
+from typing import Any
+
+import jax
 import numpy as np
+
+from batiste.sharding.config import MeshConfig
 
 
 def layer_order(num_layers: int, stages: int, interleave: int) -> np.ndarray:
@@ -20,9 +26,24 @@ def layer_order(num_layers: int, stages: int, interleave: int) -> np.ndarray:
     return layers.swapaxes(0, 1).reshape(-1)
 
 
-def reorder(num_layers: int, old: tuple[int, int], new: tuple[int, int]) -> np.ndarray:
-    """For each place of a new stack, the place in an old one that has its layer, int array L.
+def restacked(leaf: jax.Array, letters: str, old: MeshConfig, new: MeshConfig) -> jax.Array:
+    """An array that is stored as `old` wants it, stored as `new` does: only layers move."""
+    moves = letters.startswith("L") and (old.interleave, new.interleave) != (1, 1)
+    if not moves:
+        return leaf
+    place = np.argsort(layer_order(leaf.shape[0], old.stage, old.interleave))
+    return leaf[place[layer_order(leaf.shape[0], new.stage, new.interleave)]]
 
-    old, new: (stages, interleave) of each.
+
+def restack(tree: Any, letters_tree: Any, old: MeshConfig, new: MeshConfig, targets: Any) -> Any:
+    """`restacked` for a tree of arrays on the devices, each to its sharding in `targets`.
+
+    One array at a time, so that there is room for it.
     """
-    return np.argsort(layer_order(num_layers, *old))[layer_order(num_layers, *new)]
+
+    def move(leaf, letters, target):
+        reorder = functools.partial(restacked, letters=letters, old=old, new=new)
+        same = (old.stage, old.interleave) == (new.stage, new.interleave) and leaf.sharding == target
+        return leaf if same else jax.jit(reorder, out_shardings=target)(leaf)
+
+    return jax.tree.map(move, tree, letters_tree, targets)

@@ -35,7 +35,7 @@ REFUSED = {
     "--config.train.batch_size=12": ("train.batch_size=12", "mesh.data=8", "multiple of 8"),
     "--config.train.accumulation=3": ("train.accumulation=3", "train.batch_size=16"),
     "--config.data.sequence_length=999": ("data.sequence_length=999", "model.max_length=256"),
-    "--config.mesh.stage=2": ("mesh.stage=2", "not yet"),
+    "--config.mesh.stage=8": ("model.num_layers=4", "mesh.stage=8", "multiple of 8"),
     "--config.mesh.slice=2": ("mesh.slice=2", "not yet"),
     "--config.train.schedule.warmup_steps=999": ("train.schedule.warmup_steps", "400"),
     "--config.data.sources[0].path=nowhere/*.txt": ("nowhere/*.txt", "no such file"),

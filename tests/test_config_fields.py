@@ -38,6 +38,8 @@ BASES = {
     probes.shapes: MODEL, probes.logits: MODEL, probes.step_text: MODEL, probes.start: MODEL,
     probes.two_steps: HALF, probes.rates: MODEL, probes.updates: MODEL,
     probes.tpu_step_text: MODEL,
+    probes.pipeline_text: MODEL | {"model.num_layers": 4, "train.batch_size": 16, "mesh.stage": 2,
+                                   "mesh.micro_batches": 2},
     probes.layout: MODEL | {"train.batch_size": 8}, probes.records: BYTES,
     probes.first_batch: BYTES, probes.run: FROZEN, probes.generated: FROZEN,
 }
@@ -111,6 +113,7 @@ CASES = {
         "slice": 2, "stage": 2, "context": 2, "expert": 2, "data": (8, {"mesh.tensor": 2}),
         "tensor": 2, "zero": 3,
     }),
+    **cases(probes.pipeline_text, "mesh.", {"micro_batches": 4, "interleave": 2}),
     **cases(probes.records, "data.", {
         "sources[0].path": "CORPUS/b/*.txt", "sources[0].weight": 5.0,
         "sources[0].text_field": ("body", {"data.sources[0].path": "CORPUS/c.jsonl"}),

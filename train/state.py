@@ -10,7 +10,7 @@ import optax
 from flax import nnx
 
 from batiste.models import Transformer, TransformerConfig, letters_tree
-from batiste.sharding import MeshConfig, check_divisible, layer_order, shardings
+from batiste.sharding import MeshConfig, check_divisible, restack, restacked, shardings
 from batiste.train.config import TrainConfig
 from batiste.train.optimizer import make_optimizer, optimizer_letters
 from batiste.train.precision import LossScale, initial_loss_scale
@@ -34,7 +34,8 @@ class Program(NamedTuple):
     """A model and an optimizer laid out on a mesh, without a single array allocated.
 
     graphdef: the model's structure; `nnx.merge(graphdef, params)` is the model.
-    letters: the parameters' letters. abstract_state: shapes, dtypes and shardings of the state.
+    letters: the parameters' letters; state_letters: those of the whole state.
+    abstract_state: shapes, dtypes and shardings of the state.
     gradient_shardings: where gradients live between the backward pass and the optimizer.
     layout: the mesh config that all of it follows.
     """
@@ -43,6 +44,7 @@ class Program(NamedTuple):
     optimizer: optax.GradientTransformation
     schedule: optax.Schedule
     letters: Any
+    state_letters: TrainState
     abstract_state: TrainState
     gradient_shardings: Any
     layout: MeshConfig
@@ -68,12 +70,10 @@ def make_program(
     schedule = make_schedule(config.schedule, config.num_steps)
     optimizer = make_optimizer(config.optimizer, schedule, letters)
 
-    order = layer_order(model_config.num_layers, layout.stage, layout.interleave)
-
     def initialize() -> TrainState:
         params = nnx.to_pure_dict(nnx.state(build(rngs=nnx.Rngs(config.seed)), nnx.Param))
         params = jax.tree.map(
-            lambda leaf, letters: leaf[order] if letters.startswith("L") else leaf, params, letters
+            lambda leaf, letters: restacked(leaf, letters, MeshConfig(), layout), params, letters
         )
         scaled = model_config.dtype == "float16"
         return TrainState(
@@ -105,8 +105,14 @@ def make_program(
         shapes, state_shardings,
     )
     return Program(
-        graphdef, optimizer, schedule, letters, abstract_state,
+        graphdef, optimizer, schedule, letters, state_letters, abstract_state,
         gradient_shardings=shardings(mesh, letters, zero=zero >= 2),
         layout=layout,
         initialize=jax.jit(initialize, out_shardings=state_shardings),
     )
+
+
+def from_checkpoint(program: Program, state: TrainState, stored: MeshConfig) -> TrainState:
+    """A restored state with its layers in the order of the program's mesh; saved on mesh `stored`."""
+    targets = jax.tree.map(lambda leaf: leaf.sharding, program.abstract_state)
+    return restack(state, program.state_letters, stored, program.layout, targets)
