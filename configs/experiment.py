@@ -92,9 +92,9 @@ class Experiment:
         plain = self.mesh.plain(num_devices)
         if plain is not self.mesh and self.model.model_dim % plain.data:
             raise ValueError(
-                f"model.model_dim={self.model.model_dim} is not divisible by {plain.data}, the devices "
-                "without mesh.tensor, over which the parameters are split to write samples: choose "
-                f"model.model_dim a multiple of {plain.data}"
+                f"model.model_dim={self.model.model_dim} is not divisible by {plain.data}, the "
+                "devices without mesh.tensor, over which the parameters are split to write samples: "
+                f"choose model.model_dim a multiple of {plain.data}"
             )
 
 

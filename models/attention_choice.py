@@ -62,7 +62,8 @@ def attention(
 ) -> tuple[jax.Array, jax.Array]:
     """out_BTNH and lse_BTN by the chosen implementation; `options` as in `reference_attention`."""
     if isinstance(mask, OneOf):
-        branches = [functools.partial(_masked, implementation, each, options) for each in mask.masks]
+        masked = functools.partial(_masked, implementation, options)
+        branches = [functools.partial(masked, each) for each in mask.masks]
         return jax.lax.switch(mask.index, branches, q_BTNH, k_BSKH, v_BSKH)
     if implementation == "reference":
         return reference_attention(q_BTNH, k_BSKH, v_BSKH, mask, **options)
@@ -78,7 +79,7 @@ def attention(
     return _on_each_device(kernel, (q_BTNH, k_BSKH, v_BSKH, mask, arrays))
 
 
-def _masked(implementation, mask, options, q_BTNH, k_BSKH, v_BSKH):
+def _masked(implementation, options, mask, q_BTNH, k_BSKH, v_BSKH):
     return attention(implementation, q_BTNH, k_BSKH, v_BSKH, mask, **options)
 
 

@@ -12,6 +12,7 @@ from batiste.sharding import constrain, layer_order, layout
 
 # The name under which a layer's input may be kept for the backward pass.
 LAYER_INPUT = "layer_input"
+# Primitives whose results a chunk does again (see `_policy`).
 MOVES = ("slice", "dynamic_slice", "squeeze", "reshape", "sharding_constraint")
 
 
@@ -21,7 +22,8 @@ class Schedule(NamedTuple):
     A stage's layers come in `rounds` chunks. A micro-batch passes all stages once a round and
     returns to the first stage one tick after it left the last. Each stage starts a tick after the
     one before, and is then busy at every tick: first with as many micro-batches as there are
-    stages for all rounds, then with the next ones. A stage waits stages - 1 of all ticks.
+    stages for all rounds, then with the next ones. A stage waits stages - 1 of all ticks. Its
+    weights' gradients are summed over the rows that the mesh splits once a tick.
     """
 
     stages: int
@@ -123,7 +125,8 @@ def _ticks(schedule: Schedule, chunk: Callable, x_MBTD: jax.Array, rows: Any, la
         # A waiting stage works too, on zeros: whoever needs its result waits anyway, and all
         # devices meet in the same collectives. Zeros stay finite, so gradients of nothing are zero.
         x_BTD = jnp.where(busy, x_BTD, jnp.zeros_like(x_BTD))
-        x_BTD, results = chunk(turn, micro, x_BTD, jax.tree.map(lambda row: row[micro], rows), layers)
+        of_micro = jax.tree.map(lambda row: row[micro], rows)
+        x_BTD, results = chunk(turn, micro, x_BTD, of_micro, layers)
         done = busy & (stage == last) & (turn == schedule.rounds - 1)
         y_MBTD = y_MBTD.at[micro].set(jnp.where(done, x_BTD, y_MBTD[micro]))
         return (jax.lax.ppermute(x_BTD, "stage", following), y_MBTD), results

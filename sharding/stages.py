@@ -42,8 +42,10 @@ def restack(tree: Any, letters_tree: Any, old: MeshConfig, new: MeshConfig, targ
     """
 
     def move(leaf, letters, target):
+        same = (old.stage, old.interleave) == (new.stage, new.interleave)
+        if same and leaf.sharding == target:
+            return leaf
         reorder = functools.partial(restacked, letters=letters, old=old, new=new)
-        same = (old.stage, old.interleave) == (new.stage, new.interleave) and leaf.sharding == target
-        return leaf if same else jax.jit(reorder, out_shardings=target)(leaf)
+        return jax.jit(reorder, out_shardings=target)(leaf)
 
     return jax.tree.map(move, tree, letters_tree, targets)

@@ -28,7 +28,7 @@ def model(**changes) -> TransformerConfig:
 
 
 def three_steps(mesh_config, model, accumulation=1, devices=None):
-    """Losses and gradient norms of three steps of SGD, and the parameters after, layers by depth."""
+    """Losses and gradient norms of three steps of SGD; the parameters after, layers by depth."""
     mesh, program, step = start(train_config("sgd", accumulation), mesh_config, devices, model)
     state, history = program.initialize(), []
     batch = place(mesh, BATCH, Batch(*("BT",) * 5))
@@ -66,24 +66,20 @@ CASES = {
     "zero 1": (dict(stage=2, tensor=2, micro_batches=4, zero=1), {}),
     "zero 2": (dict(stage=2, tensor=2, micro_batches=4, zero=2), {}),
     "zero 3": (dict(stage=2, tensor=2, micro_batches=4, zero=3), {}),
-    "interleave 2": (dict(stage=2, micro_batches=2, interleave=2), {}),
     "interleave 3": (dict(stage=2, tensor=2, micro_batches=4, interleave=3, zero=1), {}),
-    "interleave 3 on 4": (dict(stage=4, micro_batches=4, interleave=3), {}),
     "interleave 2, zero 3, remat": (
         dict(stage=2, tensor=2, micro_batches=2, interleave=2, zero=3), dict(remat="full")),
-    "remat full": (dict(stage=4, micro_batches=4, zero=2), dict(remat="full")),
-    "remat dots": (dict(stage=2, micro_batches=2, interleave=2), dict(remat="dots")),
+    "interleave 2, remat dots": (dict(stage=2, micro_batches=2, interleave=2), dict(remat="dots")),
     "the same pattern in every chunk": (
         dict(stage=4, tensor=2, micro_batches=4),
         dict(layer_pattern=("local", "global", "global"), **LOCAL)),
     "a pattern across chunks": (
         dict(stage=4, tensor=2, micro_batches=4), dict(layer_pattern=("local", "global"), **LOCAL)),
-    "a pattern that divides nothing": (
+    "a longer pattern across chunks of two rounds": (
         dict(stage=2, micro_batches=2, interleave=2),
-        dict(layer_pattern=("global", "local", "local", "global", "local"), **LOCAL)),
+        dict(layer_pattern=("global", "local", "local", "global"), **LOCAL)),
     "post-norm": (dict(stage=4, micro_batches=4), dict(norm_placement="post")),
-    "sandwich, unrolled": (
-        dict(stage=2, micro_batches=2), dict(norm_placement="sandwich", scan_unroll=4)),
+    "sandwich": (dict(stage=2, micro_batches=2), dict(norm_placement="sandwich")),
 }
 
 
@@ -105,14 +101,8 @@ def test_micro_batches_within_accumulation_equal_one_device():
 
 
 def test_dropout_of_one_micro_batch_equals_one_device():
-    """Several micro-batches draw anew each, as accumulation does, the same at every run."""
-    mesh = MeshConfig(stage=4)
-    history, _ = three_steps(mesh, model(dropout=0.2))
+    history, _ = three_steps(MeshConfig(stage=4), model(dropout=0.2))
     np.testing.assert_allclose(history, on_one_device(dropout=0.2)[0], rtol=1e-6)
-    several = MeshConfig(stage=4, micro_batches=2)
-    first = three_steps(several, model(dropout=0.2))[0]
-    assert np.array_equal(first, three_steps(several, model(dropout=0.2))[0])
-    assert abs(first[0, 0] - on_one_device()[0][0, 0]) > 1e-4
 
 
 class Statistics(NamedTuple):
@@ -136,7 +126,8 @@ def run(pattern, rows, x_BTD, layers):
     return jax.lax.scan(apply, x_BTD, layers)
 
 
-@pytest.mark.parametrize("stage,micro_batches,interleave", [(2, 3, 1), (2, 4, 3), (4, 4, 2), (4, 8, 1)])
+@pytest.mark.parametrize(
+    "stage,micro_batches,interleave", [(2, 3, 1), (2, 4, 3), (4, 4, 2), (4, 8, 1)])
 def test_what_layers_return_comes_back_for_all_rows(stage, micro_batches, interleave):
     B, L = 24, 24
     random = np.random.default_rng(0)
@@ -149,8 +140,8 @@ def test_what_layers_return_comes_back_for_all_rows(stage, micro_batches, interl
 
     def objective(x_BTD, w_LD, stack):
         y_BTD, results = stack(x_BTD, w_LD)
-        loss = (y_BTD * jnp.cos(y_BTD)).sum() + (results.mean_B**2).sum() + results.load_E[:, 0].sum()
-        return loss, (y_BTD, results)
+        loss = (y_BTD * jnp.cos(y_BTD)).sum() + (results.mean_B**2).sum()
+        return loss + results.load_E[:, 0].sum(), (y_BTD, results)
 
     def alone(x_BTD, w_LD):
         return run(("global",), rows_BT, x_BTD, Layers(w_LD, keys))
@@ -174,7 +165,8 @@ def test_what_layers_return_comes_back_for_all_rows(stage, micro_batches, interl
     np.testing.assert_array_equal(results.draw_BE, drawn)
 
 
-@pytest.mark.parametrize("stages,rounds,micro_batches", [(4, 1, 3), (2, 3, 8), (4, 2, 4), (3, 5, 6)])
+@pytest.mark.parametrize(
+    "stages,rounds,micro_batches", [(4, 1, 3), (2, 3, 8), (4, 2, 4), (3, 5, 6)])
 def test_the_schedule_does_all_work_once_and_in_order(stages, rounds, micro_batches):
     schedule = Schedule(stages, rounds, micro_batches)
     done = {}

@@ -15,6 +15,6 @@ from batiste.train.step import make_train_step
 __all__ = [
     "Checkpoints", "Ledger", "MetricsWriter", "ObjectiveConfig", "Program", "Progress",
     "RESUME_MODES", "Records", "ReportFacts", "Run", "TrainConfig", "TrainState", "causal_loss",
-    "check_mode", "check_same", "fit", "from_checkpoint", "flops_per_token", "make_program", "make_train_step",
-    "mfu_formula_line", "total_peak_flops", "write_report",
+    "check_mode", "check_same", "fit", "flops_per_token", "from_checkpoint", "make_program",
+    "make_train_step", "mfu_formula_line", "total_peak_flops", "write_report",
 ]

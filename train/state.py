@@ -113,6 +113,6 @@ def make_program(
 
 
 def from_checkpoint(program: Program, state: TrainState, stored: MeshConfig) -> TrainState:
-    """A restored state with its layers in the order of the program's mesh; saved on mesh `stored`."""
+    """A state that was saved on mesh `stored`, with its layers in the program's order."""
     targets = jax.tree.map(lambda leaf: leaf.sharding, program.abstract_state)
     return restack(state, program.state_letters, stored, program.layout, targets)
