@@ -45,8 +45,24 @@ class Experiment:
                     f"{getattr(self.mesh, axis)}: set mesh.{axis}=1, or train.objective.loss_chunk "
                     "instead"
                 )
+        self._validate_experts()
         self._validate_splits()
         layer_order(self.model.num_layers, self.mesh.stage, self.mesh.interleave)
+
+    def _validate_experts(self) -> None:
+        if self.model.num_experts is not None:
+            return
+        if self.mesh.expert > 1:
+            raise ValueError(
+                f"mesh.expert={self.mesh.expert} has no experts to split: set model.num_experts, "
+                "or use mesh.data, which splits the batch just so"
+            )
+        for field in ("balance_loss", "router_z_loss"):
+            if getattr(self.train.objective, field):
+                raise ValueError(
+                    f"train.objective.{field}={getattr(self.train.objective, field)} has no effect "
+                    "without experts: set it to 0, or set model.num_experts"
+                )
 
     def _validate_splits(self) -> None:
         mesh, model = self.mesh, self.model
@@ -54,6 +70,7 @@ class Experiment:
             ("model.num_heads", model.num_heads, ("tensor",)),
             ("model.num_kv_heads", model.num_kv_heads, ("tensor",)),
             ("model.mlp_dim", model.mlp_dim, ("tensor",)),
+            ("model.num_experts", model.num_experts or 0, ("expert",)),
             ("model.vocab_size", model.vocab_size, ("stage", "tensor")),
             ("data.sequence_length", self.data.sequence_length, ("context", "tensor")),
             ("train.objective.loss_chunk", self.train.objective.loss_chunk or 0, ("context",)),

@@ -162,8 +162,11 @@ def _policy(policy: Callable | None) -> Callable:
     """
     if policy is None:
         return lambda primitive, *_, **__: primitive.name not in MOVES
-    policies = jax.checkpoint_policies
-    return policies.save_from_both_policies(policy, policies.save_only_these_names(LAYER_INPUT))
+
+    def keeps(primitive, *avals, **params):
+        return params.get("name") == LAYER_INPUT or policy(primitive, *avals, **params)
+
+    return keeps
 
 
 def _of_round(leaf: jax.Array, turn: jax.Array, rounds: int) -> jax.Array:

@@ -2,15 +2,22 @@
 
 from batiste.sharding.alphabet import ALPHABET, check_letters
 from batiste.sharding.config import AXES, MeshConfig
+from batiste.sharding.connect import connect
 from batiste.sharding.layout import laid_out, layout
-from batiste.sharding.mesh import make_mesh, make_mesh_like, place
-from batiste.sharding.rules import (
-    RULES, check_divisible, constrain, gather, per_device, shardings, spec,
+from batiste.sharding.mesh import (
+    check_host_memory, compiler_options, make_mesh, make_mesh_like, place,
 )
+from batiste.sharding.processes import agree, check_connected, check_shared, is_first, together
+from batiste.sharding.rules import (
+    HOST_MEMORY, RULES, check_divisible, constrain, gather, per_device, shardings, spec,
+)
+from batiste.sharding.share import Share, replicate
 from batiste.sharding.stages import layer_order, restack, restacked
 
 __all__ = [
-    "ALPHABET", "AXES", "RULES", "MeshConfig", "check_divisible", "check_letters", "constrain",
-    "gather", "laid_out", "layer_order", "layout", "make_mesh", "make_mesh_like", "per_device",
-    "place", "restack", "restacked", "shardings", "spec",
+    "ALPHABET", "AXES", "HOST_MEMORY", "RULES", "MeshConfig", "Share", "agree", "check_connected",
+    "check_divisible", "check_host_memory", "check_letters", "check_shared", "compiler_options",
+    "connect", "constrain", "gather", "is_first", "laid_out", "layer_order", "layout",
+    "make_mesh", "make_mesh_like", "per_device", "place", "replicate", "restack", "restacked",
+    "shardings", "spec", "together",
 ]

@@ -4,7 +4,7 @@ import dataclasses
 import math
 
 AXES = ("slice", "data", "stage", "context", "expert", "tensor")
-WORKING_AXES = ("data", "stage", "tensor")
+WORKING_AXES = ("data", "stage", "expert", "tensor")
 
 
 @dataclasses.dataclass
@@ -12,7 +12,8 @@ class MeshConfig:
     """Sizes of the mesh axes; `data=None` takes all devices that the other axes leave.
 
     `zero` says what is sharded over `data`: 0 nothing, 1 optimizer state, 2 and gradients,
-    3 and parameters (Rajbhandari et al. 2020, arXiv:1910.02054).
+    3 and parameters (Rajbhandari et al. 2020, arXiv:1910.02054). `offload_optimizer` keeps the
+    optimizer's state in the host's memory between updates (Ren et al. 2021, arXiv:2101.06840).
     `micro_batches` of the rows of one accumulation step flow through the stages one after another
     (GPipe, Huang et al. 2019, arXiv:1811.06965). Each passes every stage `interleave` times, each
     time through fewer layers, so that stages wait less (Narayanan et al. 2021, arXiv:2104.04473).
@@ -25,6 +26,7 @@ class MeshConfig:
     expert: int = 1
     tensor: int = 1
     zero: int = 0
+    offload_optimizer: bool = False
     micro_batches: int = 1
     interleave: int = 1
 

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from batiste.sharding.config import MeshConfig
+from batiste.sharding.rules import HOST_MEMORY
 
 
 def layer_order(num_layers: int, stages: int, interleave: int) -> np.ndarray:
@@ -45,6 +46,8 @@ def restack(tree: Any, letters_tree: Any, old: MeshConfig, new: MeshConfig, targ
         same = (old.stage, old.interleave) == (new.stage, new.interleave)
         if same and leaf.sharding == target:
             return leaf
+        if target.memory_kind == HOST_MEMORY:  # Where nothing is computed.
+            leaf = jax.device_put(leaf, target.with_memory_kind("device"))
         reorder = functools.partial(restacked, letters=letters, old=old, new=new)
         return jax.jit(reorder, out_shardings=target)(leaf)
 
