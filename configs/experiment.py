@@ -66,8 +66,9 @@ class Experiment:
 
     def _validate_splits(self) -> None:
         mesh, model = self.mesh, self.model
+        exchanged = ("context",) if mesh.context_exchange == "all_to_all" else ()
         for field, size, axes in (
-            ("model.num_heads", model.num_heads, ("tensor",)),
+            ("model.num_heads", model.num_heads, ("tensor", *exchanged)),
             ("model.num_kv_heads", model.num_kv_heads, ("tensor",)),
             ("model.mlp_dim", model.mlp_dim, ("tensor",)),
             ("model.num_experts", model.num_experts or 0, ("expert",)),
@@ -82,6 +83,22 @@ class Experiment:
                 raise ValueError(
                     f"{field}={size} is not divisible by {given}: choose sizes that divide it"
                 )
+        if mesh.context > 1 and mesh.context_exchange == "ring":
+            self._validate_ring()
+
+    def _validate_ring(self) -> None:
+        """Raises ValueError for what a ring cannot do, and the other exchange can."""
+        parts, otherwise = 2 * self.mesh.context, "or mesh.context_exchange='all_to_all'"
+        if self.data.sequence_length % parts:
+            raise ValueError(
+                f"data.sequence_length={self.data.sequence_length} is not divisible by 2 * "
+                f"mesh.context={parts}, the chunks of a ring: choose a multiple of {parts}, {otherwise}"
+            )
+        if self.model.dropout > 0:
+            raise ValueError(
+                f"model.dropout={self.model.dropout} goes by places in whole rows, which "
+                f"mesh.context_exchange='ring' does not have: set it to 0, {otherwise}"
+            )
 
     def validate_on(self, num_devices: int) -> None:
         """Raises ValueError when mesh, batch and model do not fit together on these devices."""

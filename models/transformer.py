@@ -21,7 +21,9 @@ from batiste.models.pipeline import LAYER_INPUT, Layers, pipelined
 from batiste.models.positions import rotation, sinusoids
 from batiste.models.router import RouterSums
 from batiste.pallas_kernels import AttentionMask
-from batiste.sharding import HOST_MEMORY, constrain, gather, layout
+from batiste.sharding import (
+    HOST_MEMORY, constrain, gather, in_row_order, in_time_order, layout, time_order,
+)
 
 
 def remat_policy(config: TransformerConfig) -> Callable:
@@ -144,8 +146,11 @@ class Transformer(nnx.Module):
         segments_BT: jax.Array | None = None,
         dropout_key: jax.Array | None = None,
     ) -> jax.Array:
-        """Logits in float32, logits_BTV; arguments as in `features`."""
-        return self.logits(self.features(tokens_BT, positions_BT, segments_BT, dropout_key)[0])
+        """Logits in float32, logits_BTV; arguments as in `features`, but rows as they come."""
+        if positions_BT is None:
+            positions_BT = _places(tokens_BT)
+        arrays = map(in_time_order, (tokens_BT, positions_BT, segments_BT))
+        return in_row_order(self.logits(self.features(*arrays, dropout_key)[0]))
 
     def features(
         self,
@@ -159,11 +164,16 @@ class Transformer(nnx.Module):
         positions_BT: place of each token in its document, int32; None counts along the row.
         segments_BT: document of each token, int32, 0 for padding; None is one document a row.
         dropout_key: None turns dropout off.
+        Rows are in the order of `time_order`; where that is not their own, positions_BT is needed,
+        or ValueError.
         """
         if positions_BT is None:
-            positions_BT = jnp.broadcast_to(
-                jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None], tokens_BT.shape
-            )
+            if time_order(tokens_BT.shape[1]) is not None:
+                raise ValueError(
+                    "positions_BT=None counts along rows, but mesh.context_exchange='ring' has them "
+                    "in another order: put all arrays through in_time_order and give positions_BT"
+                )
+            positions_BT = _places(tokens_BT)
         segments = (segments_BT, segments_BT)
         x_BTD, output = self._stack(tokens_BT, positions_BT, segments, None, dropout_key)
         return x_BTD, output.router
@@ -264,10 +274,19 @@ class Transformer(nnx.Module):
         if config.scale_embeddings:
             x_BTD *= math.sqrt(config.model_dim)
         if config.positions == "learned":
-            x_BTD += gather(self.position_TD[...], "TD")[positions_BT]
+            # Whole over `context` too: a row's tokens have any place in it.
+            table_SD = constrain(gather(self.position_TD[...], "TD"), "SD")
+            x_BTD += table_SD[positions_BT]
         elif config.positions == "sinusoidal":
             x_BTD += sinusoids(positions_BT, config.model_dim)
         return x_BTD.astype(config.dtype)
+
+
+def _places(tokens_BT: jax.Array) -> jax.Array:
+    """Counts along each row, int32 BT."""
+    return jnp.broadcast_to(
+        jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None], tokens_BT.shape
+    )
 
 
 def _scan_pattern(config, pattern, apply, x_BTD, layers):

@@ -3,6 +3,9 @@
 from batiste.sharding.alphabet import ALPHABET, check_letters
 from batiste.sharding.config import AXES, MeshConfig
 from batiste.sharding.connect import connect
+from batiste.sharding.context_order import (
+    chunk_place, context_size, in_row_order, in_time_order, time_order,
+)
 from batiste.sharding.layout import laid_out, layout
 from batiste.sharding.mesh import (
     check_host_memory, compiler_options, make_mesh, make_mesh_like, place,
@@ -16,8 +19,9 @@ from batiste.sharding.stages import layer_order, restack, restacked
 
 __all__ = [
     "ALPHABET", "AXES", "HOST_MEMORY", "RULES", "MeshConfig", "Share", "agree", "check_connected",
-    "check_divisible", "check_host_memory", "check_letters", "check_shared", "compiler_options",
-    "connect", "constrain", "gather", "is_first", "laid_out", "layer_order", "layout",
-    "make_mesh", "make_mesh_like", "per_device", "place", "replicate", "restack", "restacked",
-    "shardings", "spec", "together",
+    "check_divisible", "check_host_memory", "check_letters", "check_shared", "chunk_place",
+    "compiler_options", "connect", "constrain", "context_size", "gather", "in_row_order",
+    "in_time_order", "is_first", "laid_out", "layer_order", "layout", "make_mesh",
+    "make_mesh_like", "per_device", "place", "replicate", "restack", "restacked", "shardings",
+    "spec", "time_order", "together",
 ]

@@ -4,7 +4,8 @@ import dataclasses
 import math
 
 AXES = ("slice", "data", "stage", "context", "expert", "tensor")
-WORKING_AXES = ("data", "stage", "expert", "tensor")
+WORKING_AXES = ("data", "stage", "context", "expert", "tensor")
+CONTEXT_EXCHANGES = ("ring", "all_to_all")
 
 
 @dataclasses.dataclass
@@ -14,6 +15,9 @@ class MeshConfig:
     `zero` says what is sharded over `data`: 0 nothing, 1 optimizer state, 2 and gradients,
     3 and parameters (Rajbhandari et al. 2020, arXiv:1910.02054). `offload_optimizer` keeps the
     optimizer's state in the host's memory between updates (Ren et al. 2021, arXiv:2101.06840).
+    `context_exchange` says how the devices that share a row attend: keys and values pass from one
+    to the next ("ring", Liu et al. 2023, arXiv:2310.01889), or time is exchanged for heads
+    ("all_to_all", Jacobs et al. 2023, arXiv:2309.14509).
     `micro_batches` of the rows of one accumulation step flow through the stages one after another
     (GPipe, Huang et al. 2019, arXiv:1811.06965). Each passes every stage `interleave` times, each
     time through fewer layers, so that stages wait less (Narayanan et al. 2021, arXiv:2104.04473).
@@ -27,6 +31,7 @@ class MeshConfig:
     tensor: int = 1
     zero: int = 0
     offload_optimizer: bool = False
+    context_exchange: str = "ring"
     micro_batches: int = 1
     interleave: int = 1
 
@@ -42,6 +47,11 @@ class MeshConfig:
                 )
         if self.zero not in (0, 1, 2, 3):
             raise ValueError(f"mesh.zero={self.zero}: expected 0, 1, 2 or 3")
+        if self.context_exchange not in CONTEXT_EXCHANGES:
+            raise ValueError(
+                f"mesh.context_exchange={self.context_exchange!r}: expected one of "
+                f"{', '.join(CONTEXT_EXCHANGES)}"
+            )
         self._validate_pipeline()
 
     def _validate_pipeline(self) -> None:

@@ -119,6 +119,7 @@ CASES = {
     **cases(probes.layout, "mesh.", {
         "slice": 2, "stage": 2, "context": 2, "expert": (2, EXPERTS), "data": (8, {"mesh.tensor": 2}),
         "tensor": 2, "zero": 3, "offload_optimizer": True,
+        "context_exchange": ("all_to_all", {"mesh.context": 2}),
     }),
     **cases(probes.pipeline_text, "mesh.", {"micro_batches": 4, "interleave": 2}),
     **cases(probes.records, "data.", {

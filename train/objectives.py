@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from batiste.models import RouterSums, Transformer
-from batiste.sharding import constrain
+from batiste.sharding import constrain, in_time_order
 from batiste.train.config import ObjectiveConfig
 
 
@@ -57,6 +57,7 @@ def token_losses(
 
 def causal_loss(model: Transformer, batch, dropout_key, config: ObjectiveConfig) -> Terms:
     """Next-token prediction over a Batch; with `loss_chunk` or `fused`, never all logits at once."""
+    batch = jax.tree.map(in_time_order, batch)
     x_BTD, router = model.features(
         batch.tokens_BT, batch.positions_BT, batch.segments_BT, dropout_key
     )

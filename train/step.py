@@ -91,7 +91,7 @@ def _accumulate(program: Program, config: TrainConfig, params, batch, key_and_sc
     def split(x):
         # Micro-batch i takes rows i, i + k, ...: each device keeps the rows it already has.
         x = x.reshape(x.shape[0] // k, k, *x.shape[1:]).swapaxes(0, 1)
-        return jax.vmap(lambda rows: constrain(rows, "BT"))(x)
+        return jax.vmap(lambda rows: constrain(rows, "BS"))(x)
 
     def add(total, micro):
         batch, key = micro
