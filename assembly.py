@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import math
 import os
 import pathlib
 import sys
@@ -19,7 +20,8 @@ from batiste.evaluation import Perplexity, RowSums, make_row_losses, perplexity
 from batiste.inference import SamplingConfig, generate
 from batiste.models import resolve_attention
 from batiste.sharding import (
-    MeshConfig, Share, check_host_memory, is_first, make_mesh, replicate,
+    RULES, MeshConfig, Share, check_host_memory, is_first, make_mesh, make_mesh_like, replicate,
+    restack, shardings,
 )
 from batiste.train import (
     Ledger, Program, Progress, ReportFacts, flops_per_token, make_program, mfu_formula_line,
@@ -50,13 +52,25 @@ class Assembly:
 
     def measure(self, params: Any, max_batches: int | None = None) -> Perplexity:
         """The perplexity of the validation split, or of its first batches."""
-        batch_size = -(-self.experiment.train.batch_size // self.mesh.size) * self.mesh.size
+        rows = self.program.layout.micro_batches
+        rows *= math.prod(self.mesh.shape[axis] for axis in RULES["B"])
+        batch_size = -(-self.experiment.train.batch_size // rows) * rows
         loader = Loader(self.prepared, "validation", batch_size, self.experiment.data.seed)
         share = Share(self.mesh, batch_size)
         return perplexity(
             lambda batch: self.row_losses(params, share.place(batch), self.byte_lengths_V),
             itertools.islice(loader.epoch_batches(share.rows), max_batches),
         )
+
+    def plain(self, params: Any) -> Any:
+        """The parameters as decoding wants them: layers by depth, on MeshConfig.plain."""
+        layout = self.program.layout
+        plain = layout.plain(self.mesh.size)
+        if plain is layout:
+            return params
+        mesh = make_mesh_like(self.mesh, plain)
+        targets = shardings(mesh, self.program.letters, zero=True)
+        return restack(params, self.program.letters, layout, plain, targets)
 
     def stream(
         self, params: Any, prompts: Sequence[str], config: SamplingConfig
@@ -65,7 +79,7 @@ class Assembly:
         tokenizer = self.prepared.tokenizer
         ids = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts]
         decoders = [tokenizer.stream() for _ in prompts]
-        model = nnx.merge(self.program.graphdef, params)
+        model = nnx.merge(self.program.graphdef, self.plain(params))
         for tokens in generate(model, ids, tokenizer.bos_id, config):
             # A model may have more tokens than the tokenizer (a padded vocabulary): no text.
             yield [

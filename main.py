@@ -18,10 +18,11 @@ from batiste.data import prepare as prepare_data
 from batiste.evaluation import Perplexity
 from batiste.inference import SamplingConfig
 from batiste.sharding import (
-    MeshConfig, Share, agree, check_connected, check_shared, is_first, together,
+    MeshConfig, Share, agree, check_connected, check_shared, is_first, restack, together,
 )
 from batiste.train import (
-    Checkpoints, Ledger, MetricsWriter, Records, Run, check_mode, check_same, fit, make_train_step,
+    Checkpoints, Ledger, MetricsWriter, Records, Run, check_mode, check_same, fit, from_checkpoint,
+    make_train_step,
 )
 from batiste.train.checkpoint import CHECKPOINT_FOLDER
 from batiste.train.config import CheckpointConfig
@@ -165,6 +166,7 @@ def _fit(
         state = assembly.program.initialize()
     else:
         state = checkpoints.restore(start, assembly.program.abstract_state)
+        state = from_checkpoint(assembly.program, state, _stored_mesh(checkpoints.meta(start)))
         if is_first():
             print(f"continuing from step {start} of {assembly.workdir}", flush=True)
     ledger.lap("initialize")
@@ -201,7 +203,16 @@ def _load(workdir: str | os.PathLike) -> tuple[Assembly, Any]:
     prepared = load_prepared(pathlib.Path(workdir, "data", fingerprint[:12]))
     assembly = assemble(experiment, workdir, prepared, MeshConfig())
     with contextlib.closing(Checkpoints(workdir, experiment.train.checkpoint)) as checkpoints:
-        return assembly, checkpoints.restore_params(step, assembly.program.abstract_state.params)
+        program = assembly.program
+        params = checkpoints.restore_params(step, program.abstract_state.params)
+    targets = jax.tree.map(lambda leaf: leaf.sharding, program.abstract_state.params)
+    return assembly, restack(params, program.letters, _stored_mesh(stored), program.layout, targets)
+
+
+def _stored_mesh(meta: dict[str, Any]) -> MeshConfig:
+    """The mesh that a checkpoint was saved on, as far as it decides the order of the layers."""
+    config = meta["config"]  # Checkpoints of before there was interleaving lack that field.
+    return MeshConfig(stage=config["mesh.stage"], interleave=config.get("mesh.interleave", 1))
 
 
 def _save_config(experiment: Experiment, workdir: pathlib.Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from batiste.data import DataConfig
 from batiste.inference import SamplingConfig
 from batiste.models import TransformerConfig
-from batiste.sharding import AXES, MeshConfig
+from batiste.sharding import AXES, MeshConfig, layer_order
 from batiste.train import TrainConfig
 
 
@@ -38,11 +38,13 @@ class Experiment:
                 f"model.vocab_size={self.model.vocab_size} is below data.vocab_size="
                 f"{self.data.vocab_size}, the tokens to be learned: raise model.vocab_size"
             )
-        if self.train.objective.fused and self.mesh.tensor > 1:
-            raise ValueError(
-                f"train.objective.fused=True does not know a vocabulary split over mesh.tensor="
-                f"{self.mesh.tensor}: set mesh.tensor=1, or train.objective.loss_chunk instead"
-            )
+        for axis in ("stage", "tensor"):
+            if self.train.objective.fused and getattr(self.mesh, axis) > 1:
+                raise ValueError(
+                    f"train.objective.fused=True does not know a vocabulary split over mesh.{axis}="
+                    f"{getattr(self.mesh, axis)}: set mesh.{axis}=1, or train.objective.loss_chunk "
+                    "instead"
+                )
         self._validate_experts()
         if self.train.local.steps is not None and self.mesh.slice == 1:
             raise ValueError(
@@ -50,6 +52,7 @@ class Experiment:
                 "mesh.slice=1: set mesh.slice, or train.local.steps=None"
             )
         self._validate_splits()
+        layer_order(self.model.num_layers, self.mesh.stage, self.mesh.interleave)
 
     def _validate_experts(self) -> None:
         if self.model.num_experts is not None:
@@ -106,12 +109,14 @@ class Experiment:
         """Raises ValueError when mesh, batch and model do not fit together on these devices."""
         self.validate()
         sizes = dict(zip(AXES, self.mesh.shape(num_devices), strict=True))
-        rows = sizes["slice"] * sizes["data"] * sizes["expert"]
+        rows = sizes["slice"] * sizes["data"] * sizes["expert"] * self.mesh.micro_batches
         micro_batch = self.train.batch_size // self.train.accumulation
         if micro_batch % rows:
             given = " * ".join(
-                f"mesh.{axis}={sizes[axis]}" for axis in ("slice", "data", "expert")
-                if axis == "data" or sizes[axis] > 1
+                f"mesh.{name}={size}" for name, size in (
+                    *((axis, sizes[axis]) for axis in ("slice", "data", "expert")),
+                    ("micro_batches", self.mesh.micro_batches),
+                ) if name == "data" or size > 1
             )
             raise ValueError(
                 f"train.batch_size={self.train.batch_size} / train.accumulation="
@@ -125,6 +130,13 @@ class Experiment:
             raise ValueError(
                 f"model.model_dim={self.model.model_dim} is not divisible by mesh.data="
                 f"{sizes['data']}, over which {by}: choose sizes that divide it"
+            )
+        plain = self.mesh.plain(num_devices)
+        if plain is not self.mesh and self.model.model_dim % plain.data:
+            raise ValueError(
+                f"model.model_dim={self.model.model_dim} is not divisible by {plain.data}, the "
+                "devices without mesh.tensor, over which the parameters are split to write samples: "
+                f"choose model.model_dim a multiple of {plain.data}"
             )
 
 

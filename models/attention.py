@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from batiste.models.attention_choice import attention
+from batiste.models.attention_choice import OneOf, attention
 from batiste.models.config import TransformerConfig
 from batiste.models.layers import Norm, add_bias, project, residual_gain
 from batiste.models.parameter import matrix, vector
@@ -50,7 +50,7 @@ class Attention(nnx.Module):
     def __call__(
         self,
         x_BTD: jax.Array,
-        mask: AttentionMask,
+        mask: AttentionMask | OneOf,
         rotation: tuple[jax.Array, jax.Array] | None,
         cache: LayerCache | None,
         dropout_key: jax.Array | None,

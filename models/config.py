@@ -90,6 +90,12 @@ class TransformerConfig:
         return self.activation in ("swiglu", "geglu")
 
     @property
+    def layer_kinds(self) -> tuple[str, ...]:
+        """The kind of each layer: `layer_pattern` over the depth."""
+        pattern = self.layer_pattern
+        return tuple(pattern[layer % len(pattern)] for layer in range(self.num_layers))
+
+    @property
     def sizes(self) -> dict[str, int]:
         """The size of each letter of the alphabet that this model's parameters use."""
         experts = {} if self.num_experts is None else {"E": self.num_experts}

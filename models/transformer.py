@@ -12,16 +12,17 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from batiste.models.attention import Attention, LayerCache
-from batiste.models.attention_choice import fused_losses
+from batiste.models.attention_choice import OneOf, fused_losses
 from batiste.models.config import TransformerConfig
 from batiste.models.layers import FeedForward, Norm, dropout, lookup, project
 from batiste.models.mixture import Mixture
 from batiste.models.parameter import gathered, matrix
+from batiste.models.pipeline import LAYER_INPUT, Layers, pipelined
 from batiste.models.positions import rotation, sinusoids
 from batiste.models.router import RouterSums
 from batiste.pallas_kernels import AttentionMask
 from batiste.sharding import (
-    HOST_MEMORY, constrain, gather, in_row_order, in_time_order, time_order,
+    HOST_MEMORY, constrain, gather, in_row_order, in_time_order, layout, time_order,
 )
 
 
@@ -34,7 +35,6 @@ def remat_policy(config: TransformerConfig) -> Callable:
             offload_src="device", offload_dst=HOST_MEMORY,
         )
     return policies.dots_saveable if config.remat == "dots" else policies.nothing_saveable
-
 
 
 class Cache(NamedTuple):
@@ -231,27 +231,42 @@ class Transformer(nnx.Module):
             embed_key, layers_key = jax.random.split(dropout_key)
         x_BTD = split_time(self._embed(tokens_BT, positions_BT), cache)
         x_BTD = dropout(x_BTD, config.dropout, embed_key)
-        turn = rotation(config, positions_BT) if config.positions == "rope" else None
-        masks = {
+        graphdef, weights = nnx.split(self.layers)
+
+        def run(pattern, rows, x_BTD, layers):
+            positions_BT, segments = rows
+            turn = rotation(config, positions_BT) if config.positions == "rope" else None
+            masks = self._masks(segments, cache)
+
+            def apply(kind, x_BTD, layer):
+                mask = OneOf(tuple(masks.values()), layer.kinds) if kind is None else masks[kind]
+                x_BTD = checkpoint_name(x_BTD, LAYER_INPUT)
+                block = nnx.merge(graphdef, gathered(layer.weights))
+                return block(x_BTD, mask, turn, layer.cache, layer.keys)
+
+            return _scan_pattern(config, pattern, apply, x_BTD, layers)
+
+        keys = None if layers_key is None else jax.random.split(layers_key, config.num_layers)
+        rows = (positions_BT, segments)
+        if cache is None and layout().stage > 1:
+            policy = None if config.remat == "none" else remat_policy(config)
+            layers = Layers(weights, keys)
+            return pipelined(run, config.layer_kinds, policy, x_BTD, rows, layers)
+        layer_cache = None if cache is None else LayerCache(cache.k_LBSKH, cache.v_LBSKH)
+        return run(config.layer_pattern, rows, x_BTD, Layers(weights, keys, layer_cache))
+
+    def _masks(self, segments, cache: Cache | None) -> dict[str, AttentionMask]:
+        """The mask of each kind of layer."""
+        return {
             kind: AttentionMask(
                 causal=True,
-                window=config.window if kind == "local" else None,
+                window=self.config.window if kind == "local" else None,
                 query_segments_BT=segments[0],
                 key_segments_BS=segments[1],
                 query_offset_B=None if cache is None else cache.length_B,
             )
-            for kind in config.layer_pattern
+            for kind in self.config.layer_pattern
         }
-        graphdef, weights = nnx.split(self.layers)
-
-        def apply(kind, x_BTD, layer):
-            weights, layer_cache, key = layer
-            block = nnx.merge(graphdef, gathered(weights))
-            return block(x_BTD, masks[kind], turn, layer_cache, key)
-
-        layer_cache = None if cache is None else LayerCache(cache.k_LBSKH, cache.v_LBSKH)
-        keys = None if layers_key is None else jax.random.split(layers_key, config.num_layers)
-        return _scan_pattern(config, apply, x_BTD, (weights, layer_cache, keys))
 
     def _embed(self, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
         config = self.config
@@ -272,15 +287,15 @@ def _places(tokens_BT: jax.Array) -> jax.Array:
     )
 
 
-def _scan_pattern(config, apply, x_BTD, layers):
+def _scan_pattern(config, pattern, apply, x_BTD, layers):
     """Scans over whole periods of the layer pattern; what is left of the depth follows unrolled.
 
     `layers` is a tree with leading L; returns x_BTD and the stacked second results of `apply`.
     """
-    pattern = config.layer_pattern
+    num_layers = jax.tree.leaves(layers)[0].shape[0]
     if config.remat != "none":
         apply = jax.checkpoint(apply, policy=remat_policy(config), static_argnums=(0,))
-    periods = config.num_layers // len(pattern)
+    periods = num_layers // len(pattern)
     whole = periods * len(pattern)
 
     def period(x_BTD, layers):
@@ -295,7 +310,7 @@ def _scan_pattern(config, apply, x_BTD, layers):
     )
     x_BTD, results = jax.lax.scan(period, x_BTD, grouped, unroll=min(config.scan_unroll, periods))
     results = jax.tree.map(lambda leaf: leaf.reshape(whole, *leaf.shape[2:]), results)
-    for index in range(whole, config.num_layers):
+    for index in range(whole, num_layers):
         layer = jax.tree.map(lambda leaf, index=index: leaf[index], layers)
         x_BTD, result = apply(pattern[index - whole], x_BTD, layer)
         results = jax.tree.map(

@@ -46,6 +46,12 @@ def _num_tpu_slices(devices: Sequence[jax.Device]) -> int:
     return len({getattr(device, "slice_index", 0) for device in devices})
 
 
+def make_mesh_like(mesh: Mesh, config: MeshConfig) -> Mesh:
+    """Another mesh over the devices of `mesh`, in the same order: arrays move without the host."""
+    shape = config.shape(mesh.size)
+    return Mesh(mesh.devices.reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
 def check_host_memory(mesh: Mesh, field: str) -> None:
     """Raises ValueError, naming the field that wants it, where devices have no pinned host memory."""
     device = mesh.local_devices[0]

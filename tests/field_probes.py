@@ -77,6 +77,16 @@ def tpu_step_text(experiment: Experiment, _):
         return traced.lower(lowering_platforms=("tpu",)).as_text()
 
 
+def pipeline_text(experiment: Experiment, _):
+    """The training step on all devices as it is handed to the compiler."""
+    mesh = make_mesh(experiment.mesh)
+    program = make_program(experiment.model, experiment.train, mesh, experiment.mesh)
+    step = make_train_step(program, experiment.train, mesh)
+    batch = jax.tree.map(lambda x: np.tile(x, (experiment.train.batch_size // 2, 1)), BATCH)
+    with jax.set_mesh(mesh):
+        return step.jitted.lower(program.abstract_state, batch).as_text()
+
+
 def start(experiment: Experiment, _):
     """The training state before the first step."""
     with jax.disable_jit():
