@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from batiste.sharding import laid_out
+from batiste.sharding import compiler_options, laid_out
 from batiste.train import ObjectiveConfig, Program, causal_loss
 
 
@@ -48,7 +48,9 @@ def make_row_losses(
     """
     whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 
-    @functools.partial(jax.jit, out_shardings=whole)
+    options = compiler_options(mesh.devices.flat[0], program.letters)
+
+    @functools.partial(jax.jit, out_shardings=whole, compiler_options=options)
     def row_losses(params: Any, batch: Any, byte_lengths_V: jax.Array) -> RowSums:
         model = nnx.merge(program.graphdef, params)
         with laid_out(program.layout):

@@ -21,12 +21,14 @@ def flops_per_token(config: TransformerConfig, params: Any, letters: Any, length
 
     A forward product costs 2 per weight, the backward pass twice that; embeddings are looked up,
     not multiplied, unless they are the head too. A causal query sees half of the row on average,
-    a local one at most its window. Rematerialization is not counted (PaLM, arXiv:2204.02311, B).
+    a local one at most its window. Of the experts, those count that a token takes.
+    Rematerialization is not counted (PaLM, arXiv:2204.02311, B).
     params: arrays or abstract ones. length: tokens per row.
     """
     multiplied = {"matrix", "head"} | ({"embedding"} if config.tied_embeddings else set())
+    share = 1 if config.num_experts is None else config.experts_per_token / config.num_experts
     weights = sum(
-        math.prod(leaf.shape)
+        math.prod(leaf.shape) * (share if name.startswith("LE") else 1)
         for name, leaf in zip(jax.tree.leaves(letters), jax.tree.leaves(params), strict=True)
         if parameter_group(name) in multiplied and not name.startswith("T")
     )

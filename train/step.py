@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from batiste.sharding import constrain, laid_out
+from batiste.models import rebalanced
+from batiste.sharding import compiler_options, constrain, laid_out
 from batiste.train.config import TrainConfig
-from batiste.train.objectives import causal_loss
+from batiste.train.objectives import RouterTerms, causal_loss
 from batiste.train.precision import adjust, all_finite, keep_if, unscale
 from batiste.train.state import Program, TrainState
 
@@ -24,15 +25,15 @@ def make_train_step(
 
     The batch is a Batch of global arrays on the mesh. Metrics are float32 scalars: loss and
     cross_entropy (nats per token), tokens, gradient_norm, learning_rate; loss_scale and skipped
-    when the compute dtype is float16.
+    when the compute dtype is float16; router_balance (1 is even), router_z, router_load (of the
+    busiest expert, over the mean) with experts.
     """
 
     def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         scale = None if state.loss_scale is None else state.loss_scale.scale
         dropout_key = jax.random.fold_in(jax.random.key(config.seed), state.step)
         gradients, terms = _accumulate(program, config, state.params, batch, (dropout_key, scale))
-        loss, cross_entropy, num_tokens = terms
-        tokens = jnp.maximum(num_tokens, 1)
+        tokens = jnp.maximum(terms.tokens_B, 1)
         if state.loss_scale is not None:
             gradients = unscale(gradients, state.loss_scale)
         gradients = jax.tree.map(lambda gradient: gradient / tokens, gradients)
@@ -41,22 +42,27 @@ def make_train_step(
             gradients, _on_device(program, state.optimizer_state), state.params
         )
         metrics = {
-            "loss": loss / tokens,
-            "cross_entropy": cross_entropy / tokens,
-            "tokens": num_tokens,
+            "loss": terms.loss_B / tokens,
+            "cross_entropy": terms.cross_entropy_B / tokens,
+            "tokens": terms.tokens_B,
             "gradient_norm": optax.tree.norm(gradients),
             "learning_rate": jnp.asarray(program.schedule(state.step), jnp.float32),
         }
-        new = TrainState(
-            state.step + 1, optax.apply_updates(state.params, updates), optimizer_state,
-            state.loss_scale,
-        )
+        params = optax.apply_updates(state.params, updates)
+        if terms.router is not None:
+            load_LE = terms.router.load_BLE  # Of all rows together.
+            params = rebalanced(params, load_LE, config.optimizer.router_bias_rate)
+            metrics |= _router_metrics(terms.router, tokens)
+        new = TrainState(state.step + 1, params, optimizer_state, state.loss_scale)
         if state.loss_scale is not None:
             new, metrics = _skip_overflow(config, state, new, (gradients, metrics))
         return new, metrics
 
     state_shardings = jax.tree.map(lambda leaf: leaf.sharding, program.abstract_state)
-    jitted = jax.jit(step, donate_argnums=0, out_shardings=(state_shardings, None))
+    jitted = jax.jit(
+        step, donate_argnums=0, out_shardings=(state_shardings, None),
+        compiler_options=compiler_options(mesh.devices.flat[0], program.letters),
+    )
 
     def on_mesh(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         with jax.set_mesh(mesh):
@@ -67,15 +73,15 @@ def make_train_step(
 
 
 def _accumulate(program: Program, config: TrainConfig, params, batch, key_and_scale):
-    """Gradients of the summed loss, and the summed Terms, over `accumulation` micro-batches."""
+    """Gradients of the summed loss, and the Terms summed over rows, over all micro-batches."""
     dropout_key, scale = key_and_scale
 
     def scaled_loss(params, batch, key):
         model = nnx.merge(program.graphdef, params)
         with laid_out(program.layout):
             terms = causal_loss(model, batch, key, config.objective)
-        terms = jax.tree.map(jnp.sum, terms)
-        return terms.loss_B if scale is None else terms.loss_B * scale, tuple(terms)
+        terms = jax.tree.map(lambda term: term.sum(axis=0), terms)
+        return terms.loss_B if scale is None else terms.loss_B * scale, terms
 
     differentiate = jax.grad(scaled_loss, has_aux=True)
     k = config.accumulation
@@ -85,14 +91,15 @@ def _accumulate(program: Program, config: TrainConfig, params, batch, key_and_sc
     def split(x):
         # Micro-batch i takes rows i, i + k, ...: each device keeps the rows it already has.
         x = x.reshape(x.shape[0] // k, k, *x.shape[1:]).swapaxes(0, 1)
-        return jax.vmap(lambda rows: constrain(rows, "BT"))(x)
+        return jax.vmap(lambda rows: constrain(rows, "BS"))(x)
 
     def add(total, micro):
         batch, key = micro
         return jax.tree.map(jnp.add, total, differentiate(params, batch, key)), None
 
-    zero = (jax.tree.map(jnp.zeros_like, params), (jnp.zeros((), jnp.float32),) * 3)
     micros = (jax.tree.map(split, batch), jax.random.split(dropout_key, k))
+    _, terms = jax.eval_shape(differentiate, params, *jax.tree.map(lambda x: x[0], micros))
+    zero = jax.tree.map(jnp.zeros_like, (params, terms))
     return jax.lax.scan(add, zero, micros)[0]
 
 
@@ -104,6 +111,16 @@ def _on_device(program: Program, optimizer_state: Any) -> Any:
         lambda leaf, kept: jax.device_put(leaf, kept.sharding.with_memory_kind("device")),
         optimizer_state, program.abstract_state.optimizer_state,
     )
+
+
+def _router_metrics(router: RouterTerms, tokens: jax.Array) -> Metrics:
+    """Means over tokens and layers, and the worst over layers; of terms summed over rows."""
+    load_LE = router.load_BLE
+    return {
+        "router_balance": router.balance_B / (tokens * len(load_LE)),
+        "router_z": router.z_B / (tokens * len(load_LE)),
+        "router_load": (load_LE.max(axis=1) / jnp.maximum(load_LE.mean(axis=1), 1)).max(),
+    }
 
 
 def _skip_overflow(config: TrainConfig, old: TrainState, new: TrainState, rest):
