@@ -3,27 +3,38 @@
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from batiste.models.attention import Attention, LayerCache
 from batiste.models.attention_choice import fused_losses
 from batiste.models.config import TransformerConfig
-from batiste.models.layers import FeedForward, Norm, dropout, project
+from batiste.models.layers import FeedForward, Norm, dropout, lookup, project
 from batiste.models.mixture import Mixture
 from batiste.models.parameter import gathered, matrix
 from batiste.models.positions import rotation, sinusoids
 from batiste.models.router import RouterSums
 from batiste.pallas_kernels import AttentionMask
-from batiste.sharding import constrain, gather
+from batiste.sharding import (
+    HOST_MEMORY, constrain, gather, in_row_order, in_time_order, time_order,
+)
 
-REMAT = {
-    "dots": jax.checkpoint_policies.dots_saveable,
-    "full": jax.checkpoint_policies.nothing_saveable,
-}
+
+def remat_policy(config: TransformerConfig) -> Callable:
+    """Which tensors of a layer are saved for the backward pass, as `jax.checkpoint` wants it said."""
+    policies = jax.checkpoint_policies
+    if config.remat == "names":
+        return policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=config.saved, names_which_can_be_offloaded=config.offloaded,
+            offload_src="device", offload_dst=HOST_MEMORY,
+        )
+    return policies.dots_saveable if config.remat == "dots" else policies.nothing_saveable
+
 
 
 class Cache(NamedTuple):
@@ -65,10 +76,12 @@ class Block(nnx.Module):
         keys = (None,) * 3 if dropout_key is None else jax.random.split(dropout_key, 3)
         h_BTD = x_BTD if self.attention_norm is None else self.attention_norm(x_BTD)
         h_BTD, cache = self.attention(whole_time(h_BTD, cache), mask, rotation, cache, keys[0])
-        h_BTD = dropout(split_time(h_BTD, cache), self.dropout_rate, keys[1])
+        h_BTD = checkpoint_name(split_time(h_BTD, cache), "attention")
+        h_BTD = dropout(h_BTD, self.dropout_rate, keys[1])
         x_BTD = self._add(x_BTD, h_BTD, self.attention_post_norm)
         h_BTD = x_BTD if self.feed_forward_norm is None else self.feed_forward_norm(x_BTD)
         h_BTD, router = self._feed(h_BTD, mask, cache)
+        h_BTD = checkpoint_name(h_BTD, "feed_forward")
         h_BTD = dropout(h_BTD, self.dropout_rate, keys[2])
         x_BTD = self._add(x_BTD, h_BTD, self.feed_forward_post_norm)
         return x_BTD, LayerOutput(cache, router)
@@ -133,8 +146,11 @@ class Transformer(nnx.Module):
         segments_BT: jax.Array | None = None,
         dropout_key: jax.Array | None = None,
     ) -> jax.Array:
-        """Logits in float32, logits_BTV; arguments as in `features`."""
-        return self.logits(self.features(tokens_BT, positions_BT, segments_BT, dropout_key)[0])
+        """Logits in float32, logits_BTV; arguments as in `features`, but rows as they come."""
+        if positions_BT is None:
+            positions_BT = _places(tokens_BT)
+        arrays = map(in_time_order, (tokens_BT, positions_BT, segments_BT))
+        return in_row_order(self.logits(self.features(*arrays, dropout_key)[0]))
 
     def features(
         self,
@@ -148,11 +164,16 @@ class Transformer(nnx.Module):
         positions_BT: place of each token in its document, int32; None counts along the row.
         segments_BT: document of each token, int32, 0 for padding; None is one document a row.
         dropout_key: None turns dropout off.
+        Rows are in the order of `time_order`; where that is not their own, positions_BT is needed,
+        or ValueError.
         """
         if positions_BT is None:
-            positions_BT = jnp.broadcast_to(
-                jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None], tokens_BT.shape
-            )
+            if time_order(tokens_BT.shape[1]) is not None:
+                raise ValueError(
+                    "positions_BT=None counts along rows, but mesh.context_exchange='ring' has them "
+                    "in another order: put all arrays through in_time_order and give positions_BT"
+                )
+            positions_BT = _places(tokens_BT)
         segments = (segments_BT, segments_BT)
         x_BTD, output = self._stack(tokens_BT, positions_BT, segments, None, dropout_key)
         return x_BTD, output.router
@@ -234,14 +255,21 @@ class Transformer(nnx.Module):
 
     def _embed(self, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
         config = self.config
-        x_BTD = gather(self.embedding_VD[...], "VD")[tokens_BT]
+        x_BTD = lookup(gather(self.embedding_VD[...], "VD"), tokens_BT, "VD")
         if config.scale_embeddings:
             x_BTD *= math.sqrt(config.model_dim)
         if config.positions == "learned":
-            x_BTD += gather(self.position_TD[...], "TD")[positions_BT]
+            x_BTD += lookup(gather(self.position_TD[...], "TD"), positions_BT, "TD")
         elif config.positions == "sinusoidal":
             x_BTD += sinusoids(positions_BT, config.model_dim)
         return x_BTD.astype(config.dtype)
+
+
+def _places(tokens_BT: jax.Array) -> jax.Array:
+    """Counts along each row, int32 BT."""
+    return jnp.broadcast_to(
+        jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None], tokens_BT.shape
+    )
 
 
 def _scan_pattern(config, apply, x_BTD, layers):
@@ -251,7 +279,7 @@ def _scan_pattern(config, apply, x_BTD, layers):
     """
     pattern = config.layer_pattern
     if config.remat != "none":
-        apply = jax.checkpoint(apply, policy=REMAT[config.remat], static_argnums=(0,))
+        apply = jax.checkpoint(apply, policy=remat_policy(config), static_argnums=(0,))
     periods = config.num_layers // len(pattern)
     whole = periods * len(pattern)
 

@@ -39,7 +39,7 @@ LLAMA3 = {"model.rope_scaling": "llama3", "model.rope_original_length": 16}
 BASES = {
     probes.shapes: MODEL, probes.logits: MODEL, probes.step_text: MODEL, probes.start: MODEL,
     probes.two_steps: HALF, probes.rates: MODEL, probes.updates: MODEL,
-    probes.tpu_step_text: MODEL,
+    probes.tpu_step_text: MODEL, probes.exchanged: MODEL | {"mesh.slice": 2, "train.local.steps": 1},
     probes.layout: MODEL | {"train.batch_size": 8}, probes.records: BYTES,
     probes.first_batch: BYTES, probes.run: FROZEN, probes.generated: FROZEN,
 }
@@ -81,9 +81,11 @@ CASES = {
     }),
     **cases(probes.step_text, "", {
         "model.remat": "full", "model.scan_unroll": 2, "train.accumulation": 2,
+        "model.saved": (("up",), {"model.remat": "names"}),
         "train.objective.loss_chunk": 4,
     }),
     **cases(probes.tpu_step_text, "", {
+        "model.offloaded": (("up",), {"model.remat": "names"}),
         "model.attention": "v6e", "train.objective.fused": (True, {"model.attention": "v6e"}),
     }),
     **cases(probes.two_steps, "train.", {
@@ -115,7 +117,13 @@ CASES = {
     **cases(probes.start, "train.", {"seed": 1}),
     **cases(probes.layout, "mesh.", {
         "slice": 2, "stage": 2, "context": 2, "expert": (2, EXPERTS), "data": (8, {"mesh.tensor": 2}),
-        "tensor": 2, "zero": 3,
+        "tensor": 2, "zero": 3, "offload_optimizer": True,
+        "context_exchange": ("all_to_all", {"mesh.context": 2}),
+    }),
+    **cases(probes.layout, "train.local.", {"steps": (2, {"mesh.slice": 2})}),
+    **cases(probes.exchanged, "train.local.", {
+        "outer_learning_rate": 0.5, "outer_momentum": 0.5, "compression": "int8",
+        "kept_fraction": (0.5, {"train.local.compression": "top_k"}),
     }),
     **cases(probes.records, "data.", {
         "sources[0].path": "CORPUS/b/*.txt", "sources[0].weight": 5.0,

@@ -39,16 +39,19 @@ def flops_per_token(config: TransformerConfig, params: Any, letters: Any, length
     return 6 * weights + 12 * config.num_heads * config.head_dim * keys
 
 
-def total_peak_flops(mesh: jax.sharding.Mesh, dtype: str) -> tuple[float, str]:
+def total_peak_flops(mesh: jax.sharding.Mesh, dtype: str) -> tuple[float | None, str]:
     """Peak FLOP/s of all devices of the mesh, and where the figure comes from.
 
     A device that the table does not know (a CPU) is measured: the median of a few square products
-    in the compute dtype, accumulated in fp32.
+    in the compute dtype, accumulated in fp32. Not so in a run of several processes, which may share
+    their cores or not: None.
     """
     device = mesh.devices.flat[0]
     known = peak_flops(device.device_kind)
     if known is not None:
         return known * mesh.size, f"data sheet of {device.device_kind}, bf16"
+    if mesh.is_multi_process:
+        return None, f"a {device.platform} is measured in runs of one process only"
     a = jax.device_put(jnp.ones((CALIBRATION_SIZE, CALIBRATION_SIZE), dtype), device)
     product = jax.jit(lambda a: jnp.matmul(a, a, preferred_element_type=jnp.float32))
     jax.block_until_ready(product(a))
