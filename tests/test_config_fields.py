@@ -34,6 +34,7 @@ FROZEN = BYTES | {f"train.optimizer.{group}_multiplier": 0.0
 HALF = MODEL | {"model.num_layers": 1, "model.dtype": "float16",
                 "train.loss_scale.initial": 2.0**10, "train.loss_scale.growth_interval": 1}
 EXPERTS = {"model.num_experts": 4}
+BIASED = EXPERTS | {"model.router_bias": True}
 LLAMA3 = {"model.rope_scaling": "llama3", "model.rope_original_length": 16}
 BASES = {
     probes.shapes: MODEL, probes.logits: MODEL, probes.step_text: MODEL, probes.start: MODEL,
@@ -92,8 +93,8 @@ CASES = {
     }),
     **cases(probes.two_steps, "train.", {
         "objective.label_smoothing": 0.1, "objective.z_loss": 0.1,
-        "objective.balance_loss": (0.1, EXPERTS), "objective.router_z_loss": (0.1, EXPERTS),
-        "optimizer.router_bias_rate": (0.1, EXPERTS | {"model.router_bias": True}),
+        "objective.balance_loss": (0.1, BIASED), "objective.router_z_loss": (0.1, BIASED),
+        "optimizer.router_bias_rate": (0.1, BIASED),
         "loss_scale.initial": 2.0**24, "loss_scale.growth_interval": 2,
         "loss_scale.maximum": 2.0**10,
         "loss_scale.minimum": (2.0**24, {"train.loss_scale.initial": 2.0**24}),
