@@ -82,7 +82,7 @@ def train(experiment: Experiment, workdir: str | os.PathLike, resume: str = "aut
     start, stored = _stored(workdir, experiment.train.checkpoint)
     check_mode(resume, start, str(workdir))
     if start is not None:
-        check_same(stored["config"], flat, FREE_TO_CHANGE)
+        check_same(stored["config"], flat, _free_to_change(experiment))
     check_shared(workdir)
     prepared = prepare(experiment, workdir)
     fingerprint = {"fingerprint of the data": prepared.fingerprint}
@@ -135,6 +135,14 @@ def load_experiment(workdir: str | os.PathLike) -> Experiment:
             "`batiste train`"
         )
     return from_dict(Experiment, json.loads(path.read_text()))
+
+
+def _free_to_change(experiment: Experiment) -> tuple[str, ...]:
+    """Slices that take local steps have states of their own, so that their number must stay."""
+    if experiment.train.local.steps is None:
+        return FREE_TO_CHANGE
+    axes = tuple(f"mesh.{name}" for name in flatten(experiment.mesh) if name != "slice")
+    return (*axes, *(name for name in FREE_TO_CHANGE if name != "mesh."))
 
 
 def _stored(workdir: pathlib.Path, config: CheckpointConfig) -> tuple[int | None, dict[str, Any]]:
@@ -198,7 +206,7 @@ def _load(workdir: str | os.PathLike) -> tuple[Assembly, Any]:
         program = assembly.program
         params = checkpoints.restore_params(step, program.abstract_state.params)
     targets = jax.tree.map(lambda leaf: leaf.sharding, program.abstract_state.params)
-    return assembly, restack(params, program.letters, _stored_mesh(stored), program.layout, targets)
+    return assembly, restack(params, _stored_mesh(stored), program.layout, targets)
 
 
 def _stored_mesh(meta: dict[str, Any]) -> MeshConfig:

@@ -46,6 +46,11 @@ class Experiment:
                     "instead"
                 )
         self._validate_experts()
+        if self.train.local.steps is not None and self.mesh.slice == 1:
+            raise ValueError(
+                f"train.local.steps={self.train.local.steps} are steps that slices take alone, but "
+                "mesh.slice=1: set mesh.slice, or train.local.steps=None"
+            )
         self._validate_splits()
         layer_order(self.model.num_layers, self.mesh.stage, self.mesh.interleave)
 
@@ -118,10 +123,13 @@ class Experiment:
                 f"{self.train.accumulation} = {micro_batch} sequences do not divide over {given}: "
                 f"make train.batch_size a multiple of {rows * self.train.accumulation}"
             )
-        if self.mesh.zero and self.model.model_dim % sizes["data"]:
+        splits = self.mesh.zero or self.mesh.slice > 1
+        if splits and self.model.model_dim % sizes["data"]:
+            by = f"mesh.zero={self.mesh.zero} splits it" if self.mesh.zero else (
+                f"gradients are split before mesh.slice={self.mesh.slice} slices exchange them")
             raise ValueError(
                 f"model.model_dim={self.model.model_dim} is not divisible by mesh.data="
-                f"{sizes['data']}, over which mesh.zero={self.mesh.zero} splits it"
+                f"{sizes['data']}, over which {by}: choose sizes that divide it"
             )
         plain = self.mesh.plain(num_devices)
         if plain is not self.mesh and self.model.model_dim % plain.data:

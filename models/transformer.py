@@ -14,7 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 from batiste.models.attention import Attention, LayerCache
 from batiste.models.attention_choice import OneOf, fused_losses
 from batiste.models.config import TransformerConfig
-from batiste.models.layers import FeedForward, Norm, dropout, project
+from batiste.models.layers import FeedForward, Norm, dropout, lookup, project
 from batiste.models.mixture import Mixture
 from batiste.models.parameter import gathered, matrix
 from batiste.models.pipeline import LAYER_INPUT, Layers, pipelined
@@ -270,13 +270,11 @@ class Transformer(nnx.Module):
 
     def _embed(self, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
         config = self.config
-        x_BTD = gather(self.embedding_VD[...], "VD")[tokens_BT]
+        x_BTD = lookup(gather(self.embedding_VD[...], "VD"), tokens_BT, "VD")
         if config.scale_embeddings:
             x_BTD *= math.sqrt(config.model_dim)
         if config.positions == "learned":
-            # Whole over `context` too: a row's tokens have any place in it.
-            table_SD = constrain(gather(self.position_TD[...], "TD"), "SD")
-            x_BTD += table_SD[positions_BT]
+            x_BTD += lookup(gather(self.position_TD[...], "TD"), positions_BT, "TD")
         elif config.positions == "sinusoidal":
             x_BTD += sinusoids(positions_BT, config.model_dim)
         return x_BTD.astype(config.dtype)

@@ -4,7 +4,6 @@ import dataclasses
 import math
 
 AXES = ("slice", "data", "stage", "context", "expert", "tensor")
-WORKING_AXES = ("data", "stage", "context", "expert", "tensor")
 CONTEXT_EXCHANGES = ("ring", "all_to_all")
 
 
@@ -36,15 +35,11 @@ class MeshConfig:
     interleave: int = 1
 
     def validate(self) -> None:
-        """Raises ValueError for an impossible size, or an axis that does not work yet."""
+        """Raises ValueError for an impossible size, or sizes that do not go together."""
         for axis in AXES:
             size = getattr(self, axis)
             if size is not None and size < 1:
                 raise ValueError(f"mesh.{axis}={size}: expected a positive number of devices")
-            if axis not in WORKING_AXES and size != 1:
-                raise ValueError(
-                    f"mesh.{axis}={size}: not yet; only {' and '.join(WORKING_AXES)} can exceed 1"
-                )
         if self.zero not in (0, 1, 2, 3):
             raise ValueError(f"mesh.zero={self.zero}: expected 0, 1, 2 or 3")
         if self.context_exchange not in CONTEXT_EXCHANGES:
@@ -76,7 +71,7 @@ class MeshConfig:
         others = math.prod(getattr(self, axis) for axis in AXES if axis != "data")
         data = num_devices // others if self.data is None else self.data
         if data * others != num_devices:
-            asked = " x ".join(f"{axis} {getattr(self, axis)}" for axis in WORKING_AXES)
+            asked = " x ".join(f"{axis} {getattr(self, axis)}" for axis in AXES)
             raise ValueError(
                 f"mesh ({asked}) does not fit the {num_devices} devices here: leave mesh.data "
                 f"unset and choose mesh.tensor among the divisors of {num_devices}"

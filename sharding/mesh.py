@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+from jax.experimental.mesh_utils import create_hybrid_device_mesh
 from jax.sharding import AxisType, Mesh
 
 from batiste.sharding.config import AXES, MeshConfig
@@ -11,14 +12,38 @@ from batiste.sharding.rules import HOST_MEMORY, shardings
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh over `devices` (default: all), axes in the order of AXES.
+    """The mesh over `devices` (default: all), axes in the order of AXES, `slice` the slowest.
 
-    Raises ValueError when the config does not fit the number of devices.
+    Where the devices are of several TPU slices, those are what `slice` counts, and each is laid out
+    by its own wiring. Anywhere else a slice is devices in a row: some hosts of GPUs, or pretended.
+    Raises ValueError when the config does not fit the number of devices, or of TPU slices.
     """
     config.validate()
     devices = jax.devices() if devices is None else devices
     shape = config.shape(len(devices))
-    return jax.make_mesh(shape, AXES, (AxisType.Auto,) * len(AXES), devices=devices)
+    axis_types = (AxisType.Auto,) * len(AXES)
+    there = _num_tpu_slices(devices)
+    if there == 1:
+        return jax.make_mesh(shape, AXES, axis_types, devices=devices)
+    if there != config.slice:
+        raise ValueError(
+            f"mesh.slice={config.slice}, but the {len(devices)} devices are of {there} TPU slices: "
+            f"set mesh.slice={there}"
+        )
+    # A v5e is laid out as jax.make_mesh would: its wiring has no axis of its own for each of ours.
+    split = devices[0].device_kind in ("TPU v5 lite", "TPU v5e")
+    others = (1,) * (len(AXES) - 1)
+    arranged = create_hybrid_device_mesh(
+        (1, *shape[1:]), (there, *others), devices, allow_split_physical_axes=split
+    )
+    return Mesh(arranged, AXES, axis_types=axis_types)
+
+
+def _num_tpu_slices(devices: Sequence[jax.Device]) -> int:
+    if devices[0].platform != "tpu":
+        return 1
+    # Devices to compile for ahead of time, of one slice, do not have the attribute.
+    return len({getattr(device, "slice_index", 0) for device in devices})
 
 
 def make_mesh_like(mesh: Mesh, config: MeshConfig) -> Mesh:

@@ -24,6 +24,7 @@ from batiste.evaluation import make_row_losses
 from batiste.models import Transformer
 from batiste.sharding import MeshConfig, laid_out, make_mesh, time_order
 from batiste.train import TrainConfig, make_program, make_train_step
+from batiste.train.local_steps import make_exchange
 from batiste.train.metrics import read_metrics
 
 TOKENS_BT = np.arange(16, dtype=np.int32).reshape(2, 8) % 7
@@ -118,6 +119,20 @@ def updates(experiment: Experiment, _):
         state = program.optimizer.init(params)
         first, state = program.optimizer.update(gradients[0], state, params)
         return first, program.optimizer.update(gradients[1], state, params)[0]
+
+
+def exchanged(experiment: Experiment, _):
+    """What two slices agree on that each went its own way."""
+    sizes = MeshConfig(slice=2, data=1)
+    mesh, train = make_mesh(sizes, jax.devices()[:2]), experiment.train
+    program = make_program(experiment.model, train, mesh, sizes)
+    state, random = program.initialize(), np.random.default_rng(0)
+    own = jax.tree.map(
+        lambda leaf: jax.device_put(np.float32(random.normal(size=leaf.shape)), leaf.sharding),
+        state.workers.params)
+    exchange = jax.jit(make_exchange(train.local, program.letters, sizes.zero))
+    with jax.set_mesh(mesh):
+        return exchange(state.params, state.optimizer_state, own, state.workers.residual)[0]
 
 
 def layout(experiment: Experiment, _):

@@ -37,7 +37,7 @@ REFUSED = {
     "--config.train.accumulation=3": ("train.accumulation=3", "train.batch_size=16"),
     "--config.data.sequence_length=999": ("data.sequence_length=999", "model.max_length=256"),
     "--config.mesh.stage=8": ("model.num_layers=4", "mesh.stage=8", "multiple of 8"),
-    "--config.mesh.slice=2": ("mesh.slice=2", "not yet"),
+    "--config.train.local.steps=2": ("train.local.steps=2", "mesh.slice=1"),
     "--config.train.schedule.warmup_steps=999": ("train.schedule.warmup_steps", "400"),
     "--config.data.sources[0].path=nowhere/*.txt": ("nowhere/*.txt", "no such file"),
     "--resume=must": ("resume=must", "no committed checkpoint"),

@@ -38,7 +38,7 @@ LLAMA3 = {"model.rope_scaling": "llama3", "model.rope_original_length": 16}
 BASES = {
     probes.shapes: MODEL, probes.logits: MODEL, probes.step_text: MODEL, probes.start: MODEL,
     probes.two_steps: HALF, probes.rates: MODEL, probes.updates: MODEL,
-    probes.tpu_step_text: MODEL,
+    probes.tpu_step_text: MODEL, probes.exchanged: MODEL | {"mesh.slice": 2, "train.local.steps": 1},
     probes.pipeline_text: MODEL | {"model.num_layers": 4, "train.batch_size": 16, "mesh.stage": 2,
                                    "mesh.micro_batches": 2},
     probes.layout: MODEL | {"train.batch_size": 8}, probes.records: BYTES,
@@ -122,6 +122,11 @@ CASES = {
         "context_exchange": ("all_to_all", {"mesh.context": 2}),
     }),
     **cases(probes.pipeline_text, "mesh.", {"micro_batches": 4, "interleave": 2}),
+    **cases(probes.layout, "train.local.", {"steps": (2, {"mesh.slice": 2})}),
+    **cases(probes.exchanged, "train.local.", {
+        "outer_learning_rate": 0.5, "outer_momentum": 0.5, "compression": "int8",
+        "kept_fraction": (0.5, {"train.local.compression": "top_k"}),
+    }),
     **cases(probes.records, "data.", {
         "sources[0].path": "CORPUS/b/*.txt", "sources[0].weight": 5.0,
         "sources[0].text_field": ("body", {"data.sources[0].path": "CORPUS/c.jsonl"}),

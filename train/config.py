@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from batiste.train.local_steps import LocalStepsConfig
 from batiste.train.optimizer import OptimizerConfig
 from batiste.train.precision import LossScaleConfig
 from batiste.train.schedule import ScheduleConfig, make_schedule
@@ -62,6 +63,7 @@ class TrainConfig:
     schedule: ScheduleConfig = dataclasses.field(default_factory=ScheduleConfig)
     objective: ObjectiveConfig = dataclasses.field(default_factory=ObjectiveConfig)
     loss_scale: LossScaleConfig = dataclasses.field(default_factory=LossScaleConfig)
+    local: LocalStepsConfig = dataclasses.field(default_factory=LocalStepsConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
     stop: StopConfig = dataclasses.field(default_factory=StopConfig)
@@ -71,6 +73,7 @@ class TrainConfig:
         self.optimizer.validate()
         make_schedule(self.schedule, self.num_steps)
         self.loss_scale.validate()
+        self.local.validate()
         positive = {
             "num_steps": self.num_steps, "batch_size": self.batch_size,
             "accumulation": self.accumulation, "objective.loss_chunk": self.objective.loss_chunk,

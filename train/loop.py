@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import numpy as np
 
 from batiste.train.checkpoint import Checkpoints
 from batiste.train.config import TrainConfig
@@ -92,7 +93,12 @@ def fit(
 
 def _record(records: Records, step: int, metrics: dict[str, jax.Array]) -> None:
     """Fetches the metrics of a step (waiting for it) and writes them down."""
-    values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+    # What each slice measures by itself never travels: a process reports the mean of what it sees.
+    shown = {
+        name: value if value.ndim == 0 else [shard.data for shard in value.addressable_shards]
+        for name, value in metrics.items()
+    }
+    values = {name: float(np.mean(value)) for name, value in jax.device_get(shown).items()}
     records.progress.update(step, values["loss"])
     rate = records.progress.tokens_per_second
     if rate is not None:

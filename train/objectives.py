@@ -44,7 +44,11 @@ def token_losses(
     z_loss * log(Z)^2, which keeps the normalizer near 1 (PaLM, arXiv:2204.02311).
     """
     log_z_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
-    hit_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
+    # Compared and not gathered: inside one of several slices, XLA's partitioner dies of a gather
+    # from a vocabulary that `tensor` splits. It takes as long.
+    places_V = jnp.arange(logits_BTV.shape[-1])
+    is_target_BTV = jnp.expand_dims(places_V, range(targets_BT.ndim)) == targets_BT[..., None]
+    hit_BT = jnp.where(is_target_BTV, logits_BTV, 0).sum(axis=-1)
     cross_entropy_BT = log_z_BT - hit_BT
     loss_BT = cross_entropy_BT
     if config.label_smoothing:
