@@ -70,7 +70,7 @@ class Assembly:
             return params
         mesh = make_mesh_like(self.mesh, plain)
         targets = shardings(mesh, self.program.letters, zero=True)
-        return restack(params, self.program.letters, layout, plain, targets)
+        return restack(params, layout, plain, targets)
 
     def stream(
         self, params: Any, prompts: Sequence[str], config: SamplingConfig

@@ -206,7 +206,7 @@ def _load(workdir: str | os.PathLike) -> tuple[Assembly, Any]:
         program = assembly.program
         params = checkpoints.restore_params(step, program.abstract_state.params)
     targets = jax.tree.map(lambda leaf: leaf.sharding, program.abstract_state.params)
-    return assembly, restack(params, program.letters, _stored_mesh(stored), program.layout, targets)
+    return assembly, restack(params, _stored_mesh(stored), program.layout, targets)
 
 
 def _stored_mesh(meta: dict[str, Any]) -> MeshConfig:

@@ -18,10 +18,10 @@ from batiste.sharding.share import Share, replicate
 from batiste.sharding.stages import layer_order, restack, restacked
 
 __all__ = [
-    "ALPHABET", "AXES", "HOST_MEMORY", "MeshConfig", "RULES", "Share", "agree", "axes_of",
+    "ALPHABET", "AXES", "HOST_MEMORY", "RULES", "MeshConfig", "Share", "agree", "axes_of",
     "check_connected", "check_divisible", "check_host_memory", "check_letters", "check_shared",
     "chunk_place", "compiler_options", "connect", "constrain", "context_size", "gather",
-    "in_row_order", "in_time_order", "is_first", "laid_out", "layer_order", "layout",
-    "make_mesh", "make_mesh_like", "per_device", "place", "replicate", "restack", "restacked",
-    "shardings", "spec", "time_order", "together",
+    "in_row_order", "in_time_order", "is_first", "laid_out", "layer_order", "layout", "make_mesh",
+    "make_mesh_like", "per_device", "place", "replicate", "restack", "restacked", "shardings",
+    "spec", "time_order", "together",
 ]

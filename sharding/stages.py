@@ -6,9 +6,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
 from batiste.sharding.config import MeshConfig
-from batiste.sharding.rules import HOST_MEMORY
+from batiste.sharding.rules import HOST_MEMORY, RULES
 
 
 def layer_order(num_layers: int, stages: int, interleave: int) -> np.ndarray:
@@ -28,32 +29,31 @@ def layer_order(num_layers: int, stages: int, interleave: int) -> np.ndarray:
     return layers.swapaxes(0, 1).reshape(-1)
 
 
-def restacked(leaf: jax.Array, letters: str, old: MeshConfig, new: MeshConfig) -> jax.Array:
-    """An array that is stored as `old` wants it, stored as `new` does: only layers move.
-
-    What every slice has one of has a dim before those of its letters, which stays.
-    """
-    moves = letters.startswith("L") and (old.interleave, new.interleave) != (1, 1)
-    if not moves:
+def restacked(leaf: jax.Array, dim: int | None, old: MeshConfig, new: MeshConfig) -> jax.Array:
+    """An array whose layers, along `dim`, are stored as `old` wants it, stored as `new` does."""
+    if dim is None or (old.interleave, new.interleave) == (1, 1):
         return leaf
-    dim = leaf.ndim - len(letters)
-    place = np.argsort(layer_order(leaf.shape[dim], old.stage, old.interleave))
-    return jnp.take(leaf, place[layer_order(leaf.shape[dim], new.stage, new.interleave)], axis=dim)
+    num_layers = leaf.shape[dim]
+    place = np.argsort(layer_order(num_layers, old.stage, old.interleave))
+    return jnp.take(leaf, place[layer_order(num_layers, new.stage, new.interleave)], axis=dim)
 
 
-def restack(tree: Any, letters_tree: Any, old: MeshConfig, new: MeshConfig, targets: Any) -> Any:
+def restack(tree: Any, old: MeshConfig, new: MeshConfig, targets: Any) -> Any:
     """`restacked` for a tree of arrays on the devices, each to its sharding in `targets`.
 
     One array at a time, so that there is room for it.
     """
 
-    def move(leaf, letters, target):
+    def move(leaf: jax.Array, target: NamedSharding) -> jax.Array:
         same = (old.stage, old.interleave) == (new.stage, new.interleave)
         if same and leaf.sharding == target:
             return leaf
         if target.memory_kind == HOST_MEMORY:  # Where nothing is computed.
             leaf = jax.device_put(leaf, target.with_memory_kind("device"))
-        reorder = functools.partial(restacked, letters=letters, old=old, new=new)
+        # Only layers are split over stages alone, wherever they are among an array's dims.
+        axes = tuple(target.spec)
+        dim = axes.index(RULES["L"]) if RULES["L"] in axes else None
+        reorder = functools.partial(restacked, dim=dim, old=old, new=new)
         return jax.jit(reorder, out_shardings=target)(leaf)
 
-    return jax.tree.map(move, tree, letters_tree, targets)
+    return jax.tree.map(move, tree, targets)

@@ -34,13 +34,11 @@ FROZEN = BYTES | {f"train.optimizer.{group}_multiplier": 0.0
 HALF = MODEL | {"model.num_layers": 1, "model.dtype": "float16",
                 "train.loss_scale.initial": 2.0**10, "train.loss_scale.growth_interval": 1}
 EXPERTS = {"model.num_experts": 4}
-BIASED = EXPERTS | {"model.router_bias": True}
 LLAMA3 = {"model.rope_scaling": "llama3", "model.rope_original_length": 16}
 BASES = {
     probes.shapes: MODEL, probes.logits: MODEL, probes.step_text: MODEL, probes.start: MODEL,
     probes.two_steps: HALF, probes.rates: MODEL, probes.updates: MODEL,
     probes.tpu_step_text: MODEL, probes.exchanged: MODEL | {"mesh.slice": 2, "train.local.steps": 1},
-    probes.tpu_step_text: MODEL,
     probes.pipeline_text: MODEL | {"model.num_layers": 4, "train.batch_size": 16, "mesh.stage": 2,
                                    "mesh.micro_batches": 2},
     probes.layout: MODEL | {"train.batch_size": 8}, probes.records: BYTES,
@@ -93,8 +91,8 @@ CASES = {
     }),
     **cases(probes.two_steps, "train.", {
         "objective.label_smoothing": 0.1, "objective.z_loss": 0.1,
-        "objective.balance_loss": (0.1, BIASED), "objective.router_z_loss": (0.1, BIASED),
-        "optimizer.router_bias_rate": (0.1, BIASED),
+        "objective.balance_loss": (0.1, EXPERTS), "objective.router_z_loss": (0.1, EXPERTS),
+        "optimizer.router_bias_rate": (0.1, EXPERTS | {"model.router_bias": True}),
         "loss_scale.initial": 2.0**24, "loss_scale.growth_interval": 2,
         "loss_scale.maximum": 2.0**10,
         "loss_scale.minimum": (2.0**24, {"train.loss_scale.initial": 2.0**24}),
@@ -123,12 +121,12 @@ CASES = {
         "tensor": 2, "zero": 3, "offload_optimizer": True,
         "context_exchange": ("all_to_all", {"mesh.context": 2}),
     }),
+    **cases(probes.pipeline_text, "mesh.", {"micro_batches": 4, "interleave": 2}),
     **cases(probes.layout, "train.local.", {"steps": (2, {"mesh.slice": 2})}),
     **cases(probes.exchanged, "train.local.", {
         "outer_learning_rate": 0.5, "outer_momentum": 0.5, "compression": "int8",
         "kept_fraction": (0.5, {"train.local.compression": "top_k"}),
     }),
-    **cases(probes.pipeline_text, "mesh.", {"micro_batches": 4, "interleave": 2}),
     **cases(probes.records, "data.", {
         "sources[0].path": "CORPUS/b/*.txt", "sources[0].weight": 5.0,
         "sources[0].text_field": ("body", {"data.sources[0].path": "CORPUS/c.jsonl"}),

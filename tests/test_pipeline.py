@@ -30,9 +30,7 @@ def model(**changes) -> TransformerConfig:
 def three_steps(mesh_config, model, accumulation=1, devices=None):
     """Losses and gradient norms of three steps of SGD; the parameters after, layers by depth."""
     config = train_config("sgd", accumulation)
-    if model.norm_placement == "sandwich":
-        # Its loss is so curved that at 0.3 rounding grows twentyfold a step, also on `data` alone.
-        config.schedule.learning_rate = 0.01
+    config.schedule.learning_rate = 0.1
     mesh, program, step = start(config, mesh_config, devices, model)
     state, history = program.initialize(), []
     batch = place(mesh, BATCH, Batch(*("BT",) * 5))
@@ -62,6 +60,17 @@ def largest_error(mine, theirs) -> float:
     return max(jax.tree.leaves(errors))
 
 
+def check_equal(mine, theirs):
+    """Losses, all gradients (a step of SGD is one) and three steps, to 1e-6."""
+    (history, params), (history_alone, params_alone) = mine, theirs
+    np.testing.assert_allclose(history[:, 0], history_alone[:, 0], rtol=1e-6)
+    np.testing.assert_allclose(history[0], history_alone[0], rtol=1e-6)
+    # The norm falls steeply, so in those of later steps the rounding of the parameters shows, as on
+    # a mesh of `data` alone (6e-5 with sandwich norms and a learning rate of 0.3).
+    np.testing.assert_allclose(history[1:, 1], history_alone[1:, 1], rtol=1e-5)
+    assert largest_error(params, params_alone) <= 1e-6
+
+
 CASES = {
     "as many micro-batches as stages": (dict(stage=4, micro_batches=4), {}),
     "more than stages": (dict(stage=2, data=1, tensor=4, micro_batches=8), {}),
@@ -83,36 +92,31 @@ CASES = {
         dict(stage=2, micro_batches=2, interleave=2),
         dict(layer_pattern=("global", "local", "local", "global"), **LOCAL)),
     "post-norm": (dict(stage=4, micro_batches=4), dict(norm_placement="post")),
-    "sandwich": (dict(stage=2, micro_batches=2), dict(norm_placement="sandwich")),
+    "sandwich": (
+        dict(stage=2, micro_batches=2),
+        dict(norm_placement="sandwich", scale_embeddings=True)),
     "context, a pattern across chunks": (
         dict(stage=2, context=2, micro_batches=2, interleave=2),
         dict(layer_pattern=("global", "local", "local", "global"), **LOCAL)),
     "experts": (
         dict(stage=2, data=1, expert=2, tensor=2, micro_batches=4, interleave=2),
-        dict(num_experts=4, experts_per_token=2, router_bias=True)),
+        dict(bias=False, num_experts=4, experts_per_token=2, router_bias=True)),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_pipeline_equals_one_device(case):
     mesh, changes = CASES[case]
-    history, params = three_steps(MeshConfig(**mesh), model(**changes))
-    history_alone, params_alone = on_one_device(**changes)
-    np.testing.assert_allclose(history, history_alone, rtol=1e-6)
-    assert largest_error(params, params_alone) <= 1e-6
+    check_equal(three_steps(MeshConfig(**mesh), model(**changes)), on_one_device(**changes))
 
 
 def test_micro_batches_within_accumulation_equal_one_device():
     mesh = MeshConfig(stage=2, data=2, tensor=2, micro_batches=2, zero=2)
-    history, params = three_steps(mesh, DEEP, accumulation=2)
-    history_alone, params_alone = on_one_device()
-    np.testing.assert_allclose(history, history_alone, rtol=1e-6)
-    assert largest_error(params, params_alone) <= 1e-6
+    check_equal(three_steps(mesh, DEEP, accumulation=2), on_one_device())
 
 
 def test_dropout_of_one_micro_batch_equals_one_device():
-    history, _ = three_steps(MeshConfig(stage=4), model(dropout=0.2))
-    np.testing.assert_allclose(history, on_one_device(dropout=0.2)[0], rtol=1e-6)
+    check_equal(three_steps(MeshConfig(stage=4), model(dropout=0.2)), on_one_device(dropout=0.2))
 
 
 class Statistics(NamedTuple):

@@ -40,8 +40,7 @@ class Program(NamedTuple):
     """A model and an optimizer laid out on a mesh, without a single array allocated.
 
     graphdef: the model's structure; `nnx.merge(graphdef, params)` is the model.
-    letters: the parameters' letters; state_letters: those of the whole state.
-    abstract_state: shapes, dtypes and shardings of the state.
+    letters: the parameters' letters. abstract_state: shapes, dtypes and shardings of the state.
     layout: the mesh config that all of it follows.
     """
 
@@ -49,7 +48,6 @@ class Program(NamedTuple):
     optimizer: optax.GradientTransformation
     schedule: optax.Schedule
     letters: Any
-    state_letters: TrainState
     abstract_state: TrainState
     layout: MeshConfig
     initialize: Callable[[], TrainState]
@@ -77,7 +75,8 @@ def make_program(
     def initialize() -> TrainState:
         params = nnx.to_pure_dict(nnx.state(build(rngs=nnx.Rngs(config.seed)), nnx.Param))
         params = jax.tree.map(
-            lambda leaf, letters: restacked(leaf, letters, MeshConfig(), layout), params, letters
+            lambda leaf, name: restacked(leaf, 0 if name[:1] == "L" else None, MeshConfig(), layout),
+            params, letters,
         )
         scaled = model_config.dtype == "float16"
         state = TrainState(
@@ -94,14 +93,13 @@ def make_program(
         lambda letters, leaf: check_divisible(mesh, letters, leaf.shape, zero=split),
         letters, shapes.params,
     )
-    state_letters = _state_letters(letters, optimizer, config, shapes)
-    state_shardings = _shardings(mesh, layout, state_letters, shapes)
+    state_shardings = _shardings(mesh, layout, letters, (optimizer, config, shapes))
     abstract_state = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         shapes, state_shardings,
     )
     return Program(
-        graphdef, optimizer, schedule, letters, state_letters, abstract_state, layout,
+        graphdef, optimizer, schedule, letters, abstract_state, layout,
         initialize=jax.jit(initialize, out_shardings=state_shardings),
     )
 
@@ -109,7 +107,7 @@ def make_program(
 def from_checkpoint(program: Program, state: TrainState, stored: MeshConfig) -> TrainState:
     """A state that was saved on mesh `stored`, with its layers in the program's order."""
     targets = jax.tree.map(lambda leaf: leaf.sharding, program.abstract_state)
-    return restack(state, program.state_letters, stored, program.layout, targets)
+    return restack(state, stored, program.layout, targets)
 
 
 def _kept(device_shardings: Any, shapes: Any, layout: MeshConfig) -> Any:
@@ -134,44 +132,36 @@ def _with_workers(state: TrainState, config: TrainConfig, slices: int) -> TrainS
     return state._replace(optimizer_state=outer_state, loss_scale=None, workers=workers)
 
 
-def _state_letters(
-    letters: Any, optimizer: optax.GradientTransformation, config: TrainConfig, shapes: TrainState
-) -> TrainState:
-    """The letters of every array of the state; the dim of slices that workers have has none."""
-    moments = optimizer_letters(optimizer, shapes.params, letters)
-    state = TrainState("", letters, moments, jax.tree.map(lambda _: "", shapes.loss_scale))
-    if shapes.workers is None:
-        return state
-    workers = Workers(
-        letters, moments, jax.tree.map(lambda _: "", shapes.workers.loss_scale),
-        residual=None if shapes.workers.residual is None else letters,
-    )
-    outer = optimizer_letters(outer_optimizer(config.local), shapes.params, letters)
-    return state._replace(optimizer_state=outer, workers=workers)
-
-
 def _shardings(
-    mesh: jax.sharding.Mesh, layout: MeshConfig, letters: TrainState, shapes: TrainState
+    mesh: jax.sharding.Mesh, layout: MeshConfig, letters: Any, rest: tuple
 ) -> TrainState:
-    """Where each array of the state lives."""
-    zero = layout.zero
-    state = TrainState(
-        step=shardings(mesh, letters.step),
-        params=shardings(mesh, letters.params, zero=zero >= 3),
-        # Only an exchange reads the outer optimizer's state, and it works on shares.
-        optimizer_state=shardings(
-            mesh, letters.optimizer_state, zero=zero >= 1 or letters.workers is not None),
-        loss_scale=shardings(mesh, letters.loss_scale),
-    )
-    if letters.workers is None:
-        moments = _kept(state.optimizer_state, shapes.optimizer_state, layout)
-        return state._replace(optimizer_state=moments)
-    of_each = functools.partial(shardings, mesh, each_slice=True)
-    moments = of_each(letters.workers.optimizer_state, zero=zero >= 1)
+    """Where each array of the state lives; `rest`: optimizer, config, the state's shapes."""
+    zero, (optimizer, config, shapes) = layout.zero, rest
+    inner = optimizer_letters(optimizer, shapes.params, letters)
+    if config.local.steps is None:
+        return TrainState(
+            step=shardings(mesh, ""),
+            params=shardings(mesh, letters, zero=zero >= 3),
+            optimizer_state=_kept(
+                shardings(mesh, inner, zero=zero >= 1), shapes.optimizer_state, layout),
+            loss_scale=jax.tree.map(lambda _: shardings(mesh, ""), shapes.loss_scale),
+        )
     workers = Workers(
-        params=of_each(letters.workers.params, zero=zero >= 3),
-        optimizer_state=_kept(moments, shapes.workers.optimizer_state, layout),
-        loss_scale=of_each(letters.workers.loss_scale),
-        residual=of_each(letters.workers.residual, zero=True),
+        params=shardings(mesh, letters, zero=zero >= 3, each_slice=True),
+        optimizer_state=_kept(
+            shardings(mesh, inner, zero=zero >= 1, each_slice=True),
+            shapes.workers.optimizer_state, layout),
+        loss_scale=jax.tree.map(
+            lambda _: shardings(mesh, "", each_slice=True), shapes.workers.loss_scale),
+        residual=None if shapes.workers.residual is None
+        else shardings(mesh, letters, zero=True, each_slice=True),
     )
-    return state._replace(workers=workers)
+    # Only an exchange reads the outer optimizer's state, and it works on shares.
+    outer = optimizer_letters(outer_optimizer(config.local), shapes.params, letters)
+    return TrainState(
+        step=shardings(mesh, ""),
+        params=shardings(mesh, letters, zero=zero >= 3),
+        optimizer_state=shardings(mesh, outer, zero=True),
+        loss_scale=None,
+        workers=workers,
+    )
