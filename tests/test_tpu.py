@@ -1,6 +1,7 @@
 """The real training step compiles ahead of time for real TPU topologies, without a TPU."""
 
 import dataclasses
+import itertools
 import os
 import re
 
@@ -33,7 +34,7 @@ def compile_step(topology: str, mesh_config: MeshConfig, model: TransformerConfi
     step = make_train_step(program, config, mesh)
     batch = Batch(*(
         jax.ShapeDtypeStruct((16, 256), np.float32 if name == "weights_BT" else np.int32,
-                             sharding=NamedSharding(mesh, spec("BT")))
+                             sharding=NamedSharding(mesh, spec("BS")))
         for name in Batch._fields
     ))
     with jax.set_mesh(mesh):
@@ -70,3 +71,23 @@ def test_zero_3_takes_less_memory_per_chip_than_zero_0():
 
 def test_float16_compiles_too():
     compile_step("v5p:2x2x1", MeshConfig(data=2, tensor=2), dataclasses.replace(MODEL, dtype="float16"))
+
+
+@pytest.mark.parametrize("exchange", ["ring", "all_to_all"])
+def test_rows_that_devices_share_compile_with_kernels(exchange):
+    """A ring's keys leave before a kernel starts and are needed after it ends."""
+    model = dataclasses.replace(MODEL, attention="v6e", remat="none", num_kv_heads=2)
+    mesh = MeshConfig(data=2, context=2, context_exchange=exchange)
+    text = compile_step("v6e:2x2", mesh, model)[1].as_text()
+    kinds = "collective-permute-start|collective-permute-done|flash_forward|flash_backward|all-to-all"
+    order = re.findall(rf"^  (?:ROOT )?%({kinds})[.\d]* = ", text, re.M)
+    if exchange == "all_to_all":
+        assert "all-to-all" in order and "collective-permute-start" not in order
+        assert {"flash_forward", "flash_backward"} <= set(order)
+        return
+    forward = order[:order.index("flash_backward")]
+    start, done = "collective-permute-start", "collective-permute-done"
+    # Keys and values leave, the device attends to its own, those of the other have come.
+    assert [*itertools.takewhile(lambda kind: kind == start, forward)] == [start] * 2, order
+    assert order.count("flash_forward") == order.count("flash_backward") == 2, order
+    assert forward.index("flash_forward") < forward.index(done), order
