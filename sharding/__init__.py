@@ -12,7 +12,7 @@ from batiste.sharding.rules import (
 )
 
 __all__ = [
-    "ALPHABET", "AXES", "MeshConfig", "check_divisible", "check_letters", "chunk_place", "constrain",
-    "context_size", "gather", "in_row_order", "in_time_order", "laid_out", "layout", "make_mesh",
-    "per_device", "place", "shardings", "spec", "time_order",
+    "ALPHABET", "AXES", "MeshConfig", "check_divisible", "check_letters", "chunk_place",
+    "constrain", "context_size", "gather", "in_row_order", "in_time_order", "laid_out", "layout",
+    "make_mesh", "per_device", "place", "shardings", "spec", "time_order",
 ]

@@ -9,9 +9,7 @@ import numpy as np
 import pytest
 from conftest import make_batch
 from flax import nnx
-from jax.experimental.pallas import tpu as pltpu
 from kernel_cases import make_options
-from kernel_checks import assert_close
 from test_sharding import WIDE, collectives, root_mean_square, start, train_config
 
 from batiste.configs.experiment import Experiment
@@ -21,7 +19,7 @@ from batiste.models import Transformer
 from batiste.models.attention_choice import attention
 from batiste.pallas_kernels import AttentionMask
 from batiste.sharding import MeshConfig, laid_out, make_mesh, place
-from batiste.train import ObjectiveConfig, causal_loss
+from batiste.train import ObjectiveConfig
 
 BATCH = make_batch(8, 32, 40, 0)
 LONG = dataclasses.replace(WIDE, max_length=48)
@@ -163,13 +161,14 @@ def test_logits_come_in_the_order_of_the_row_and_positions_are_asked_for(exchang
             with pytest.raises(ValueError, match="does not know decoding"):
                 model.extend(tokens_BT, model.empty_cache(8, 32))
             with pytest.raises(ValueError, match="does not know dropout.*'all_to_all'"):
-                attention("reference", *QKV, AttentionMask(causal=True), **make_options(("dropout",), 4))
+                options = make_options(("dropout",), 4)
+                attention("reference", *QKV, AttentionMask(causal=True), **options)
 
 
 @pytest.mark.parametrize("change,message", [
     ({"mesh.context": 3, "data.sequence_length": 255, "model.num_heads": 6},
-     r"data.sequence_length=255 is not divisible by 2 \* mesh.context=6.*multiple of 6.*all_to_all"),
-    ({"mesh.context": 2, "model.dropout": 0.1}, "model.dropout=0.1 goes by places.*set it to 0, or"),
+     r"data.sequence_length=255 is not divisible by 2 \* mesh.context=6.*multiple of 6"),
+    ({"mesh.context": 2, "model.dropout": 0.1}, "model.dropout=0.1 goes by places.*to 0, or"),
     ({"mesh.context": 4, "mesh.context_exchange": "all_to_all"},
      "model.num_heads=6 is not divisible by mesh.context=4"),
     ({"mesh.context": 2, "mesh.tensor": 2, "mesh.context_exchange": "all_to_all"},
@@ -184,27 +183,3 @@ def test_what_a_context_cannot_do_is_refused_in_a_line(change, message):
     with pytest.raises(ValueError, match=message) as error:
         experiment.validate()
     assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("exchange,context", [("ring", 4), ("all_to_all", 2)])
-def test_kernels_across_a_context_equal_the_reference_on_one_device(exchange, context):
-    """A TPU's kernels, interpreted: local and global layers, a sink, a soft cap, packed segments."""
-    config = dataclasses.replace(MODELS["gemma"], num_layers=2, head_dim=16)
-
-    def loss_and_gradients(attention):
-        model = Transformer(dataclasses.replace(config, attention=attention), rngs=nnx.Rngs(3))
-        graphdef, params = nnx.split(model)
-
-        def loss(params, batch):
-            terms = causal_loss(nnx.merge(graphdef, params), batch, None, ObjectiveConfig())
-            return terms.loss_B.sum()
-
-        small = Batch(*(x[:2] for x in BATCH))
-        return jax.jit(jax.value_and_grad(loss))(params, small)
-
-    expected = loss_and_gradients("reference")
-    mesh_config = context_mesh(exchange, context=context)
-    memory = pltpu.InterpretParams(uninitialized_memory="nan")
-    with jax.set_mesh(make_mesh(mesh_config, jax.devices()[:context])), laid_out(mesh_config):
-        with pltpu.force_tpu_interpret_mode(memory):
-            assert_close(loss_and_gradients("v6e"), expected, 2e-5)
