@@ -1,6 +1,7 @@
 """The real training step compiles ahead of time for real TPU topologies, without a TPU."""
 
 import dataclasses
+import itertools
 import os
 import re
 
@@ -48,7 +49,7 @@ def lower_step(
     step = make_train_step(program, config, mesh)
     batch = Batch(*(
         jax.ShapeDtypeStruct((16, 256), np.float32 if name == "weights_BT" else np.int32,
-                             sharding=NamedSharding(mesh, spec("BT")))
+                             sharding=NamedSharding(mesh, spec("BS")))
         for name in Batch._fields
     ))
     with jax.set_mesh(mesh):
@@ -103,3 +104,22 @@ def test_experts_exchange_only_what_there_is_and_multiply_nothing_twice():
     experts = 6 * rows * 3 * 256 * 512
     others = 6 * (16 // 4 * 256) * (4 * 256 * 256 + 256 * 1024)
     assert experts + others < lowered.compile().cost_analysis()["flops"] < 1.2 * (experts + others)
+
+
+@pytest.mark.parametrize("exchange", ["ring", "all_to_all"])
+def test_rows_that_devices_share_compile_with_kernels(exchange):
+    """A ring's keys leave before a kernel starts and are needed after it ends."""
+    model = dataclasses.replace(MODEL, attention="v6e", remat="none", num_kv_heads=2)
+    mesh = MeshConfig(data=2, context=2, context_exchange=exchange)
+    text = compile_step("v6e:2x2", mesh, model)[1].as_text()
+    kinds = "collective-permute-start|collective-permute-done|flash_forward|flash_backward"
+    order = re.findall(rf"^  (?:ROOT )?%({kinds})[.\d]* = ", text, re.M)
+    if exchange == "all_to_all":
+        assert " all-to-all(" in text and order == ["flash_forward", "flash_backward"]
+        return
+    forward = order[:order.index("flash_backward")]
+    start, done = "collective-permute-start", "collective-permute-done"
+    # Keys and values leave, the device attends to its own, those of the other have come.
+    assert [*itertools.takewhile(lambda kind: kind == start, forward)] == [start] * 2, order
+    assert order.count("flash_forward") == order.count("flash_backward") == 2, order
+    assert forward.index("flash_forward") < forward.index(done), order
