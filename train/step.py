@@ -54,8 +54,7 @@ def _common_step(program: Program, config: TrainConfig, mesh: jax.sharding.Mesh)
 
     def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         scale = None if state.loss_scale is None else state.loss_scale.scale
-        key = _dropout_key(config, state.step)
-        gradients, terms = gradients_of(state.params, batch, key, scale)
+        gradients, terms = gradients_of(state.params, batch, state.step, scale)
         new, metrics = _update(program, config, state, gradients, terms)
         if slices > 1:
             sums = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(terms))
@@ -79,8 +78,7 @@ def _local_step(program: Program, config: TrainConfig, mesh: jax.sharding.Mesh) 
         own = jax.tree.map(lambda leaf: leaf[0], workers)
         state = TrainState(step, own.params, own.optimizer_state, own.loss_scale)
         scale = None if own.loss_scale is None else own.loss_scale.scale
-        key = jax.random.fold_in(_dropout_key(config, step), jax.lax.axis_index("slice"))
-        gradients, terms = _accumulate(program, config, own.params, batch, key, scale)
+        gradients, terms = _accumulate(program, config, own.params, batch, step, scale)
         state, metrics = _update(program, config, state, gradients, terms)
         own = Workers(state.params, state.optimizer_state, state.loss_scale, own.residual)
         return jax.tree.map(lambda leaf: leaf[None], (own, metrics))
@@ -103,10 +101,6 @@ def _local_step(program: Program, config: TrainConfig, mesh: jax.sharding.Mesh) 
         return TrainState(done, params, outer_state, None, workers), metrics
 
     return step
-
-
-def _dropout_key(config: TrainConfig, step: jax.Array) -> jax.Array:
-    return jax.random.fold_in(jax.random.key(config.seed), step)
 
 
 def _update(
@@ -141,11 +135,21 @@ def _update(
     return new, metrics
 
 
-def _accumulate(program: Program, config: TrainConfig, params, batch, dropout_key, scale):
+def _dropout_key(config: TrainConfig, step: jax.Array) -> jax.Array:
+    """The key of a step; where slices compute by themselves, no two drop the same entries."""
+    key = jax.random.fold_in(jax.random.key(config.seed), step)
+    if "slice" in jax.sharding.get_abstract_mesh().manual_axes:
+        key = jax.random.fold_in(key, jax.lax.axis_index("slice"))
+    return key
+
+
+def _accumulate(program: Program, config: TrainConfig, params, batch, step, scale):
     """Gradients of the summed loss, and the summed Terms, over `accumulation` micro-batches.
 
     scale: float16's loss scale, or None.
     """
+    dropout_key = _dropout_key(config, step)
+
     def scaled_loss(params, batch, key):
         model = nnx.merge(program.graphdef, params)
         with laid_out(program.layout):
