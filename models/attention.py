@@ -5,6 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from batiste.models.attention_choice import attention
 from batiste.models.config import TransformerConfig
@@ -62,6 +63,8 @@ class Attention(nnx.Module):
             q_BTNH, k_BTKH = self.query_norm(q_BTNH), self.key_norm(k_BTKH)
         if rotation is not None:
             q_BTNH, k_BTKH = rotate(q_BTNH, rotation), rotate(k_BTKH, rotation)
+        q_BTNH = checkpoint_name(q_BTNH, "query")
+        k_BTKH, v_BTKH = checkpoint_name(k_BTKH, "key"), checkpoint_name(v_BTKH, "value")
         k_BSKH, v_BSKH = k_BTKH, v_BTKH
         if cache is not None:
             cache = LayerCache(
@@ -72,11 +75,12 @@ class Attention(nnx.Module):
         if dropout_key is not None:
             shape = (q_BTNH.shape[0], q_BTNH.shape[2])
             dropout_seeds_BN = jax.random.bits(dropout_key, shape).astype(jnp.int32)
+        keys = "BTKH" if cache is None else "BSKH"
         out_BTNH, _ = attention(
             self.implementation,
             constrain(q_BTNH, "BTNH"),
-            constrain(k_BSKH, "BSKH"),
-            constrain(v_BSKH, "BSKH"),
+            constrain(k_BSKH, keys),
+            constrain(v_BSKH, keys),
             mask,
             scale=self.scale,
             soft_cap=self.soft_cap,
@@ -85,6 +89,7 @@ class Attention(nnx.Module):
             dropout_rate=self.dropout_rate,
             dropout_seeds_BN=dropout_seeds_BN,
         )
+        out_BTNH = checkpoint_name(out_BTNH, "attended")
         out_BTD = add_bias(project(out_BTNH, self.out_NHD[...], (0, 1)), self.out_bias_D)
         return out_BTD, cache
 

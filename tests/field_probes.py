@@ -22,7 +22,7 @@ from batiste.configs.experiment import Experiment
 from batiste.data import Batch, Loader
 from batiste.evaluation import make_row_losses
 from batiste.models import Transformer
-from batiste.sharding import MeshConfig, make_mesh
+from batiste.sharding import MeshConfig, laid_out, make_mesh, time_order
 from batiste.train import TrainConfig, make_program, make_train_step
 from batiste.train.local_steps import make_exchange
 from batiste.train.metrics import read_metrics
@@ -126,16 +126,18 @@ def exchanged(experiment: Experiment, _):
 
 
 def layout(experiment: Experiment, _):
-    """The shardings on the 8 devices, or why there are none."""
+    """The shardings on the 8 devices and the order of a row, or why there are none."""
     try:
         experiment.validate_on(8)
     except ValueError as error:
         return str(error)
     program = make_program(
         experiment.model, experiment.train, make_mesh(experiment.mesh), experiment.mesh)
-    specs = jax.tree.map(lambda leaf: str(leaf.sharding.spec), program.abstract_state)
+    specs = jax.tree.map(lambda leaf: f"{leaf.sharding.spec} {leaf.sharding.memory_kind}", program.abstract_state)
     mesh = jax.tree.leaves(program.abstract_state)[0].sharding.mesh
-    return specs, tuple(mesh.shape.items())
+    with jax.set_mesh(mesh), laid_out(experiment.mesh):
+        order = time_order(experiment.data.sequence_length)
+    return specs, tuple(mesh.shape.items()), order
 
 
 def records(experiment: Experiment, corpus: pathlib.Path):

@@ -10,7 +10,7 @@ import optax
 from flax import nnx
 
 from batiste.models import Transformer, TransformerConfig, letters_tree
-from batiste.sharding import MeshConfig, check_divisible, shardings
+from batiste.sharding import HOST_MEMORY, MeshConfig, check_divisible, shardings
 from batiste.train.config import TrainConfig
 from batiste.train.local_steps import Workers, outer_optimizer
 from batiste.train.optimizer import make_optimizer, optimizer_letters
@@ -87,7 +87,7 @@ def make_program(
         lambda letters, leaf: check_divisible(mesh, letters, leaf.shape, zero=split),
         letters, shapes.params,
     )
-    state_shardings = _shardings(mesh, layout.zero, letters, (optimizer, config, shapes))
+    state_shardings = _shardings(mesh, layout, letters, (optimizer, config, shapes))
     abstract_state = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         shapes, state_shardings,
@@ -95,6 +95,16 @@ def make_program(
     return Program(
         graphdef, optimizer, schedule, letters, abstract_state, layout,
         initialize=jax.jit(initialize, out_shardings=state_shardings),
+    )
+
+
+def _kept(device_shardings: Any, shapes: Any, layout: MeshConfig) -> Any:
+    """The shardings of the optimizer's state between updates; counts stay on the device."""
+    if not layout.offload_optimizer:
+        return device_shardings
+    return jax.tree.map(
+        lambda sharding, leaf: sharding.with_memory_kind(HOST_MEMORY) if leaf.ndim else sharding,
+        device_shardings, shapes,
     )
 
 
@@ -110,20 +120,25 @@ def _with_workers(state: TrainState, config: TrainConfig, slices: int) -> TrainS
     return state._replace(optimizer_state=outer_state, loss_scale=None, workers=workers)
 
 
-def _shardings(mesh: jax.sharding.Mesh, zero: int, letters: Any, rest: tuple) -> TrainState:
+def _shardings(
+    mesh: jax.sharding.Mesh, layout: MeshConfig, letters: Any, rest: tuple
+) -> TrainState:
     """Where each array of the state lives; `rest`: optimizer, config, the state's shapes."""
-    optimizer, config, shapes = rest
+    zero, (optimizer, config, shapes) = layout.zero, rest
     inner = optimizer_letters(optimizer, shapes.params, letters)
     if config.local.steps is None:
         return TrainState(
             step=shardings(mesh, ""),
             params=shardings(mesh, letters, zero=zero >= 3),
-            optimizer_state=shardings(mesh, inner, zero=zero >= 1),
+            optimizer_state=_kept(
+                shardings(mesh, inner, zero=zero >= 1), shapes.optimizer_state, layout),
             loss_scale=jax.tree.map(lambda _: shardings(mesh, ""), shapes.loss_scale),
         )
     workers = Workers(
         params=shardings(mesh, letters, zero=zero >= 3, each_slice=True),
-        optimizer_state=shardings(mesh, inner, zero=zero >= 1, each_slice=True),
+        optimizer_state=_kept(
+            shardings(mesh, inner, zero=zero >= 1, each_slice=True),
+            jax.eval_shape(optimizer.init, shapes.params), layout),
         loss_scale=jax.tree.map(
             lambda _: shardings(mesh, "", each_slice=True), shapes.workers.loss_scale),
         residual=None if shapes.workers.residual is None

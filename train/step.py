@@ -7,13 +7,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx
 from jax.sharding import PartitionSpec
 
-from batiste.sharding import constrain, laid_out
+from batiste.models import rebalanced
+from batiste.sharding import HOST_MEMORY, compiler_options, constrain
 from batiste.train.config import TrainConfig
+from batiste.train.gradients import accumulate
 from batiste.train.local_steps import Workers, exchanged_bytes, make_exchange
-from batiste.train.objectives import causal_loss
+from batiste.train.objectives import RouterTerms, Terms
 from batiste.train.precision import adjust, all_finite, keep_if, unscale
 from batiste.train.slices import all_reduce_bytes, in_each_slice, sum_over_slices, summed_bytes
 from batiste.train.state import Program, TrainState
@@ -28,13 +29,20 @@ def make_train_step(
 
     The batch is a Batch of global arrays on the mesh. Metrics are float32 scalars: loss and
     cross_entropy (nats per token), tokens, gradient_norm, learning_rate; loss_scale and skipped
-    when the compute dtype is float16; slice_bytes, what a device sends to other slices, when there
-    are several. In local steps all but the last are arrays over slices, of each slice's own rows.
+    when the compute dtype is float16; router_balance (1 is even), router_z, router_load (of the
+    busiest expert, over the mean) with experts; slice_bytes, what a device sends to other slices,
+    when there are several. In local steps all but the last are arrays over slices, of each slice's
+    own rows.
     """
     local = config.local.steps is not None
     step = _local_step(program, config, mesh) if local else _common_step(program, config, mesh)
     state_shardings = jax.tree.map(lambda leaf: leaf.sharding, program.abstract_state)
-    jitted = jax.jit(step, donate_argnums=0, out_shardings=(state_shardings, None))
+    jitted = jax.jit(
+        lambda state, batch: step(_on_device(program, state), batch),
+        donate_argnums=0,
+        out_shardings=(state_shardings, None),
+        compiler_options=compiler_options(mesh.devices.flat[0], program.letters),
+    )
 
     def on_mesh(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         with jax.set_mesh(mesh):
@@ -46,7 +54,7 @@ def make_train_step(
 
 def _common_step(program: Program, config: TrainConfig, mesh: jax.sharding.Mesh) -> Callable:
     """A step that all devices take together, by the gradients of the whole batch."""
-    gradients_of = functools.partial(_accumulate, program, config)
+    gradients_of = functools.partial(accumulate, program, config)
     slices = mesh.shape["slice"]
     if slices > 1:
         gradients_of = sum_over_slices(gradients_of, program.letters)
@@ -78,7 +86,7 @@ def _local_step(program: Program, config: TrainConfig, mesh: jax.sharding.Mesh) 
         own = jax.tree.map(lambda leaf: leaf[0], workers)
         state = TrainState(step, own.params, own.optimizer_state, own.loss_scale)
         scale = None if own.loss_scale is None else own.loss_scale.scale
-        gradients, terms = _accumulate(program, config, own.params, batch, step, scale)
+        gradients, terms = accumulate(program, config, own.params, batch, step, scale)
         state, metrics = _update(program, config, state, gradients, terms)
         own = Workers(state.params, state.optimizer_state, state.loss_scale, own.residual)
         return jax.tree.map(lambda leaf: leaf[None], (own, metrics))
@@ -104,11 +112,10 @@ def _local_step(program: Program, config: TrainConfig, mesh: jax.sharding.Mesh) 
 
 
 def _update(
-    program: Program, config: TrainConfig, state: TrainState, gradients: Any, terms: tuple
+    program: Program, config: TrainConfig, state: TrainState, gradients: Any, terms: Terms
 ) -> tuple[TrainState, Metrics]:
     """The state after an optimizer step by summed gradients and Terms, and what it measured."""
-    loss, cross_entropy, num_tokens = terms
-    tokens = jnp.maximum(num_tokens, 1)
+    tokens = jnp.maximum(terms.tokens_B, 1)
     if state.loss_scale is not None:
         gradients = unscale(gradients, state.loss_scale)
     gradients = jax.tree.map(
@@ -120,61 +127,41 @@ def _update(
         gradients, state.optimizer_state, state.params
     )
     metrics = {
-        "loss": loss / tokens,
-        "cross_entropy": cross_entropy / tokens,
-        "tokens": num_tokens,
+        "loss": terms.loss_B / tokens,
+        "cross_entropy": terms.cross_entropy_B / tokens,
+        "tokens": terms.tokens_B,
         "gradient_norm": optax.tree.norm(gradients),
         "learning_rate": jnp.asarray(program.schedule(state.step), jnp.float32),
     }
-    new = TrainState(
-        state.step + 1, optax.apply_updates(state.params, updates), optimizer_state,
-        state.loss_scale,
-    )
+    params = optax.apply_updates(state.params, updates)
+    if terms.router is not None:
+        load_LE = terms.router.load_BLE  # Of all rows together.
+        params = rebalanced(params, load_LE, config.optimizer.router_bias_rate)
+        metrics |= _router_metrics(terms.router, tokens)
+    new = TrainState(state.step + 1, params, optimizer_state, state.loss_scale)
     if state.loss_scale is not None:
         new, metrics = _skip_overflow(config, state, new, (gradients, metrics))
     return new, metrics
 
 
-def _dropout_key(config: TrainConfig, step: jax.Array) -> jax.Array:
-    """The key of a step; where slices compute by themselves, no two drop the same entries."""
-    key = jax.random.fold_in(jax.random.key(config.seed), step)
-    if "slice" in jax.sharding.get_abstract_mesh().manual_axes:
-        key = jax.random.fold_in(key, jax.lax.axis_index("slice"))
-    return key
+def _on_device(program: Program, state: TrainState) -> TrainState:
+    """Fetches what is offloaded from the host; `out_shardings` send its successor back."""
+    def fetch(leaf: jax.Array, kept: jax.ShapeDtypeStruct) -> jax.Array:
+        if kept.sharding.memory_kind != HOST_MEMORY:
+            return leaf
+        return jax.device_put(leaf, kept.sharding.with_memory_kind("device"))
+
+    return jax.tree.map(fetch, state, program.abstract_state)
 
 
-def _accumulate(program: Program, config: TrainConfig, params, batch, step, scale):
-    """Gradients of the summed loss, and the summed Terms, over `accumulation` micro-batches.
-
-    scale: float16's loss scale, or None.
-    """
-    dropout_key = _dropout_key(config, step)
-
-    def scaled_loss(params, batch, key):
-        model = nnx.merge(program.graphdef, params)
-        with laid_out(program.layout):
-            terms = causal_loss(model, batch, key, config.objective)
-        terms = jax.tree.map(jnp.sum, terms)
-        return terms.loss_B if scale is None else terms.loss_B * scale, tuple(terms)
-
-    differentiate = jax.grad(scaled_loss, has_aux=True)
-    k = config.accumulation
-    if k == 1:
-        return differentiate(params, batch, dropout_key)
-
-    def split(x):
-        # Micro-batch i takes rows i, i + k, ...: each device keeps the rows it already has.
-        x = x.reshape(x.shape[0] // k, k, *x.shape[1:]).swapaxes(0, 1)
-        return jax.vmap(lambda rows: constrain(rows, "BT"))(x)
-
-    def add(total, micro):
-        batch, key = micro
-        return jax.tree.map(jnp.add, total, differentiate(params, batch, key)), None
-
-    micros = (jax.tree.map(split, batch), jax.random.split(dropout_key, k))
-    shapes = jax.eval_shape(differentiate, params, *jax.tree.map(lambda x: x[0], micros))
-    zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-    return jax.lax.scan(add, zero, micros)[0]
+def _router_metrics(router: RouterTerms, tokens: jax.Array) -> Metrics:
+    """Means over tokens and layers, and the worst over layers; of terms summed over rows."""
+    load_LE = router.load_BLE
+    return {
+        "router_balance": router.balance_B / (tokens * len(load_LE)),
+        "router_z": router.z_B / (tokens * len(load_LE)),
+        "router_load": (load_LE.max(axis=1) / jnp.maximum(load_LE.mean(axis=1), 1)).max(),
+    }
 
 
 def _skip_overflow(config: TrainConfig, old: TrainState, new: TrainState, rest):
