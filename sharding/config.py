@@ -11,6 +11,8 @@ CONTEXT_EXCHANGES = ("ring", "all_to_all")
 class MeshConfig:
     """Sizes of the mesh axes; `data=None` takes all devices that the other axes leave.
 
+    `slice` counts TPU slices, or groups of devices with a slow network between them; what ZeRO
+    splits over `data` every slice has once.
     `zero` says what is sharded over `data`: 0 nothing, 1 optimizer state, 2 and gradients,
     3 and parameters (Rajbhandari et al. 2020, arXiv:1910.02054). `offload_optimizer` keeps the
     optimizer's state in the host's memory between updates (Ren et al. 2021, arXiv:2101.06840).
