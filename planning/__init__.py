@@ -1,0 +1,1 @@
+"""What a run will take, before it runs: memory, time, money, and the mesh to choose."""

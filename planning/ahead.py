@@ -1,0 +1,80 @@
+"""The real training step, compiled for TPUs that are not here (libtpu compiles on a CPU machine)."""
+
+import dataclasses
+import os
+import re
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import NamedSharding
+
+from batiste.data import Batch
+from batiste.models import resolve_attention
+from batiste.planning.workload import Choice, Machine, Workload
+from batiste.sharding import make_mesh, spec
+from batiste.train import make_program, make_train_step
+
+
+class Compiled(NamedTuple):
+    """peak_bytes: on each device, None where the compiler refused: then it wanted `refused`."""
+
+    peak_bytes: int | None
+    refused: str | None
+    program: Any
+
+
+def chosen(workload: Workload, choice: Choice) -> Workload:
+    """The workload with the choice written into its configs."""
+    return dataclasses.replace(
+        workload,
+        model=dataclasses.replace(workload.model, remat=choice.remat),
+        train=dataclasses.replace(workload.train, accumulation=choice.accumulation),
+    )
+
+
+def lower_step(workload: Workload, machine: Machine, choice: Choice) -> jax.stages.Lowered:
+    """The training step of a choice, with the attention kernels of the chip, traced and lowered."""
+    workload = chosen(workload, choice)
+    mesh = make_mesh(choice.mesh, _topology_devices(machine))
+    kind = mesh.devices.flat[0].device_kind
+    model, _ = resolve_attention(workload.model, kind, mesh.shape)
+    program = make_program(model, workload.train, mesh, choice.mesh)
+    step = make_train_step(program, workload.train, mesh)
+    shape, sharding = (workload.train.batch_size, workload.length), NamedSharding(mesh, spec("BT"))
+    batch = Batch(*(
+        jax.ShapeDtypeStruct(
+            shape, np.float32 if name == "weights_BT" else np.int32, sharding=sharding
+        )
+        for name in Batch._fields
+    ))
+    with jax.set_mesh(mesh):
+        return step.jitted.lower(program.abstract_state, batch)
+
+
+def compile_step(workload: Workload, machine: Machine, choice: Choice) -> Compiled:
+    """Compiles it; a step that does not fit is refused by the compiler, which is an answer too."""
+    lowered = lower_step(workload, machine, choice)
+    try:
+        program = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        wanted = re.search(r"\(([\d.]+[KMG])\) exceeds available HBM", str(error))
+        if wanted is None:
+            raise
+        return Compiled(None, wanted[1], None)
+    return Compiled(program.memory_analysis().peak_memory_in_bytes, None, program)
+
+
+def _topology_devices(machine: Machine) -> list:
+    if not machine.topology:
+        raise ValueError(
+            f"--compile on {machine}: only TPU topologies compile without the hardware; leave "
+            "--compile out, or give --topology"
+        )
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # There is no metadata server to ask.
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    shape = "x".join(map(str, machine.topology))
+    return topologies.get_topology_desc(
+        platform="tpu", topology_name=f"{machine.device.name}:{shape}"
+    ).devices

@@ -1,0 +1,218 @@
+"""Bytes on each device at the fullest moments of a training step, without compiling it.
+
+State comes from `make_program` itself, what is kept for the backward pass from the model's own
+derivative (planning/saved.py). What is left is an account of what is alive at four moments; its
+numbers of bytes per token were found by compiling for TPUs (docs/plan.md has the errors).
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import AbstractMesh, NamedSharding
+
+from batiste.planning.saved import bytes_per_row, saved_arrays
+from batiste.planning.workload import Choice, Workload
+from batiste.sharding import AXES, MeshConfig, spec
+from batiste.train import make_program
+
+GIB = 2**30
+# Kernels pad the last dim of an array to the 128 lanes of a vector register.
+LANES = 128
+
+
+class Memory(NamedTuple):
+    """Bytes per device by kind, at the moment when their sum is largest; that moment's name.
+
+    activations: kept for the backward pass, and at work in it. collectives: weights gathered whole,
+    and their gradients before they are scattered.
+    """
+
+    parameters: float
+    gradients: float
+    optimizer: float
+    activations: float
+    logits: float
+    collectives: float
+    moment: str
+
+    @property
+    def total(self) -> float:
+        """The peak, in bytes."""
+        return sum(self[:-1])
+
+
+class StateBytes(NamedTuple):
+    """Bytes per device of what the step updates, and of one weight-shaped tree whole over `data`.
+
+    layer: the weights of one repetition of the layer pattern; whole over `data`, as are embedding
+    and head (both 0 and the same array when they are tied).
+    """
+
+    parameters: float
+    optimizer: float
+    gradients: float
+    layer: float
+    embedding: float
+    head: float
+    largest: float
+
+
+class Account:
+    """Estimates the memory of one workload on any mesh; what it looks up it looks up once."""
+
+    def __init__(self, workload: Workload):
+        self.workload = workload
+        self._states = functools.cache(self._state_of)
+        self._rows = functools.cache(self._row_of)
+        self._programs = functools.cache(self._program)
+        self._saved = functools.cache(self._saved_by)
+
+    def estimate(self, choice: Choice) -> Memory:
+        """The fullest moment; ValueError where a mesh axis does not divide a dim that it splits."""
+        moments = self.moments(choice)
+        return max(moments, key=lambda memory: memory.total)
+
+    def moments(self, choice: Choice) -> list[Memory]:
+        """When the loss is computed, a layer differentiated, the embedding, the update made."""
+        state = self.state(choice.mesh)
+        saved = self.saved_bytes(choice)
+        several = choice.accumulation > 1
+        gathers = choice.mesh.zero >= 3
+        # The whole embedding and head do not change between micro-batches: they stay.
+        kept = state.embedding + state.head if several and gathers else 0.0
+        sum_so_far = state.gradients if several else 0.0
+        Moment = functools.partial(Memory, state.parameters, optimizer=state.optimizer)
+        head = state.head or state.embedding
+        features = 4 * self.tokens(choice) * self.workload.model.model_dim
+        held = max(kept, head if gathers else 0.0)
+        loss = Moment(
+            gradients=sum_so_far + head, activations=saved + features,
+            logits=self._logits_bytes(choice), collectives=held + head / 2, moment="loss",
+        )
+        in_flight = state.layer * (1.5 + (1 if gathers else 0))
+        layers = Moment(
+            gradients=sum_so_far + state.gradients, activations=saved + self._work_bytes(choice),
+            logits=0.0, collectives=kept + in_flight, moment="layers",
+        )
+        update = Moment(
+            gradients=state.gradients, activations=0.0, logits=0.0, collectives=state.largest,
+            moment="update",
+        )
+        return [loss, layers, update]
+
+    def tokens(self, choice: Choice) -> float:
+        """Tokens of a micro-batch that a device works on."""
+        rows = self.workload.train.batch_size / choice.accumulation / choice.batch_parts
+        return rows * self.workload.length / choice.mesh.context
+
+    def state(self, mesh: MeshConfig) -> StateBytes:
+        """What the state takes on a device of this mesh."""
+        return self._states(mesh.zero, tuple(getattr(mesh, axis) for axis in AXES))
+
+    def saved_bytes(self, choice: Choice) -> float:
+        """What the forward pass keeps for the backward pass."""
+        sizes = choice.sizes
+        rows = self.workload.train.batch_size / choice.accumulation / choice.batch_parts
+        kept = rows * self._rows(choice.remat, tuple(sizes.items()))
+        if choice.remat == "none" and choice.mesh.zero >= 3:
+            # Without rematerialization a layer's weights are kept as they were used: whole.
+            kept += self.state(choice.mesh).layer * self._periods / choice.mesh.stage
+        return kept
+
+    @property
+    def _periods(self) -> int:
+        model = self.workload.model
+        return model.num_layers // len(model.layer_pattern)
+
+    def _saved_by(self, remat: str) -> list:
+        return saved_arrays(dataclasses.replace(self.workload.model, remat=remat))
+
+    def _row_of(self, remat: str, items: tuple) -> float:
+        model, sizes = self.workload.model, dict(items)
+        return sum(
+            bytes_per_row(entry, model, self.workload.length, sizes)
+            * (self._periods / sizes["stage"] if entry.per_layer else 1)
+            for entry in self._saved(remat)
+        )
+
+    def _logits_bytes(self, choice: Choice) -> float:
+        """Logits of a chunk in fp32 and a quarter of that for their gradient on its way."""
+        model, objective = self.workload.model, self.workload.train.objective
+        if objective.fused:
+            return 0.0
+        share = min(objective.loss_chunk or self.workload.length, self.workload.length)
+        sizes = choice.sizes
+        logits = self.tokens(choice) * share / self.workload.length * model.vocab_size
+        bytes_each = 5 if objective.loss_chunk else 10  # Not recomputed: logits and softmax stay.
+        return bytes_each * logits / (sizes["stage"] * sizes["tensor"])
+
+    def _work_bytes(self, choice: Choice) -> float:
+        """What one layer has alive in its backward pass, in its feed-forward or in its attention."""
+        model, tensor = self.workload.model, choice.mesh.tensor
+        item = 4 if model.dtype == "float32" else 2
+        padding = -(-model.head_dim // LANES) * LANES / model.head_dim
+        heads = model.num_heads * model.head_dim / tensor
+        keys = model.num_kv_heads * model.head_dim / tensor
+        recomputes = choice.remat != "none"
+        # Feed-forward: each projection and its gradient, x in, its gradient, x itself in fp32; and
+        # what attention's backward pass will need, if it was recomputed.
+        projections = 2 if model.gated else 1
+        feed_forward = projections * (2 if recomputes else 1) * item * model.mlp_dim / tensor
+        feed_forward += (2 * item + 5 / tensor) * model.model_dim
+        feed_forward += recomputes * item * 2 * (heads + keys * padding)
+        if model.attention == "reference":
+            probabilities = 3 * 4 * model.num_heads / tensor * self.workload.length
+            attention = item * 3 * (heads + keys) + probabilities
+        else:
+            # Queries, outputs and gradients as they are and in the kernels' layouts, which pad
+            # half of them; dq, dk and dv leave the kernel in fp32.
+            attention = heads * (item * (4 + 2 * padding) + 4)
+            attention += keys * (item * (1 + 2 * padding) + 8 * padding)
+        attention += 2 * model.model_dim / tensor
+        return self.tokens(choice) * max(feed_forward, attention)
+
+    def _program(self, zero: int):
+        """The program on a mesh of one: shapes, and specs that hold for every mesh."""
+        mesh = AbstractMesh((1,) * len(AXES), AXES)
+        return make_program(
+            self.workload.model, self.workload.train, mesh, MeshConfig(data=1, zero=zero)
+        )
+
+    def _state_of(self, zero: int, shape: tuple[int, ...]) -> StateBytes:
+        program, mesh = self._programs(zero), AbstractMesh(shape, AXES)
+        state = program.abstract_state
+        gradients = _tree_bytes(mesh, state.params, program.gradient_shardings)
+        flat = jax.tree_util.tree_leaves_with_path(state.params)
+        letters = jax.tree.leaves(program.letters)
+        pattern = len(self.workload.model.layer_pattern)
+        whole = {"layer": 0.0, "VD": 0.0, "DV": 0.0}
+        for (_, leaf), name in zip(flat, letters, strict=True):
+            size = _leaf_bytes(mesh, leaf, spec(name))
+            if name.startswith("L"):
+                periods = leaf.shape[0] / pattern / dict(zip(AXES, shape))["stage"]
+                whole["layer"] += size / periods
+            elif name in whole:
+                whole[name] += size
+        return StateBytes(
+            parameters=sum(_tree_bytes(mesh, state.params)),
+            optimizer=sum(_tree_bytes(mesh, state.optimizer_state)),
+            gradients=sum(gradients), layer=whole["layer"], embedding=whole["VD"],
+            head=whole["DV"], largest=max(gradients),
+        )
+
+
+def _tree_bytes(mesh: AbstractMesh, tree: Any, shardings: Any = None) -> list[float]:
+    """Bytes per device of each leaf, placed by its own specs or by those of `shardings`."""
+    places = jax.tree.map(lambda leaf: leaf.sharding, tree) if shardings is None else shardings
+    return [
+        _leaf_bytes(mesh, leaf, place.spec)
+        for leaf, place in zip(jax.tree.leaves(tree), jax.tree.leaves(places), strict=True)
+    ]
+
+
+def _leaf_bytes(mesh: AbstractMesh, leaf: Any, partition) -> float:
+    shard = NamedSharding(mesh, partition).shard_shape(leaf.shape)
+    return math.prod(shard) * leaf.dtype.itemsize
