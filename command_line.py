@@ -16,6 +16,7 @@ from ml_collections import config_flags
 ROOT = pathlib.Path(__file__).resolve().parent
 USAGE = """usage: batiste VERB [--flags]
 
+  plan      --config=FILE --topology=TPU   memory, time and cost of every mesh, before a run
   prepare   --config=FILE --workdir=DIR    raw text to tokenized records
   train     --config=FILE --workdir=DIR    prepare, train, evaluate, sample; again: continue
   evaluate  --workdir=DIR                  loss, perplexity, bits per byte
@@ -61,6 +62,24 @@ def _define_train(values: flags.FlagValues, argv: list[str]) -> None:
         "resume", "auto", "auto: continue if there is a checkpoint; must: demand one; never: "
         "refuse to find one.", flag_values=values,
     )
+    flags.DEFINE_bool("force", False, "Train although the memory will not suffice.",
+                      flag_values=values)
+
+
+def _define_plan(values: flags.FlagValues, argv: list[str]) -> None:
+    _define_config(values, argv)
+    flags.DEFINE_string("topology", None, "TPUs, such as v5p:4x4x4.", flag_values=values)
+    flags.DEFINE_string("gpu", None, "GPUs, such as h200:8.", flag_values=values)
+    flags.DEFINE_bool("cpu", False, "The CPU of this machine, measured for 20 seconds.",
+                      flag_values=values)
+    flags.DEFINE_float("tokens", None, "Token budget; the config's steps, if left out.", 1.0,
+                       flag_values=values)
+    flags.DEFINE_float("price_per_chip_hour", None, "For the cost of the budget.", 0.0,
+                       flag_values=values)
+    flags.DEFINE_bool("compile", False, "Compile the best plan for the TPUs and compare.",
+                      flag_values=values)
+    flags.DEFINE_bool("apply", False, "Print only the overrides of the best plan, to paste.",
+                      flag_values=values)
 
 
 def _define_evaluate(values: flags.FlagValues, argv: list[str]) -> None:
@@ -96,7 +115,7 @@ def _train(values: flags.FlagValues) -> int:
         experiment = main.load_experiment(workdir)
     else:
         experiment = _experiment(values)
-    result = main.train(experiment, workdir, values.resume)
+    result = main.train(experiment, workdir, values.resume, values.force)
     if result.validation is None:
         print(f"stopped by {result.reason} after step {result.step}, saved; the same command continues")
         return EXIT_CODES[result.reason]
@@ -106,6 +125,25 @@ def _train(values: flags.FlagValues) -> int:
     report = pathlib.Path(workdir, "report.md")
     samples = re.search(r"^## Samples\n.*?(?=^## )", report.read_text(), re.S | re.M)
     print(f"\n{samples[0]}" if samples else "", f"report: {report}", sep="\n")
+    return 0
+
+
+def _plan(values: flags.FlagValues) -> int:
+    from batiste import main
+    from batiste.planning import Budget, gpu_machine, tpu_machine
+
+    experiment = _experiment(values)
+    places = [name for name in ("topology", "gpu", "cpu") if values[name].value]
+    if len(places) != 1:
+        raise ValueError(f"expected one of --topology, --gpu and --cpu, got {places or 'none'}")
+    machine = None
+    if not values.cpu:
+        machine = tpu_machine(values.topology) if values.topology else gpu_machine(values.gpu)
+    tokens = values.tokens
+    if tokens is None:
+        tokens = experiment.train.num_steps * experiment.train.batch_size * experiment.data.sequence_length
+    budget = Budget(tokens, values.price_per_chip_hour)
+    print(main.plan(experiment, machine, budget, values.compile, values.apply))
     return 0
 
 
@@ -138,6 +176,7 @@ def _generate(values: flags.FlagValues) -> int:
 
 
 VERBS: dict[str, tuple[Callable, Callable]] = {
+    "plan": (_define_plan, _plan),
     "prepare": (_define_prepare, _prepare),
     "train": (_define_train, _train),
     "evaluate": (_define_evaluate, _evaluate),

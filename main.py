@@ -17,7 +17,12 @@ from batiste.data import Loader, Prepared, load_prepared
 from batiste.data import prepare as prepare_data
 from batiste.evaluation import Perplexity
 from batiste.inference import SamplingConfig
-from batiste.sharding import MeshConfig
+from batiste.models import resolve_attention
+from batiste.planning import (
+    SHOWN, Account, Budget, Choice, Machine, Workload, comparison, fits, machine_here, measure_cpu,
+    memory_block, overrides, reason, rejections, remedy_line, search, table,
+)
+from batiste.sharding import AXES, MeshConfig
 from batiste.train import (
     Checkpoints, Ledger, MetricsWriter, Records, Run, check_mode, check_same, fit, make_train_step,
 )
@@ -52,16 +57,48 @@ def prepare(experiment: Experiment, workdir: str | os.PathLike) -> Prepared:
     return prepared
 
 
-def train(experiment: Experiment, workdir: str | os.PathLike, resume: str = "auto") -> Result:
+def plan(
+    experiment: Experiment, machine: Machine | None, budget: Budget, compiles: bool = False,
+    applies: bool = False,
+) -> str:
+    """What the experiment would take on a machine, on every mesh that it could have there.
+
+    machine: None measures this machine's CPU. compiles: adds what the TPU's compiler says of the
+    fastest plan that fits. applies: the answer is the overrides for that plan, and nothing else.
+    Raises ValueError where nothing fits.
+    """
+    workload = _workload(experiment, "cpu" if machine is None else machine.device.kind)
+    machine = measure_cpu(workload) if machine is None else machine
+    account, check = Account(workload), _checker(experiment, machine)
+    plans = search(account, machine, check)
+    best = [each for each in plans if each.fits][:SHOWN]
+    rejected = rejections(account, machine, plans, check)
+    if not best:
+        raise ValueError(f"nothing fits on {machine}; closest: {rejected[0]}")
+    if applies:
+        return overrides(best[0].choice, _choice(experiment, machine.num_devices))
+    blocks = [table(account, machine, best, budget)]
+    if rejected:
+        blocks.append("\n".join(["would be faster, but do not fit:", *rejected]))
+    if compiles:
+        blocks.append(comparison(account, machine, best[0].choice))
+    return "\n\n".join(blocks)
+
+
+def train(
+    experiment: Experiment, workdir: str | os.PathLike, resume: str = "auto", force: bool = False
+) -> Result:
     """Prepares, trains, evaluates, samples, and writes it all under `workdir`.
 
     resume: "auto" continues from the newest checkpoint if there is one, "must" demands one,
-    "never" refuses to find one. Raises ValueError for a config that cannot run, or that differs
-    from the checkpoint's.
+    "never" refuses to find one. force: trains although the memory will not suffice. Raises
+    ValueError for a config that cannot run, or that differs from the checkpoint's.
     """
     started = time.perf_counter()
     workdir = pathlib.Path(workdir)
     experiment.validate_on(len(jax.devices()))
+    if not force:
+        _check_memory(experiment)
     start, stored = _stored(workdir, experiment.train.checkpoint)
     check_mode(resume, start, str(workdir))
     flat = flatten(experiment)
@@ -114,6 +151,50 @@ def load_experiment(workdir: str | os.PathLike) -> Experiment:
             "`batiste train`"
         )
     return from_dict(Experiment, json.loads(path.read_text()))
+
+
+def _check_memory(experiment: Experiment) -> None:
+    """Raises ValueError, with the memory by kind and what to change, for a run that cannot fit."""
+    machine = machine_here()
+    if machine is None:
+        return
+    account = Account(_workload(experiment, machine.device.kind))
+    choice = _choice(experiment, machine.num_devices)
+    memory = account.estimate(choice)
+    if fits(memory, machine):
+        return
+    remedy = remedy_line(account, machine, choice, _checker(experiment, machine))
+    raise ValueError(
+        f"this run does not fit on {machine}\n{memory_block(memory, machine)}\n"
+        f"{reason(memory, machine)}: {remedy}; --force runs it all the same"
+    )
+
+
+def _workload(experiment: Experiment, device_kind: str) -> Workload:
+    """What is planned, with attention settled for the device."""
+    model, _ = resolve_attention(experiment.model, device_kind, {})
+    return Workload(model, experiment.train, experiment.data.sequence_length)
+
+
+def _choice(experiment: Experiment, num_devices: int) -> Choice:
+    """What the config itself chooses."""
+    sizes = dict(zip(AXES, experiment.mesh.shape(num_devices), strict=True))
+    mesh = dataclasses.replace(experiment.mesh, **sizes)
+    return Choice(mesh, experiment.model.remat, experiment.train.accumulation)
+
+
+def _checker(experiment: Experiment, machine: Machine) -> Callable[[Choice], None]:
+    """Raises ValueError for a choice that this experiment could not run with."""
+
+    def check(choice: Choice) -> None:
+        dataclasses.replace(
+            experiment,
+            mesh=choice.mesh,
+            model=dataclasses.replace(experiment.model, remat=choice.remat),
+            train=dataclasses.replace(experiment.train, accumulation=choice.accumulation),
+        ).validate_on(machine.num_devices)
+
+    return check
 
 
 def _stored(workdir: pathlib.Path, config: CheckpointConfig) -> tuple[int | None, dict[str, Any]]:

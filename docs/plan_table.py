@@ -78,7 +78,7 @@ def main() -> None:
         return
     answers = json.loads(ANSWERS.read_text()) if ANSWERS.exists() else {}
     for index, case in enumerate(CASES):
-        if str(case) in answers or sys.argv[1:] == ["--write"]:
+        if "peak" in answers.get(str(case), {}) or sys.argv[1:] == ["--write"]:
             continue
         answers[str(case)] = in_a_process(index)
         print(case, answers[str(case)], flush=True)
@@ -100,7 +100,7 @@ def in_a_process(index: int) -> dict:
 
 def ask(case: Case) -> dict:
     """What the compiler says about a case."""
-    from batiste.planning.ahead import compile_step
+    from batiste.planning.compiled import compile_step
 
     started = time.perf_counter()
     workload, choice = plan_of(case)
@@ -126,7 +126,7 @@ def write(answers: dict) -> None:
     rows, errors = [], []
     for case in CASES:
         answer = answers.get(str(case))
-        if answer is None or "failed" in answer:
+        if answer is None or "peak" not in answer:
             print("no answer:", case, answer)
             continue
         workload, choice = plan_of(case)

@@ -16,7 +16,7 @@ from jax.sharding import AbstractMesh, NamedSharding
 from batiste.planning.saved import bytes_per_row, saved_arrays
 from batiste.planning.workload import Choice, Workload
 from batiste.sharding import AXES, MeshConfig, spec
-from batiste.train import make_program
+from batiste.train import Program, make_program
 
 GIB = 2**30
 # Kernels pad the last dim of an array to the 128 lanes of a vector register.
@@ -60,6 +60,13 @@ class StateBytes(NamedTuple):
     largest: float
 
 
+class Recomputes(NamedTuple):
+    """Whether a layer's products with weights, and its attention, are computed twice."""
+
+    products: bool
+    attention: bool
+
+
 class Account:
     """Estimates the memory of one workload on any mesh; what it looks up it looks up once."""
 
@@ -68,7 +75,7 @@ class Account:
         self._states = functools.cache(self._state_of)
         self._rows = functools.cache(self._row_of)
         self._programs = functools.cache(self._program)
-        self._saved = functools.cache(self._saved_by)
+        self.saved = functools.cache(self._saved_by)
 
     def estimate(self, choice: Choice) -> Memory:
         """The fullest moment; ValueError where a mesh axis does not divide a dim that it splits."""
@@ -81,8 +88,9 @@ class Account:
         saved = self.saved_bytes(choice)
         several = choice.accumulation > 1
         gathers = choice.mesh.zero >= 3
-        # The whole embedding and head do not change between micro-batches: they stay.
-        kept = state.embedding + state.head if several and gathers else 0.0
+        # Embedding and head do not change between micro-batches: they stay, in the compute dtype.
+        item = 4 if self.workload.model.dtype == "float32" else 2
+        kept = (state.embedding + state.head) * item / 4 if several and gathers else 0.0
         sum_so_far = state.gradients if several else 0.0
         Moment = functools.partial(Memory, state.parameters, optimizer=state.optimizer)
         head = state.head or state.embedding
@@ -90,11 +98,11 @@ class Account:
         held = max(kept, head if gathers else 0.0)
         loss = Moment(
             gradients=sum_so_far + head, activations=saved + features,
-            logits=self._logits_bytes(choice), collectives=held + head / 2, moment="loss",
+            logits=self.logits_bytes(choice), collectives=held + head / 2, moment="loss",
         )
         in_flight = state.layer * (1.5 + (1 if gathers else 0))
         layers = Moment(
-            gradients=sum_so_far + state.gradients, activations=saved + self._work_bytes(choice),
+            gradients=sum_so_far + state.gradients, activations=saved + self.work_bytes(choice),
             logits=0.0, collectives=kept + in_flight, moment="layers",
         )
         update = Moment(
@@ -119,13 +127,31 @@ class Account:
         kept = rows * self._rows(choice.remat, tuple(sizes.items()))
         if choice.remat == "none" and choice.mesh.zero >= 3:
             # Without rematerialization a layer's weights are kept as they were used: whole.
-            kept += self.state(choice.mesh).layer * self._periods / choice.mesh.stage
+            kept += self.state(choice.mesh).layer * self.periods / choice.mesh.stage
         return kept
 
     @property
-    def _periods(self) -> int:
+    def periods(self) -> int:
+        """Whole repetitions of the layer pattern."""
         model = self.workload.model
         return model.num_layers // len(model.layer_pattern)
+
+    @property
+    def program(self) -> Program:
+        """The program, on a mesh of one."""
+        return self._programs(0)
+
+    @property
+    def chunks(self) -> float:
+        """How often a chunk of logits is computed for a micro-batch."""
+        return self.workload.length / min(
+            self.workload.train.objective.loss_chunk or self.workload.length, self.workload.length
+        )
+
+    def recomputes(self, remat: str) -> Recomputes:
+        """What the backward pass does again, told by what was not kept."""
+        kept = "".join(entry.letters for entry in self.saved(remat) if entry.per_layer)
+        return Recomputes("F" not in kept, not set(kept) & set("NKG"))
 
     def _saved_by(self, remat: str) -> list:
         return saved_arrays(dataclasses.replace(self.workload.model, remat=remat))
@@ -134,22 +160,21 @@ class Account:
         model, sizes = self.workload.model, dict(items)
         return sum(
             bytes_per_row(entry, model, self.workload.length, sizes)
-            * (self._periods / sizes["stage"] if entry.per_layer else 1)
-            for entry in self._saved(remat)
+            * (self.periods / sizes["stage"] if entry.per_layer else 1)
+            for entry in self.saved(remat)
         )
 
-    def _logits_bytes(self, choice: Choice) -> float:
+    def logits_bytes(self, choice: Choice) -> float:
         """Logits of a chunk in fp32 and a quarter of that for their gradient on its way."""
         model, objective = self.workload.model, self.workload.train.objective
         if objective.fused:
             return 0.0
-        share = min(objective.loss_chunk or self.workload.length, self.workload.length)
         sizes = choice.sizes
-        logits = self.tokens(choice) * share / self.workload.length * model.vocab_size
+        logits = self.tokens(choice) / self.chunks * model.vocab_size
         bytes_each = 5 if objective.loss_chunk else 10  # Not recomputed: logits and softmax stay.
         return bytes_each * logits / (sizes["stage"] * sizes["tensor"])
 
-    def _work_bytes(self, choice: Choice) -> float:
+    def work_bytes(self, choice: Choice) -> float:
         """What one layer has alive in its backward pass, in its feed-forward or in its attention."""
         model, tensor = self.workload.model, choice.mesh.tensor
         item = 4 if model.dtype == "float32" else 2
@@ -174,7 +199,7 @@ class Account:
         attention += 2 * model.model_dim / tensor
         return self.tokens(choice) * max(feed_forward, attention)
 
-    def _program(self, zero: int):
+    def _program(self, zero: int) -> Program:
         """The program on a mesh of one: shapes, and specs that hold for every mesh."""
         mesh = AbstractMesh((1,) * len(AXES), AXES)
         return make_program(

@@ -24,12 +24,26 @@ class Workload:
         return self.train.batch_size * self.length
 
 
+class Measured(NamedTuple):
+    """Seconds of a token of training steps measured here, the update's share included.
+
+    layer, rest: of a token in one layer, forward and backward, and in all that is not layers.
+    """
+
+    layer: float
+    rest: float
+
+
 class Machine(NamedTuple):
-    """Devices of one kind. topology: the torus as given ("4x4x4"), () where links have none."""
+    """Devices of one kind. topology: the torus as given ("4x4x4"), () where links have none.
+
+    measured: None where time is computed from the table of devices.
+    """
 
     device: Device
     num_devices: int
     topology: tuple[int, ...] = ()
+    measured: Measured | None = None
 
     @property
     def chips(self) -> int:

@@ -15,6 +15,7 @@ class Device(NamedTuple):
         a TPU has two links for each dim of its torus, a GPU one to every other GPU of the machine.
     network_bandwidth: bytes/s to what is not a neighbour: other slices, other machines.
     torus_dims: of the links; 0 is a switch. neighbours: devices that the links reach at most.
+    matrix_width: head dims that fill the matrix unit; narrower ones leave the rest of it idle.
     """
 
     kind: str
@@ -26,6 +27,7 @@ class Device(NamedTuple):
     network_bandwidth: float
     torus_dims: int
     neighbours: int
+    matrix_width: int
     devices_per_chip: int = 1
 
 
@@ -40,23 +42,23 @@ class Device(NamedTuple):
 # The first entry that matches a device_kind counts.
 DEVICES = (
     Device("TPU v4", "v4", {"bfloat16": 275e12, "int8": 275e12}, 32 * GIB, 1.2e12, 300e9,
-           6.25e9, 3, 4096),
+           6.25e9, 3, 4096, 128),
     Device("TPU v5 lite", "v5e", {"bfloat16": 197e12, "int8": 393e12}, 15.75 * GIB, 0.819e12,
-           200e9, 3.125e9, 2, 256),
+           200e9, 3.125e9, 2, 256, 128),
     Device("TPU v5e", "v5e", {"bfloat16": 197e12, "int8": 393e12}, 15.75 * GIB, 0.819e12, 200e9,
-           3.125e9, 2, 256),
+           3.125e9, 2, 256, 128),
     Device("TPU v5", "v5p", {"bfloat16": 459e12, "float8": 459e12, "int8": 918e12}, 95.73 * GIB,
-           2.765e12, 600e9, 6.25e9, 3, 8960),
+           2.765e12, 600e9, 6.25e9, 3, 8960, 128),
     Device("TPU v6", "v6e", {"bfloat16": 918e12, "float8": 918e12, "int8": 1836e12}, 31.24 * GIB,
-           1.638e12, 400e9, 12.5e9, 2, 256),
+           1.638e12, 400e9, 12.5e9, 2, 256, 256),
     Device("TPU7x", "tpu7x", {"bfloat16": 2307e12 / 2, "float8": 4614e12 / 2}, 94.74 * GIB,
-           7.38e12 / 2, 600e9 / 2, 12.5e9 / 2, 3, 2 * 9216, devices_per_chip=2),
+           7.38e12 / 2, 600e9 / 2, 12.5e9 / 2, 3, 2 * 9216, 256, devices_per_chip=2),
     Device("NVIDIA H200", "h200", {"bfloat16": 989e12, "float8": 1979e12, "int8": 1979e12,
-                                   "float32": 67e12}, 0.75 * 141e9, 4.8e12, 450e9, 50e9, 0, 8),
+                                   "float32": 67e12}, 0.75 * 141e9, 4.8e12, 450e9, 50e9, 0, 8, 64),
     Device("NVIDIA H100", "h100", {"bfloat16": 989e12, "float8": 1979e12, "int8": 1979e12,
-                                   "float32": 67e12}, 0.75 * 80e9, 3.35e12, 450e9, 50e9, 0, 8),
+                                   "float32": 67e12}, 0.75 * 80e9, 3.35e12, 450e9, 50e9, 0, 8, 64),
     Device("NVIDIA A100", "a100", {"bfloat16": 312e12, "int8": 624e12, "float32": 19.5e12},
-           0.75 * 80e9, 2.039e12, 300e9, 25e9, 0, 8),
+           0.75 * 80e9, 2.039e12, 300e9, 25e9, 0, 8, 64),
 )
 
 

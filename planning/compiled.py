@@ -1,8 +1,10 @@
 """The real training step, compiled for TPUs that are not here (libtpu compiles on a CPU machine)."""
 
 import dataclasses
+import math
 import os
 import re
+import time
 from typing import Any, NamedTuple
 
 import jax
@@ -12,6 +14,10 @@ from jax.sharding import NamedSharding
 
 from batiste.data import Batch
 from batiste.models import resolve_attention
+from batiste.planning.memory import GIB, Account
+from batiste.planning.program_text import read_program
+from batiste.planning.report import aligned, describe
+from batiste.planning.step_time import bytes_sent, flops_of, product_flops
 from batiste.planning.workload import Choice, Machine, Workload
 from batiste.sharding import make_mesh, spec
 from batiste.train import make_program, make_train_step
@@ -78,3 +84,28 @@ def _topology_devices(machine: Machine) -> list:
     return topologies.get_topology_desc(
         platform="tpu", topology_name=f"{machine.device.name}:{shape}"
     ).devices
+
+
+def comparison(account: Account, machine: Machine, choice: Choice) -> str:
+    """Compiles a choice and says what the compiler found beside what was predicted."""
+    started = time.perf_counter()
+    compiled = compile_step(account.workload, machine, choice)
+    memory, seconds = account.estimate(choice), time.perf_counter() - started
+    head = f"compiled for {machine} in {seconds:.0f} s: {describe(choice)}"
+    rows = [["", "predicted", "compiler"]]
+    peak = f"{memory.total / GIB:.2f} GiB"
+    if compiled.program is None:
+        rows.append(["peak HBM", peak, f"refused, wants {compiled.refused}"])
+        return "\n".join([head, *aligned(rows)])
+    rows.append(["peak HBM", peak, f"{compiled.peak_bytes / GIB:.2f} GiB"])
+    found = read_program(compiled.program.as_text())
+    rows.append(["FLOPs of products, a device", f"{product_flops(account, machine, choice):.4g}",
+                 f"{found.flops:.4g}"])
+    total = flops_of(account).total * account.workload.tokens_per_step / machine.num_devices
+    once = compiled.program.cost_analysis().get("flops", math.nan)
+    rows.append(["FLOPs, attention too (compiler: loops once, no kernels)", f"{total:.4g}",
+                 f"{once:.4g}"])
+    sent = sum(bytes_sent(account, choice).values())
+    rows.append(["collectives, bytes a device", f"{sent:.4g}", f"{sum(found.collectives.values()):.4g}"])
+    rows += [[f"  {kind}", "", f"{size:.4g}"] for kind, size in found.collectives.items()]
+    return "\n".join([head, *aligned(rows)])
