@@ -206,8 +206,8 @@ def _parse(define: Callable, argv: list[str]) -> flags.FlagValues:
         raise ValueError(f"unknown flag --{error.flagname}{hint} ({argv[0]} --help lists all)") from None
     except (flags.Error, LookupError, AttributeError, TypeError, ValueError, OSError) as error:
         raise ValueError(_explain(error, argv)) from None
-    for name in absent:
-        _set_none(_experiment(values), name)
+    for name, text in absent:
+        _set_none(_experiment(values), name, text)
     if values.help:
         print(f"{argv[0]} flags:\n{values.get_help()}")
         sys.exit(0)
@@ -216,26 +216,30 @@ def _parse(define: Callable, argv: list[str]) -> flags.FlagValues:
     return values
 
 
-def _split_none(argv: list[str]) -> tuple[list[str], list[str]]:
-    """Takes out --config.NAME=None, which config_flags reads as a number; returns those NAMEs."""
-    found = {argument: re.fullmatch(r"--?config\.([^=]+)=[Nn]one", argument) for argument in argv}
+def _split_none(argv: list[str]) -> tuple[list[str], list[tuple[str, str]]]:
+    """Takes out --config.NAME=None, which config_flags reads as a number; NAMEs and how it was said."""
+    found = {argument: re.fullmatch(r"--?config\.([^=]+)=([Nn]one)", argument) for argument in argv}
     rest = [argument for argument in argv if not found[argument]]
-    return rest, [match[1] for match in found.values() if match]
+    return rest, [match.groups() for match in found.values() if match]
 
 
-def _set_none(experiment, name: str) -> None:
-    """Makes a field absent; ValueError where there is no such field, or it cannot be absent."""
+def _set_none(experiment, name: str, text: str) -> None:
+    """Makes a field absent, or a word "none" (model.remat has it among its choices).
+
+    Raises ValueError where there is no such field, or it can be neither.
+    """
     *path, last = re.findall(r"\w+", name)
     owner = experiment
     try:
         for part in path:
             owner = owner[int(part)] if part.isdigit() else getattr(owner, part)
-        optional = type(None) in typing.get_args(typing.get_type_hints(type(owner))[last])
+        hint = typing.get_type_hints(type(owner))[last]
     except (AttributeError, LookupError, TypeError):
         raise ValueError(_unknown_field(name)) from None
-    if not optional:
+    word = hint is str and text == "none"
+    if not word and type(None) not in typing.get_args(hint):
         raise ValueError(f"--config.{name}=None: expected a value, this field cannot be absent")
-    setattr(owner, last, None)
+    setattr(owner, last, text if word else None)
 
 
 def _find_config(argument: str) -> str:

@@ -11,7 +11,7 @@ import math
 from typing import Any, NamedTuple
 
 import jax
-from jax.sharding import AbstractMesh, NamedSharding
+from jax.sharding import AbstractMesh, PartitionSpec
 
 from batiste.planning.saved import bytes_per_row, saved_arrays
 from batiste.planning.workload import Choice, Workload
@@ -100,7 +100,9 @@ class Account:
             gradients=sum_so_far + head, activations=saved + features,
             logits=self.logits_bytes(choice), collectives=held + head / 2, moment="loss",
         )
-        in_flight = state.layer * (1.5 + (1 if gathers else 0))
+        # A layer's weights in the compute dtype, the next one's where they are gathered ahead; and
+        # the gradients of the layer, in fp32.
+        in_flight = state.layer * (item / 4 * (2 if gathers else 1) + 1)
         layers = Moment(
             gradients=sum_so_far + state.gradients, activations=saved + self.work_bytes(choice),
             logits=0.0, collectives=kept + in_flight, moment="layers",
@@ -238,6 +240,13 @@ def _tree_bytes(mesh: AbstractMesh, tree: Any, shardings: Any = None) -> list[fl
     ]
 
 
-def _leaf_bytes(mesh: AbstractMesh, leaf: Any, partition) -> float:
-    shard = NamedSharding(mesh, partition).shard_shape(leaf.shape)
-    return math.prod(shard) * leaf.dtype.itemsize
+def _leaf_bytes(mesh: AbstractMesh, leaf: Any, partition: PartitionSpec) -> float:
+    size = float(math.prod(leaf.shape) * leaf.dtype.itemsize)
+    for dim, axes in zip(leaf.shape, partition):
+        names = () if axes is None else (axes,) if isinstance(axes, str) else axes
+        parts = math.prod(mesh.shape[name] for name in names)
+        if dim % parts:
+            given = " * ".join(f"mesh.{name}={mesh.shape[name]}" for name in names)
+            raise ValueError(f"a weight of shape {leaf.shape}: {dim} is not divisible by {given}")
+        size /= parts
+    return size
