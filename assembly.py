@@ -16,7 +16,7 @@ from batiste.data import Batch, Loader, Prepared
 from batiste.evaluation import Perplexity, make_row_losses, perplexity
 from batiste.inference import SamplingConfig, generate
 from batiste.models import resolve_attention
-from batiste.sharding import MeshConfig, make_mesh, place
+from batiste.sharding import MeshConfig, check_host_memory, make_mesh, place
 from batiste.train import (
     Ledger, Program, Progress, ReportFacts, flops_per_token, make_program, mfu_formula_line,
     total_peak_flops, write_report,
@@ -136,5 +136,11 @@ def assemble(
     kind = mesh.devices.flat[0].device_kind
     model, choice = resolve_attention(experiment.model, kind, mesh.shape)
     print(choice, file=sys.stderr, flush=True)  # The output of `generate` is text alone.
+    for field, wanted in (
+        ("mesh.offload_optimizer", mesh_config.offload_optimizer),
+        ("model.offloaded", bool(model.offloaded)),
+    ):
+        if wanted:
+            check_host_memory(mesh, field)
     program = make_program(model, experiment.train, mesh, mesh_config)
     return Assembly(experiment, workdir, prepared, mesh, program)

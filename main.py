@@ -33,7 +33,7 @@ CONFIG_FILE = "config.json"
 # These change where or how a step is computed and recorded, not what it computes.
 FREE_TO_CHANGE = (
     "mesh.", "sample.", "train.checkpoint.", "train.evaluation.", "train.stop.", "model.remat",
-    "model.scan_unroll",
+    "model.saved", "model.offloaded", "model.scan_unroll",
 )
 
 

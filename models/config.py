@@ -12,7 +12,9 @@ NORM_PLACEMENTS = ("pre", "post", "sandwich")
 POSITIONS = ("rope", "learned", "sinusoidal", "alibi", "none")
 ROPE_SCALINGS = ("linear", "llama3")
 LAYER_KINDS = ("global", "local")
-REMAT_POLICIES = ("none", "dots", "full")
+REMAT_POLICIES = ("none", "dots", "full", "names")
+# What a layer names while it runs, for `saved` and `offloaded`.
+TENSOR_NAMES = ("query", "key", "value", "attended", "attention", "up", "gate", "feed_forward")
 DTYPES = ("float32", "bfloat16", "float16")
 ATTENTIONS = ("auto", "reference", *certified.CHIPS)
 
@@ -23,6 +25,9 @@ class TransformerConfig:
 
     Sizes are counts. `window` is in tokens and applies to the "local" layers of `layer_pattern`,
     which repeats over the depth. `dtype` is the compute dtype; parameters are stored in float32.
+    `remat` says what of a layer the backward pass finds saved: "none" recomputes nothing, "dots" all
+    but products with weights, "full" everything, "names" everything but the tensors named in `saved`
+    and, moved to the host's memory, in `offloaded` (see TENSOR_NAMES).
     `attention` names the chip whose kernels to use; "auto" is settled by `resolve_attention`.
     """
 
@@ -65,6 +70,8 @@ class TransformerConfig:
 
     dtype: str = "float32"
     remat: str = "none"
+    saved: tuple[str, ...] = ()
+    offloaded: tuple[str, ...] = ()
     scan_unroll: int = 1
 
     @property
@@ -109,6 +116,17 @@ class TransformerConfig:
                     f"model.{field}={getattr(self, field)} must be even for "
                     f"model.positions='{self.positions}', which rotates pairs"
                 )
+        for field in ("saved", "offloaded"):
+            for name in getattr(self, field):
+                _check_choice(field, name, TENSOR_NAMES)
+            if getattr(self, field) and self.remat != "names":
+                raise ValueError(
+                    f"model.{field}={getattr(self, field)} has no effect with model.remat="
+                    f"{self.remat!r}: set model.remat='names'"
+                )
+        both = set(self.saved) & set(self.offloaded)
+        if both:
+            raise ValueError(f"model.saved and model.offloaded both name {', '.join(sorted(both))}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"model.dropout={self.dropout}: expected 0 <= dropout < 1")
         self._validate_pattern()

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from batiste.models.config import TransformerConfig
 from batiste.models.parameter import matrix, vector
@@ -135,12 +136,12 @@ class FeedForward(nnx.Module):
         self.down_bias_D = vector("D", sizes, 0.0) if config.bias else None
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        h_BTF = add_bias(project(x_BTD, self.up_DF[...]), self.up_bias_F)
+        h_BTF = checkpoint_name(add_bias(project(x_BTD, self.up_DF[...]), self.up_bias_F), "up")
         if self.gate_DF is None:
             h_BTF = activate(self.activation, h_BTF)
         else:
             gate_BTF = add_bias(project(x_BTD, self.gate_DF[...]), self.gate_bias_F)
-            h_BTF *= activate(self.activation, gate_BTF)
+            h_BTF *= activate(self.activation, checkpoint_name(gate_BTF, "gate"))
         return add_bias(project(constrain(h_BTF, "BTF"), self.down_FD[...]), self.down_bias_D)
 
 

@@ -2,11 +2,13 @@
 
 import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from batiste.models.attention import Attention, LayerCache
 from batiste.models.attention_choice import fused_losses
@@ -15,12 +17,19 @@ from batiste.models.layers import FeedForward, Norm, dropout, project
 from batiste.models.parameter import gathered, matrix
 from batiste.models.positions import rotation, sinusoids
 from batiste.pallas_kernels import AttentionMask
-from batiste.sharding import constrain, gather
+from batiste.sharding import HOST_MEMORY, constrain, gather
 
-REMAT = {
-    "dots": jax.checkpoint_policies.dots_saveable,
-    "full": jax.checkpoint_policies.nothing_saveable,
-}
+
+def remat_policy(config: TransformerConfig) -> Callable:
+    """Which tensors of a layer are saved for the backward pass, as `jax.checkpoint` wants it said."""
+    policies = jax.checkpoint_policies
+    if config.remat == "names":
+        return policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=config.saved, names_which_can_be_offloaded=config.offloaded,
+            offload_src="device", offload_dst=HOST_MEMORY,
+        )
+    return policies.dots_saveable if config.remat == "dots" else policies.nothing_saveable
+
 
 
 class Cache(NamedTuple):
@@ -50,11 +59,13 @@ class Block(nnx.Module):
         keys = (None,) * 3 if dropout_key is None else jax.random.split(dropout_key, 3)
         h_BTD = x_BTD if self.attention_norm is None else self.attention_norm(x_BTD)
         h_BTD, cache = self.attention(whole_time(h_BTD, cache), mask, rotation, cache, keys[0])
-        h_BTD = dropout(split_time(h_BTD, cache), self.dropout_rate, keys[1])
+        h_BTD = checkpoint_name(split_time(h_BTD, cache), "attention")
+        h_BTD = dropout(h_BTD, self.dropout_rate, keys[1])
         x_BTD = self._add(x_BTD, h_BTD, self.attention_post_norm)
         h_BTD = x_BTD if self.feed_forward_norm is None else self.feed_forward_norm(x_BTD)
         h_BTD = self.feed_forward(whole_time(h_BTD, cache))
-        h_BTD = dropout(split_time(h_BTD, cache), self.dropout_rate, keys[2])
+        h_BTD = checkpoint_name(split_time(h_BTD, cache), "feed_forward")
+        h_BTD = dropout(h_BTD, self.dropout_rate, keys[2])
         return self._add(x_BTD, h_BTD, self.feed_forward_post_norm), cache
 
     def _add(self, x_BTD: jax.Array, h_BTD: jax.Array, norm: Norm | None) -> jax.Array:
@@ -224,7 +235,7 @@ def _scan_pattern(config, apply, x_BTD, layers):
     """
     pattern = config.layer_pattern
     if config.remat != "none":
-        apply = jax.checkpoint(apply, policy=REMAT[config.remat], static_argnums=(0,))
+        apply = jax.checkpoint(apply, policy=remat_policy(config), static_argnums=(0,))
     periods = config.num_layers // len(pattern)
     whole = periods * len(pattern)
 

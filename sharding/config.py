@@ -12,7 +12,8 @@ class MeshConfig:
     """Sizes of the mesh axes; `data=None` takes all devices that the other axes leave.
 
     `zero` says what is sharded over `data`: 0 nothing, 1 optimizer state, 2 and gradients,
-    3 and parameters (Rajbhandari et al. 2020, arXiv:1910.02054).
+    3 and parameters (Rajbhandari et al. 2020, arXiv:1910.02054). `offload_optimizer` keeps the
+    optimizer's state in the host's memory between updates (Ren et al. 2021, arXiv:2101.06840).
     """
 
     slice: int = 1
@@ -22,6 +23,7 @@ class MeshConfig:
     expert: int = 1
     tensor: int = 1
     zero: int = 0
+    offload_optimizer: bool = False
 
     def validate(self) -> None:
         """Raises ValueError for an impossible size, or an axis that does not work yet."""

@@ -6,7 +6,7 @@ import jax
 from jax.sharding import AxisType, Mesh
 
 from batiste.sharding.config import AXES, MeshConfig
-from batiste.sharding.rules import shardings
+from batiste.sharding.rules import HOST_MEMORY, shardings
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -18,6 +18,17 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     devices = jax.devices() if devices is None else devices
     shape = config.shape(len(devices))
     return jax.make_mesh(shape, AXES, (AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def check_host_memory(mesh: Mesh, field: str) -> None:
+    """Raises ValueError, naming the field that wants it, where devices have no pinned host memory."""
+    device = mesh.devices.flat[0]
+    kinds = [memory.kind for memory in device.addressable_memories()]
+    if HOST_MEMORY not in kinds:
+        raise ValueError(
+            f"{field} needs {HOST_MEMORY} memory, but {device.device_kind} has {', '.join(kinds)}: "
+            f"unset {field}"
+        )
 
 
 def place(mesh: Mesh, tree: Any, letters_tree: Any) -> Any:

@@ -28,6 +28,7 @@ ZERO_RULE = {"D": "data"}
 # Between blocks, where no head or feed-forward dim needs `tensor`, it splits time (sequence
 # parallelism, Korthikanti et al. 2022, arXiv:2205.05198).
 BETWEEN_BLOCKS_RULE = {"T": ("context", "tensor")}
+HOST_MEMORY = "pinned_host"
 
 
 def spec(letters: str, *, zero: bool = False, between_blocks: bool = False) -> PartitionSpec:

@@ -118,7 +118,7 @@ def layout(experiment: Experiment, _):
         return str(error)
     program = make_program(
         experiment.model, experiment.train, make_mesh(experiment.mesh), experiment.mesh)
-    specs = jax.tree.map(lambda leaf: str(leaf.sharding.spec), program.abstract_state)
+    specs = jax.tree.map(lambda leaf: f"{leaf.sharding.spec} {leaf.sharding.memory_kind}", program.abstract_state)
     mesh = jax.tree.leaves(program.abstract_state)[0].sharding.mesh
     return specs, tuple(mesh.shape.items())
 

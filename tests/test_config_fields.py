@@ -77,9 +77,11 @@ CASES = {
     }),
     **cases(probes.step_text, "", {
         "model.remat": "full", "model.scan_unroll": 2, "train.accumulation": 2,
+        "model.saved": (("up",), {"model.remat": "names"}),
         "train.objective.loss_chunk": 4,
     }),
     **cases(probes.tpu_step_text, "", {
+        "model.offloaded": (("up",), {"model.remat": "names"}),
         "model.attention": "v6e", "train.objective.fused": (True, {"model.attention": "v6e"}),
     }),
     **cases(probes.two_steps, "train.", {
@@ -109,7 +111,7 @@ CASES = {
     **cases(probes.start, "train.", {"seed": 1}),
     **cases(probes.layout, "mesh.", {
         "slice": 2, "stage": 2, "context": 2, "expert": 2, "data": (8, {"mesh.tensor": 2}),
-        "tensor": 2, "zero": 3,
+        "tensor": 2, "zero": 3, "offload_optimizer": True,
     }),
     **cases(probes.records, "data.", {
         "sources[0].path": "CORPUS/b/*.txt", "sources[0].weight": 5.0,

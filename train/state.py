@@ -10,7 +10,7 @@ import optax
 from flax import nnx
 
 from batiste.models import Transformer, TransformerConfig, letters_tree
-from batiste.sharding import MeshConfig, check_divisible, shardings
+from batiste.sharding import HOST_MEMORY, MeshConfig, check_divisible, shardings
 from batiste.train.config import TrainConfig
 from batiste.train.optimizer import make_optimizer, optimizer_letters
 from batiste.train.precision import LossScale, initial_loss_scale
@@ -92,7 +92,10 @@ def make_program(
     state_shardings = TrainState(
         step=shardings(mesh, state_letters.step),
         params=shardings(mesh, letters, zero=zero >= 3),
-        optimizer_state=shardings(mesh, state_letters.optimizer_state, zero=zero >= 1),
+        optimizer_state=_kept(
+            shardings(mesh, state_letters.optimizer_state, zero=zero >= 1), shapes.optimizer_state,
+            layout.offload_optimizer,
+        ),
         loss_scale=shardings(mesh, state_letters.loss_scale),
     )
     abstract_state = jax.tree.map(
@@ -104,4 +107,14 @@ def make_program(
         gradient_shardings=shardings(mesh, letters, zero=zero >= 2),
         layout=layout,
         initialize=jax.jit(initialize, out_shardings=state_shardings),
+    )
+
+
+def _kept(device_shardings: Any, shapes: Any, on_host: bool) -> Any:
+    """The shardings of the optimizer's state between updates; counts stay on the device."""
+    if not on_host:
+        return device_shardings
+    return jax.tree.map(
+        lambda sharding, leaf: sharding.with_memory_kind(HOST_MEMORY) if leaf.ndim else sharding,
+        device_shardings, shapes,
     )

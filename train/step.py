@@ -38,7 +38,7 @@ def make_train_step(
         gradients = jax.tree.map(lambda gradient: gradient / tokens, gradients)
         gradients = jax.lax.with_sharding_constraint(gradients, program.gradient_shardings)
         updates, optimizer_state = program.optimizer.update(
-            gradients, state.optimizer_state, state.params
+            gradients, _on_device(program, state.optimizer_state), state.params
         )
         metrics = {
             "loss": loss / tokens,
@@ -94,6 +94,16 @@ def _accumulate(program: Program, config: TrainConfig, params, batch, key_and_sc
     zero = (jax.tree.map(jnp.zeros_like, params), (jnp.zeros((), jnp.float32),) * 3)
     micros = (jax.tree.map(split, batch), jax.random.split(dropout_key, k))
     return jax.lax.scan(add, zero, micros)[0]
+
+
+def _on_device(program: Program, optimizer_state: Any) -> Any:
+    """Fetches an offloaded state from the host; `out_shardings` send its successor back."""
+    if not program.layout.offload_optimizer:
+        return optimizer_state
+    return jax.tree.map(
+        lambda leaf, kept: jax.device_put(leaf, kept.sharding.with_memory_kind("device")),
+        optimizer_state, program.abstract_state.optimizer_state,
+    )
 
 
 def _skip_overflow(config: TrainConfig, old: TrainState, new: TrainState, rest):
