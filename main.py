@@ -180,7 +180,10 @@ def _choice(experiment: Experiment, num_devices: int) -> Choice:
     """What the config itself chooses."""
     sizes = dict(zip(AXES, experiment.mesh.shape(num_devices), strict=True))
     mesh = dataclasses.replace(experiment.mesh, **sizes)
-    return Choice(mesh, experiment.model.remat, experiment.train.accumulation)
+    model = experiment.model
+    return Choice(
+        mesh, model.remat, experiment.train.accumulation, model.saved, model.offloaded
+    )
 
 
 def _checker(experiment: Experiment, machine: Machine) -> Callable[[Choice], None]:
@@ -190,7 +193,7 @@ def _checker(experiment: Experiment, machine: Machine) -> Callable[[Choice], Non
         dataclasses.replace(
             experiment,
             mesh=choice.mesh,
-            model=dataclasses.replace(experiment.model, remat=choice.remat),
+            model=dataclasses.replace(experiment.model, **choice.policy._asdict()),
             train=dataclasses.replace(experiment.train, accumulation=choice.accumulation),
         ).validate_on(machine.num_devices)
 

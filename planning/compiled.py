@@ -1,6 +1,5 @@
 """The real training step, compiled for TPUs that are not here (libtpu compiles on a CPU machine)."""
 
-import dataclasses
 import math
 import os
 import re
@@ -31,18 +30,9 @@ class Compiled(NamedTuple):
     program: Any
 
 
-def chosen(workload: Workload, choice: Choice) -> Workload:
-    """The workload with the choice written into its configs."""
-    return dataclasses.replace(
-        workload,
-        model=dataclasses.replace(workload.model, remat=choice.remat),
-        train=dataclasses.replace(workload.train, accumulation=choice.accumulation),
-    )
-
-
 def lower_step(workload: Workload, machine: Machine, choice: Choice) -> jax.stages.Lowered:
     """The training step of a choice, with the attention kernels of the chip, traced and lowered."""
-    workload = chosen(workload, choice)
+    workload = workload.chosen(choice)
     mesh = make_mesh(choice.mesh, _topology_devices(machine))
     kind = mesh.devices.flat[0].device_kind
     model, _ = resolve_attention(workload.model, kind, mesh.shape)

@@ -14,8 +14,8 @@ import jax
 from jax.sharding import AbstractMesh, PartitionSpec
 
 from batiste.planning.saved import bytes_per_row, saved_arrays
-from batiste.planning.workload import Choice, Workload
-from batiste.sharding import AXES, MeshConfig, spec
+from batiste.planning.workload import Choice, Policy, Workload
+from batiste.sharding import AXES, HOST_MEMORY, MeshConfig, spec
 from batiste.train import Program, make_program
 
 GIB = 2**30
@@ -47,12 +47,14 @@ class Memory(NamedTuple):
 class StateBytes(NamedTuple):
     """Bytes per device of what the step updates, and of one weight-shaped tree whole over `data`.
 
+    offloaded: what of the optimizer's state the host keeps between updates.
     layer: the weights of one repetition of the layer pattern; whole over `data`, as are embedding
     and head (both 0 and the same array when they are tied).
     """
 
     parameters: float
     optimizer: float
+    offloaded: float
     gradients: float
     layer: float
     embedding: float
@@ -88,11 +90,16 @@ class Account:
         saved = self.saved_bytes(choice)
         several = choice.accumulation > 1
         gathers = choice.mesh.zero >= 3
-        # Embedding and head do not change between micro-batches: they stay, in the compute dtype.
+        # Weights do not change between micro-batches: what is made of them before use stays. Copies
+        # in the compute dtype, and embedding and head, if they are gathered.
         item = 4 if self.workload.model.dtype == "float32" else 2
-        kept = (state.embedding + state.head) * item / 4 if several and gathers else 0.0
+        kept = 0.0
+        if several:
+            kept += state.parameters * item / 4 if item < 4 else 0.0
+            kept += (state.embedding + state.head) * item / 4 if gathers else 0.0
         sum_so_far = state.gradients if several else 0.0
         Moment = functools.partial(Memory, state.parameters, optimizer=state.optimizer)
+        whole_state = state.optimizer + state.offloaded  # Fetched from the host for the update.
         head = state.head or state.embedding
         features = 4 * self.tokens(choice) * self.workload.model.model_dim
         held = max(kept, head if gathers else 0.0)
@@ -110,7 +117,7 @@ class Account:
         update = Moment(
             gradients=state.gradients, activations=0.0, logits=0.0, collectives=state.largest,
             moment="update",
-        )
+        )._replace(optimizer=whole_state)
         return [loss, layers, update]
 
     def tokens(self, choice: Choice) -> float:
@@ -120,13 +127,14 @@ class Account:
 
     def state(self, mesh: MeshConfig) -> StateBytes:
         """What the state takes on a device of this mesh."""
-        return self._states(mesh.zero, tuple(getattr(mesh, axis) for axis in AXES))
+        shape = tuple(getattr(mesh, axis) for axis in AXES)
+        return self._states(mesh.zero, mesh.offload_optimizer, shape)
 
     def saved_bytes(self, choice: Choice) -> float:
         """What the forward pass keeps for the backward pass."""
         sizes = choice.sizes
         rows = self.workload.train.batch_size / choice.accumulation / choice.batch_parts
-        kept = rows * self._rows(choice.remat, tuple(sizes.items()))
+        kept = rows * self._rows(choice.policy, tuple(sizes.items()))
         if choice.remat == "none" and choice.mesh.zero >= 3:
             # Without rematerialization a layer's weights are kept as they were used: whole.
             kept += self.state(choice.mesh).layer * self.periods / choice.mesh.stage
@@ -141,7 +149,95 @@ class Account:
     @property
     def program(self) -> Program:
         """The program, on a mesh of one."""
-        return self._programs(0)
+        return self._programs(0, False)
+
+    @property
+    def chunks(self) -> float:
+        """How often a chunk of logits is computed for a micro-batch."""
+        return self.workload.length / min(
+            self.workload.train.objective.loss_chunk or self.workload.length, self.workload.length
+        )
+
+    def recomputes(self, policy: Policy) -> Recomputes:
+        """What the backward pass does again."""
+        if policy.remat == "names":
+            kept = {*policy.saved, *policy.offloaded}
+            products = {"up", "gate"} if self.workload.model.gated else {"up"}
+            return Recomputes(not products <= kept, "attended" not in kept)
+        letters = "".join(entry.letters for entry in self.saved(policy) if entry.per_layer)
+        return Recomputes("F" not in letters, not set(letters) & set("NKG"))
+
+    def estimate(self, choice: Choice) -> Memory:
+        """The fullest moment; ValueError where a mesh axis does not divide a dim that it splits."""
+        moments = self.moments(choice)
+        return max(moments, key=lambda memory: memory.total)
+
+    def moments(self, choice: Choice) -> list[Memory]:
+        """When the loss is computed, a layer differentiated, the embedding, the update made."""
+        state = self.state(choice.mesh)
+        saved = self.saved_bytes(choice)
+        several = choice.accumulation > 1
+        gathers = choice.mesh.zero >= 3
+        # Weights do not change between micro-batches: what is made of them before use stays. Copies
+        # in the compute dtype, and embedding and head, if they are gathered.
+        item = 4 if self.workload.model.dtype == "float32" else 2
+        kept = 0.0
+        if several:
+            kept += state.parameters * item / 4 if item < 4 else 0.0
+            kept += (state.embedding + state.head) * item / 4 if gathers else 0.0
+        sum_so_far = state.gradients if several else 0.0
+        Moment = functools.partial(Memory, state.parameters, optimizer=state.optimizer)
+        whole_state = state.optimizer + state.offloaded  # Fetched from the host for the update.
+        head = state.head or state.embedding
+        features = 4 * self.tokens(choice) * self.workload.model.model_dim
+        held = max(kept, head if gathers else 0.0)
+        loss = Moment(
+            gradients=sum_so_far + head, activations=saved + features,
+            logits=self.logits_bytes(choice), collectives=held + head / 2, moment="loss",
+        )
+        # A layer's weights in the compute dtype, the next one's where they are gathered ahead; and
+        # the gradients of the layer, in fp32.
+        in_flight = state.layer * (item / 4 * (2 if gathers else 1) + 1)
+        layers = Moment(
+            gradients=sum_so_far + state.gradients, activations=saved + self.work_bytes(choice),
+            logits=0.0, collectives=kept + in_flight, moment="layers",
+        )
+        update = Moment(
+            gradients=state.gradients, activations=0.0, logits=0.0, collectives=state.largest,
+            moment="update",
+        )._replace(optimizer=whole_state)
+        return [loss, layers, update]
+
+    def tokens(self, choice: Choice) -> float:
+        """Tokens of a micro-batch that a device works on."""
+        rows = self.workload.train.batch_size / choice.accumulation / choice.batch_parts
+        return rows * self.workload.length / choice.mesh.context
+
+    def state(self, mesh: MeshConfig) -> StateBytes:
+        """What the state takes on a device of this mesh."""
+        shape = tuple(getattr(mesh, axis) for axis in AXES)
+        return self._states(mesh.zero, mesh.offload_optimizer, shape)
+
+    def saved_bytes(self, choice: Choice) -> float:
+        """What the forward pass keeps for the backward pass."""
+        sizes = choice.sizes
+        rows = self.workload.train.batch_size / choice.accumulation / choice.batch_parts
+        kept = rows * self._rows(choice.policy, tuple(sizes.items()))
+        if choice.remat == "none" and choice.mesh.zero >= 3:
+            # Without rematerialization a layer's weights are kept as they were used: whole.
+            kept += self.state(choice.mesh).layer * self.periods / choice.mesh.stage
+        return kept
+
+    @property
+    def periods(self) -> int:
+        """Whole repetitions of the layer pattern."""
+        model = self.workload.model
+        return model.num_layers // len(model.layer_pattern)
+
+    @property
+    def program(self) -> Program:
+        """The program, on a mesh of one."""
+        return self._programs(0, False)
 
     @property
     def chunks(self) -> float:
@@ -155,15 +251,17 @@ class Account:
         kept = "".join(entry.letters for entry in self.saved(remat) if entry.per_layer)
         return Recomputes("F" not in kept, not set(kept) & set("NKG"))
 
-    def _saved_by(self, remat: str) -> list:
-        return saved_arrays(dataclasses.replace(self.workload.model, remat=remat))
+    def _saved_by(self, policy: Policy) -> list:
+        # What is offloaded is not kept on the device: there it is as if it were not saved.
+        here = policy._replace(offloaded=())
+        return saved_arrays(dataclasses.replace(self.workload.model, **here._asdict()))
 
-    def _row_of(self, remat: str, items: tuple) -> float:
+    def _row_of(self, policy: Policy, items: tuple) -> float:
         model, sizes = self.workload.model, dict(items)
         return sum(
             bytes_per_row(entry, model, self.workload.length, sizes)
             * (self.periods / sizes["stage"] if entry.per_layer else 1)
-            for entry in self.saved(remat)
+            for entry in self.saved(policy)
         )
 
     def logits_bytes(self, choice: Choice) -> float:
@@ -201,15 +299,14 @@ class Account:
         attention += 2 * model.model_dim / tensor
         return self.tokens(choice) * max(feed_forward, attention)
 
-    def _program(self, zero: int) -> Program:
+    def _program(self, zero: int, offloads: bool) -> Program:
         """The program on a mesh of one: shapes, and specs that hold for every mesh."""
         mesh = AbstractMesh((1,) * len(AXES), AXES)
-        return make_program(
-            self.workload.model, self.workload.train, mesh, MeshConfig(data=1, zero=zero)
-        )
+        layout = MeshConfig(data=1, zero=zero, offload_optimizer=offloads)
+        return make_program(self.workload.model, self.workload.train, mesh, layout)
 
-    def _state_of(self, zero: int, shape: tuple[int, ...]) -> StateBytes:
-        program, mesh = self._programs(zero), AbstractMesh(shape, AXES)
+    def _state_of(self, zero: int, offloads: bool, shape: tuple[int, ...]) -> StateBytes:
+        program, mesh = self._programs(zero, offloads), AbstractMesh(shape, AXES)
         state = program.abstract_state
         gradients = _tree_bytes(mesh, state.params, program.gradient_shardings)
         flat = jax.tree_util.tree_leaves_with_path(state.params)
@@ -225,7 +322,8 @@ class Account:
                 whole[name] += size
         return StateBytes(
             parameters=sum(_tree_bytes(mesh, state.params)),
-            optimizer=sum(_tree_bytes(mesh, state.optimizer_state)),
+            optimizer=_kept_bytes(mesh, state.optimizer_state, on_host=False),
+            offloaded=_kept_bytes(mesh, state.optimizer_state, on_host=True),
             gradients=sum(gradients), layer=whole["layer"], embedding=whole["VD"],
             head=whole["DV"], largest=max(gradients),
         )
@@ -238,6 +336,14 @@ def _tree_bytes(mesh: AbstractMesh, tree: Any, shardings: Any = None) -> list[fl
         _leaf_bytes(mesh, leaf, place.spec)
         for leaf, place in zip(jax.tree.leaves(tree), jax.tree.leaves(places), strict=True)
     ]
+
+
+def _kept_bytes(mesh: AbstractMesh, tree: Any, on_host: bool) -> float:
+    """Bytes per device of the leaves that live on the host, or of those that do not."""
+    leaves = [
+        leaf for leaf in jax.tree.leaves(tree) if (leaf.sharding.memory_kind == HOST_MEMORY) == on_host
+    ]
+    return sum(_tree_bytes(mesh, leaves))
 
 
 def _leaf_bytes(mesh: AbstractMesh, leaf: Any, partition: PartitionSpec) -> float:

@@ -50,7 +50,7 @@ def rejections(account: Account, machine: Machine, plans: Sequence[Plan], check:
     best = min((plan.time.total for plan in plans if plan.fits), default=float("inf"))
     lines, seen = [], set()
     for plan in plans:
-        key = tuple(plan.choice.sizes.values()), plan.choice.remat
+        key = tuple(plan.choice.sizes.values()), plan.choice.policy
         if plan.fits or plan.time.total >= best or key in seen or len(lines) == REJECTED:
             continue
         seen.add(key)
@@ -68,6 +68,10 @@ def overrides(choice: Choice, now: Choice) -> str:
     ]
     if choice.remat != now.remat:
         flags.append(f"--config.model.remat={choice.remat}")
+    flags += [
+        f"--config.model.{name}=\"{getattr(choice, name)}\"" for name in ("saved", "offloaded")
+        if getattr(choice, name) != getattr(now, name)
+    ]
     if choice.accumulation != now.accumulation:
         flags.append(f"--config.train.accumulation={choice.accumulation}")
     return " ".join(flags)
@@ -84,14 +88,19 @@ def memory_block(memory: Memory, machine: Machine) -> str:
 def describe(choice: Choice) -> str:
     """A choice in words."""
     sizes = " x ".join(f"{axis} {size}" for axis, size in choice.sizes.items() if size > 1)
-    return (f"{sizes or 'one device'}, zero {choice.mesh.zero}, remat {choice.remat}, accumulation "
-            f"{choice.accumulation}")
+    return (f"{sizes or 'one device'}, zero {choice.mesh.zero}, remat {_policy(choice)}, "
+            f"accumulation {choice.accumulation}")
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     """Columns of equal width, numbers to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+
+
+def _policy(choice: Choice) -> str:
+    """The policy, with how many tensors it names."""
+    return f"names:{len(choice.saved)}" if choice.remat == "names" else choice.remat
 
 
 def _axes(plans: Sequence[Plan]) -> list[str]:
@@ -111,7 +120,7 @@ def _cells(account: Account, machine: Machine, plan: Plan, plans: Sequence[Plan]
     micro = account.workload.train.batch_size // choice.accumulation
     seconds = (time.compute, time.memory, *(time.exposed.get(axis, 0.0) for axis in axes), time.bubble)
     return [
-        *(str(choice.sizes[axis]) for axis in axes), str(choice.mesh.zero), choice.remat, str(micro),
+        *(str(choice.sizes[axis]) for axis in axes), str(choice.mesh.zero), _policy(choice), str(micro),
         str(choice.accumulation), *(f"{getattr(plan.memory, kind) / GIB:.2f}" for kind in KINDS),
         f"{plan.memory.total / GIB:.2f}", *(f"{value:.3g}" for value in seconds),
         f"{time.total:.4g}", f"{mfu(account, machine, time.total):.1%}",

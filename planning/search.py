@@ -5,14 +5,20 @@ import itertools
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from batiste.models.config import REMAT_POLICIES
 from batiste.planning.memory import GIB, Account, Memory
 from batiste.planning.step_time import StepTime, predict
-from batiste.planning.workload import Choice, Machine
+from batiste.planning.workload import Choice, Machine, Policy
 from batiste.sharding import AXES, MeshConfig
 
 # What the account may be short of the compiler's peak (docs/plan.md has the errors).
 RESERVE = 0.05
+# Tried in this order; of policies that keep the same, the first stays. Named are first what flash
+# attention's backward pass reads, then the feed-forward's projections too: all products with weights.
+ATTENTION = ("query", "key", "value", "attended")
+POLICIES = (
+    Policy("full"), Policy("none"), Policy("dots"), Policy("names", ATTENTION),
+    Policy("names", (*ATTENTION, "up", "gate")),
+)
 KINDS = ("parameters", "gradients", "optimizer", "activations", "logits", "collectives")
 
 
@@ -35,8 +41,8 @@ def search(account: Account, machine: Machine, check: Check) -> list[Plan]:
     check: raises ValueError for a choice that cannot run, as an experiment's `validate_on` does.
     """
     plans = []
-    for mesh, remat in itertools.product(_meshes(machine.num_devices), _policies(account)):
-        plans += _with_accumulation(account, machine, mesh, remat, check)
+    for mesh, policy in itertools.product(_meshes(machine.num_devices), _policies(account)):
+        plans += _with_accumulation(account, machine, Choice(mesh, policy.remat, 1, policy.saved), check)
     if not plans:
         raise ValueError(
             f"no mesh of {machine} divides this model and train.batch_size="
@@ -87,7 +93,7 @@ def _changes(account: Account, machine: Machine, choice: Choice) -> Iterator[tup
         if batch % accumulation == 0:
             yield f"train.accumulation={accumulation}", choice._replace(accumulation=accumulation)
     if choice.remat != "full":
-        yield "model.remat=full", choice._replace(remat="full")
+        yield "model.remat=full", choice._replace(remat="full", saved=(), offloaded=())
     for axis, size in itertools.product(("context", "tensor"), (2, 4, 8)):
         factor = size / getattr(choice.mesh, axis)
         data = choice.mesh.data / factor
@@ -97,14 +103,14 @@ def _changes(account: Account, machine: Machine, choice: Choice) -> Iterator[tup
 
 
 def _with_accumulation(
-    account: Account, machine: Machine, mesh: MeshConfig, remat: str, check: Check
+    account: Account, machine: Machine, whole: Choice, check: Check
 ) -> list[Plan]:
     """The plan with the fewest micro-batches, and that with the fewest that fits, if another."""
     first = None
     batch = account.workload.train.batch_size
-    rows = mesh.slice * mesh.data * mesh.expert
+    rows = whole.batch_parts
     for k in (k for k in range(1, batch // rows + 1) if batch % (rows * k) == 0):
-        choice = Choice(mesh, remat, k)
+        choice = whole._replace(accumulation=k)
         if first is None:
             try:
                 check(choice)
@@ -133,11 +139,11 @@ def _meshes(num_devices: int) -> Iterator[MeshConfig]:
                 yield MeshConfig(data=data, zero=zero, **dict(zip(inner, sizes)))
 
 
-def _policies(account: Account) -> list[str]:
-    """Policies of rematerialization, less those that keep what another keeps."""
+def _policies(account: Account) -> list[Policy]:
+    """The policies, less those that keep what one before them keeps."""
     kept = {}
-    for remat in reversed(REMAT_POLICIES):
-        kept.setdefault(tuple(account.saved(remat)), remat)
+    for policy in POLICIES:
+        kept.setdefault(tuple(account.saved(policy)), policy)
     return list(kept.values())
 
 

@@ -76,7 +76,7 @@ def predict(account: Account, machine: Machine, choice: Choice) -> StepTime:
 
 def _measured(account: Account, measured: Measured, choice: Choice) -> StepTime:
     """Of a machine that was measured: layers, what is computed again in them, and the rest."""
-    again = account.recomputes(choice.remat).products
+    again = account.recomputes(choice.policy).products
     layers = account.workload.model.num_layers * measured.layer * (1 + again / 3)
     return StepTime(account.workload.tokens_per_step * (layers + measured.rest), 0.0, {}, 0.0)
 
@@ -91,7 +91,7 @@ def mfu(account: Account, machine: Machine, seconds: float) -> float:
 def _compute(account: Account, machine: Machine, choice: Choice, tokens: float) -> tuple:
     """Seconds in matrix units, and those of them in attention."""
     flops, device, model = flops_of(account), machine.device, account.workload.model
-    again = account.recomputes(choice.remat)
+    again = account.recomputes(choice.policy)
     # Forward 2 products, backward 5, one of them the forward's again; 2 more if recomputed.
     attention = flops.attention / 12 * (14 + 4 * again.attention)
     rate = device.flops["bfloat16"]
@@ -104,7 +104,7 @@ def _compute(account: Account, machine: Machine, choice: Choice, tokens: float) 
 def product_flops(account: Account, machine: Machine, choice: Choice) -> float:
     """FLOPs of a device in products with weights, those that are done twice counted twice."""
     flops, tokens = flops_of(account), account.workload.tokens_per_step / machine.num_devices
-    again = account.recomputes(choice.remat).products
+    again = account.recomputes(choice.policy).products
     chunked = account.workload.train.objective.loss_chunk is not None
     return tokens * (flops.layers * (1 + again / 3) + flops.head * (1 + chunked / 3))
 
@@ -119,7 +119,7 @@ def _memory(account: Account, machine: Machine, choice: Choice) -> float:
     activations = passes * 2 * layers * account.work_bytes(choice)
     activations += 2 * account.saved_bytes(choice)
     logits = 2 * account.logits_bytes(choice) * account.chunks
-    update = 2 * (state.optimizer + state.gradients + state.parameters)
+    update = 2 * (state.optimizer + state.offloaded + state.gradients + state.parameters)
     moved = choice.accumulation * (activations + logits) + update
     return moved / (machine.device.hbm_bandwidth * BANDWIDTH_EFFICIENCY)
 
@@ -148,7 +148,7 @@ def bytes_sent(account: Account, choice: Choice) -> dict[str, float]:
     stream = account.tokens(choice) * model.model_dim * item
     keys = account.tokens(choice) * model.num_kv_heads * model.head_dim * item / mesh.tensor
     weights = state.layer * account.periods / mesh.stage + state.embedding + state.head
-    again = account.recomputes(choice.remat).products
+    again = account.recomputes(choice.policy).products
     # Weights in the compute dtype forward and backward; their gradients in fp32.
     gathered = 2 * k * item / 4 if mesh.zero >= 3 else 1 if mesh.zero else 0
     reduced = k * (1 if mesh.zero >= 2 else 2)

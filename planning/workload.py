@@ -18,6 +18,14 @@ class Workload:
     train: TrainConfig
     length: int
 
+    def chosen(self, choice: "Choice") -> "Workload":
+        """The workload with the choice written into its configs."""
+        return dataclasses.replace(
+            self,
+            model=dataclasses.replace(self.model, **choice.policy._asdict()),
+            train=dataclasses.replace(self.train, accumulation=choice.accumulation),
+        )
+
     @property
     def tokens_per_step(self) -> int:
         """Tokens of the global batch."""
@@ -56,12 +64,30 @@ class Machine(NamedTuple):
         return f"{chips} ({shape})" if shape else chips
 
 
+class Policy(NamedTuple):
+    """Fields of `TransformerConfig` that say what the forward pass keeps."""
+
+    remat: str
+    saved: tuple[str, ...] = ()
+    offloaded: tuple[str, ...] = ()
+
+
 class Choice(NamedTuple):
-    """What the planner chooses: sizes of the mesh, ZeRO, rematerialization, accumulation."""
+    """What the planner chooses: sizes of the mesh, ZeRO, rematerialization, accumulation.
+
+    saved, offloaded: the tensors that remat "names" keeps, on the device and on the host.
+    """
 
     mesh: MeshConfig
     remat: str
     accumulation: int
+    saved: tuple[str, ...] = ()
+    offloaded: tuple[str, ...] = ()
+
+    @property
+    def policy(self) -> "Policy":
+        """The fields of the model that say what is kept."""
+        return Policy(self.remat, self.saved, self.offloaded)
 
     @property
     def sizes(self) -> dict[str, int]:

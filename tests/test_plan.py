@@ -61,9 +61,11 @@ def test_predicted_state_is_what_a_real_state_takes(kind, data, tensor, zero):
     {"layer_pattern": ("global",), "window": None}, {"norm_placement": "sandwich"},
     {"num_kv_heads": 8}, {"num_kv_heads": 1, "dtype": "float32"},
 ], ids=str)
-@pytest.mark.parametrize("remat", ["none", "full"])
+@pytest.mark.parametrize("remat", ["none", "full", "names"])
 def test_what_is_said_to_be_kept_is_what_the_real_derivative_keeps(change, remat):
-    model = dataclasses.replace(WIDE, **{"dtype": "bfloat16", "remat": remat} | change)
+    saved = ("query", "attended", "up") if remat == "names" else ()
+    model = dataclasses.replace(
+        WIDE, **{"dtype": "bfloat16", "remat": remat, "saved": saved} | change)
     tokens_BT = jnp.zeros((3, 12), jnp.int32)
     graphdef, params = nnx.split(nnx.eval_shape(lambda: Transformer(model, rngs=nnx.Rngs(0))))
 
