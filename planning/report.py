@@ -32,7 +32,7 @@ def table(account: Account, machine: Machine, plans: Sequence[Plan], budget: Bud
         f"MFU = tokens/s x training FLOPs per token / peak FLOP/s = tokens/s x {flops:.4g} / "
         f"{peak:.4g}",
         "GiB per device: par(ameters), gra(dients), opt(imizer), act(ivations), log(its), "
-        "col(lectives: weights whole)",
+        "col(lectives: weights gathered, copied)",
         "seconds of a step: com(pute), mem(ory-bound), what is exposed of communication by axis, "
         "bub(ble)",
         "",
