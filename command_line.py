@@ -3,8 +3,11 @@
 import contextlib
 import difflib
 import errno
+import functools
+import os
 import pathlib
 import re
+import signal
 import sys
 import traceback
 import typing
@@ -22,10 +25,15 @@ USAGE = """usage: batiste VERB [--flags]
   evaluate  --workdir=DIR                  loss, perplexity, bits per byte
   generate  --workdir=DIR --prompt=TEXT    stream text
 
+Several processes of one run each add --distributed (SLURM, Open MPI, Kubernetes, Cloud TPU), or
+--coordinator_address=HOST:PORT --num_processes=N --process_id=I; see docs/launch.md.
+
 FILE is a Python file such as configs/quickstart.py; every field of it is a flag, for instance
 --config.model.num_layers=8. `batiste VERB --help` lists the flags.
 """
 EXIT_CODES = {"SIGINT": 130, "SIGTERM": 143}
+# Where a launcher says how many processes it has started.
+LAUNCHER_COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
 
 
 def run(argv: Sequence[str] | None = None) -> None:
@@ -56,8 +64,19 @@ def _define_prepare(values: flags.FlagValues, argv: list[str]) -> None:
     flags.DEFINE_string("workdir", None, "Directory of the run.", flag_values=values)
 
 
+def _define_processes(values: flags.FlagValues) -> None:
+    flags.DEFINE_bool(
+        "distributed", None, "This is one of several processes; take which, and where the others "
+        "are, from SLURM, Open MPI, Kubernetes or Cloud TPU.", flag_values=values)
+    flags.DEFINE_string("coordinator_address", None, "Where process 0 listens, HOST:PORT, instead "
+                        "of --distributed.", flag_values=values)
+    flags.DEFINE_integer("num_processes", None, "Processes of this run.", 1, flag_values=values)
+    flags.DEFINE_integer("process_id", None, "Which one this is, from 0.", 0, flag_values=values)
+
+
 def _define_train(values: flags.FlagValues, argv: list[str]) -> None:
     _define_prepare(values, argv)
+    _define_processes(values)
     flags.DEFINE_string(
         "resume", "auto", "auto: continue if there is a checkpoint; must: demand one; never: "
         "refuse to find one.", flag_values=values,
@@ -85,6 +104,7 @@ def _define_plan(values: flags.FlagValues, argv: list[str]) -> None:
 def _define_evaluate(values: flags.FlagValues, argv: list[str]) -> None:
     del argv
     flags.DEFINE_string("workdir", None, "Directory of the run.", flag_values=values)
+    _define_processes(values)
 
 
 def _define_generate(values: flags.FlagValues, argv: list[str]) -> None:
@@ -95,6 +115,28 @@ def _define_generate(values: flags.FlagValues, argv: list[str]) -> None:
     flags.DEFINE_float("top_p", None, "Keep the likeliest tokens up to p.", flag_values=values)
     flags.DEFINE_integer("seed", None, "Another seed, another text.", flag_values=values)
     flags.DEFINE_integer("max_tokens", None, "Stop after so many.", 1, flag_values=values)
+
+
+def _connect(values: flags.FlagValues) -> bool:
+    """Joins the other processes, if this is one of several; whether this one is to print."""
+    from batiste.sharding import connect, is_first
+
+    by_hand = {name: values[name].value
+               for name in ("coordinator_address", "num_processes", "process_id")}
+    given = [f"--{name}" for name, value in by_hand.items() if value is not None]
+    if given and values.distributed is not None:
+        flag = "--distributed" if values.distributed else "--nodistributed"
+        raise ValueError(f"{flag} and {given[0]} exclude each other: leave one of them out")
+    if given or values.distributed:
+        connect(**by_hand)
+    elif values.distributed is None:
+        for name in LAUNCHER_COUNTS:
+            if int(os.environ.get(name, 1)) > 1:
+                raise ValueError(
+                    f"{name}={os.environ[name]}: a launcher has started several of these; say "
+                    "--distributed if they are one run, --nodistributed if each is its own"
+                )
+    return is_first()
 
 
 def _prepare(values: flags.FlagValues) -> int:
@@ -115,10 +157,15 @@ def _train(values: flags.FlagValues) -> int:
         experiment = main.load_experiment(workdir)
     else:
         experiment = _experiment(values)
+    prints = _connect(values)
     result = main.train(experiment, workdir, values.resume, values.force)
     if result.validation is None:
-        print(f"stopped by {result.reason} after step {result.step}, saved; the same command continues")
+        if prints:
+            print(f"stopped by {result.reason} after step {result.step}, saved; the same command "
+                  "continues")
         return EXIT_CODES[result.reason]
+    if not prints:
+        return 0
     if result.reason == "patience":
         print(f"stopped early after step {result.step}: the validation loss no longer falls")
     _print_perplexity(result.validation)
@@ -129,7 +176,7 @@ def _train(values: flags.FlagValues) -> int:
 
 
 def _plan(values: flags.FlagValues) -> int:
-    from batiste import main
+    from batiste import forecast
     from batiste.planning import Budget, gpu_machine, tpu_machine
 
     experiment = _experiment(values)
@@ -143,14 +190,19 @@ def _plan(values: flags.FlagValues) -> int:
     if tokens is None:
         tokens = experiment.train.num_steps * experiment.train.batch_size * experiment.data.sequence_length
     budget = Budget(tokens, values.price_per_chip_hour)
-    print(main.plan(experiment, machine, budget, values.compile, values.apply))
+    print(forecast.plan(experiment, machine, budget, values.compile, values.apply))
     return 0
 
 
 def _evaluate(values: flags.FlagValues) -> int:
     from batiste import main
 
-    _print_perplexity(main.evaluate(_required(values, "workdir")))
+    workdir = _required(values, "workdir")
+    prints = _connect(values)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # jax takes it, for training alone to ask about.
+    result = main.evaluate(workdir)
+    if prints:
+        _print_perplexity(result)
     return 0
 
 
@@ -165,13 +217,15 @@ def _generate(values: flags.FlagValues) -> int:
              ("temperature", "top_k", "top_p", "seed", "max_tokens") if values[name].present}
     config = dataclasses.replace(config, **given)
     prompts = values.prompt if values.prompt else list(config.prompts)
+    say = functools.partial(print, end="", flush=True) if _connect(values) else lambda text: None
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # As for `evaluate`.
     if len(prompts) == 1:
-        print(prompts[0], end="", flush=True)
-        main.generate(workdir, prompts, config, lambda text: print(text[0], end="", flush=True))
-        print()
+        say(prompts[0])
+        main.generate(workdir, prompts, config, lambda text: say(text[0]))
+        say("\n")
         return 0
     for prompt, text in zip(prompts, main.generate(workdir, prompts, config), strict=True):
-        print(f"=== {prompt!r}\n{prompt}{text}")
+        say(f"=== {prompt!r}\n{prompt}{text}\n")
     return 0
 
 

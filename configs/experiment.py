@@ -43,14 +43,37 @@ class Experiment:
                 f"train.objective.fused=True does not know a vocabulary split over mesh.tensor="
                 f"{self.mesh.tensor}: set mesh.tensor=1, or train.objective.loss_chunk instead"
             )
+        self._validate_experts()
+        if self.train.local.steps is not None and self.mesh.slice == 1:
+            raise ValueError(
+                f"train.local.steps={self.train.local.steps} are steps that slices take alone, but "
+                "mesh.slice=1: set mesh.slice, or train.local.steps=None"
+            )
         self._validate_splits()
+
+    def _validate_experts(self) -> None:
+        if self.model.num_experts is not None:
+            return
+        if self.mesh.expert > 1:
+            raise ValueError(
+                f"mesh.expert={self.mesh.expert} has no experts to split: set model.num_experts, "
+                "or use mesh.data, which splits the batch just so"
+            )
+        for field in ("balance_loss", "router_z_loss"):
+            if getattr(self.train.objective, field):
+                raise ValueError(
+                    f"train.objective.{field}={getattr(self.train.objective, field)} has no effect "
+                    "without experts: set it to 0, or set model.num_experts"
+                )
 
     def _validate_splits(self) -> None:
         mesh, model = self.mesh, self.model
+        exchanged = ("context",) if mesh.context_exchange == "all_to_all" else ()
         for field, size, axes in (
-            ("model.num_heads", model.num_heads, ("tensor",)),
+            ("model.num_heads", model.num_heads, ("tensor", *exchanged)),
             ("model.num_kv_heads", model.num_kv_heads, ("tensor",)),
             ("model.mlp_dim", model.mlp_dim, ("tensor",)),
+            ("model.num_experts", model.num_experts or 0, ("expert",)),
             ("model.vocab_size", model.vocab_size, ("stage", "tensor")),
             ("data.sequence_length", self.data.sequence_length, ("context", "tensor")),
             ("train.objective.loss_chunk", self.train.objective.loss_chunk or 0, ("context",)),
@@ -62,6 +85,22 @@ class Experiment:
                 raise ValueError(
                     f"{field}={size} is not divisible by {given}: choose sizes that divide it"
                 )
+        if mesh.context > 1 and mesh.context_exchange == "ring":
+            self._validate_ring()
+
+    def _validate_ring(self) -> None:
+        """Raises ValueError for what a ring cannot do, and the other exchange can."""
+        parts, otherwise = 2 * self.mesh.context, "or mesh.context_exchange='all_to_all'"
+        if self.data.sequence_length % parts:
+            raise ValueError(
+                f"data.sequence_length={self.data.sequence_length} is not divisible by 2 * "
+                f"mesh.context={parts}, the chunks of a ring: choose a multiple of {parts}, {otherwise}"
+            )
+        if self.model.dropout > 0:
+            raise ValueError(
+                f"model.dropout={self.model.dropout} goes by places in whole rows, which "
+                f"mesh.context_exchange='ring' does not have: set it to 0, {otherwise}"
+            )
 
     def validate_on(self, num_devices: int) -> None:
         """Raises ValueError when mesh, batch and model do not fit together on these devices."""
@@ -79,10 +118,13 @@ class Experiment:
                 f"{self.train.accumulation} = {micro_batch} sequences do not divide over {given}: "
                 f"make train.batch_size a multiple of {rows * self.train.accumulation}"
             )
-        if self.mesh.zero and self.model.model_dim % sizes["data"]:
+        splits = self.mesh.zero or self.mesh.slice > 1
+        if splits and self.model.model_dim % sizes["data"]:
+            by = f"mesh.zero={self.mesh.zero} splits it" if self.mesh.zero else (
+                f"gradients are split before mesh.slice={self.mesh.slice} slices exchange them")
             raise ValueError(
                 f"model.model_dim={self.model.model_dim} is not divisible by mesh.data="
-                f"{sizes['data']}, over which mesh.zero={self.mesh.zero} splits it"
+                f"{sizes['data']}, over which {by}: choose sizes that divide it"
             )
 
 

@@ -68,6 +68,8 @@ CASES = (
     Case("llama3_70b", "tpu7x:4x4x8", {"data": 32, "tensor": 8, "zero": 3}, "full", 128, 2),
     Case("llama3_70b", "v6e:16x16", {"data": 32, "tensor": 8, "zero": 3}, "full", 64, 2),
     Case("llama3_70b", "v6e:16x16", {"data": 16, "tensor": 16, "zero": 3}, "full", 32, 1),
+    Case("mixtral_8x7b", "v5p:4x4x4", {"data": 8, "expert": 8, "zero": 3}, "full", 64, 1),
+    Case("mixtral_8x7b", "tpu7x:4x4x4", {"data": 16, "expert": 8, "zero": 3}, "full", 128, 1),
     Case("gpt2_124m", "v5e:2x2", {"data": 4, "zero": 1}, "none", 512, 4),
     Case("gpt2_124m", "v5e:2x2", {"data": 4, "zero": 1}, "none", 56, 1),
     Case("llama3_1b", "v5e:2x2", {"data": 4, "zero": 3}, "full", 32, 4),

@@ -75,11 +75,12 @@ class Attention(nnx.Module):
         if dropout_key is not None:
             shape = (q_BTNH.shape[0], q_BTNH.shape[2])
             dropout_seeds_BN = jax.random.bits(dropout_key, shape).astype(jnp.int32)
+        keys = "BTKH" if cache is None else "BSKH"
         out_BTNH, _ = attention(
             self.implementation,
             constrain(q_BTNH, "BTNH"),
-            constrain(k_BSKH, "BSKH"),
-            constrain(v_BSKH, "BSKH"),
+            constrain(k_BSKH, keys),
+            constrain(v_BSKH, keys),
             mask,
             scale=self.scale,
             soft_cap=self.soft_cap,

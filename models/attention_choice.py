@@ -6,12 +6,14 @@ from collections.abc import Mapping
 
 import jax
 
+from batiste.models.all_to_all_attention import all_to_all_attention
 from batiste.models.config import TransformerConfig
+from batiste.models.ring_attention import ring_attention
 from batiste.pallas_kernels import (
-    AttentionMask, certified, decode_is_certified, flash_attention, flash_decode,
+    AttentionMask, Operands, Options, certified, decode_is_certified, flash_attention, flash_decode,
     fused_cross_entropy, reference_attention,
 )
-from batiste.sharding import per_device, spec
+from batiste.sharding import context_size, layout, per_device, spec
 
 
 def resolve_attention(
@@ -52,19 +54,52 @@ def attention(
     mask: AttentionMask,
     **options,
 ) -> tuple[jax.Array, jax.Array]:
-    """out_BTNH and lse_BTN by the chosen implementation; `options` as in `reference_attention`."""
-    if implementation == "reference":
-        return reference_attention(q_BTNH, k_BSKH, v_BSKH, mask, **options)
+    """out_BTNH and lse_BTN by the chosen implementation; `options` as in `reference_attention`.
+
+    Where the mesh has `context`, rows are in the order of `time_order`.
+    """
     if implementation == "auto":
         raise ValueError(
             "model.attention='auto' must be settled before the model runs: use resolve_attention, or "
             f"name one of reference, {', '.join(certified.CHIPS)}"
         )
-    decodes = _can_decode(implementation, q_BTNH, k_BSKH, mask)
-    kernel = functools.partial(_decode if decodes else _flash, implementation, options)
+    if implementation == "reference" and context_size() == 1:
+        return reference_attention(q_BTNH, k_BSKH, v_BSKH, mask, **options)
     names = ("sinks_N", "alibi_slopes_N", "dropout_seeds_BN")
     arrays = {name: options.pop(name) for name in names}
-    return _on_each_device(kernel, (q_BTNH, k_BSKH, v_BSKH, mask, arrays))
+    operands = (q_BTNH, k_BSKH, v_BSKH, mask, arrays)
+    if context_size() > 1:
+        return _across_context(implementation, options, operands)
+    attend = _decode if _can_decode(implementation, q_BTNH, k_BSKH, mask) else _flash
+    return _on_each_device(functools.partial(attend, implementation, options), operands, "BSKH")
+
+
+def _across_context(implementation: str, options: dict, operands: tuple):
+    """Attention over rows of which each device along `context` has a share."""
+    mask, arrays = operands[3:]
+    if mask.query_offset_B is not None:
+        raise ValueError(
+            f"mesh.context={context_size()} does not know decoding: its cache is whole on every "
+            "device; generate with mesh.context=1"
+        )
+    if layout().context_exchange == "all_to_all":
+        attend = functools.partial(
+            _reference if implementation == "reference" else _flash, implementation, options
+        )
+        kernel = functools.partial(all_to_all_attention, attend)
+        return _on_each_device(kernel, operands, "BTKH", whole=("query_segments_BT",))
+    for name, given in (("dropout", arrays["dropout_seeds_BN"]), ("block sparsity", mask.sparsity)):
+        if given is not None:
+            raise ValueError(
+                f"mesh.context_exchange='ring' does not know {name}, which goes by places in whole "
+                "rows: choose mesh.context_exchange='all_to_all'"
+            )
+
+    def kernel(q_BTNH, k_BSKH, v_BSKH, mask, arrays):
+        fixed = Options(**options, chip=implementation, interpret=False)
+        return ring_attention(fixed, Operands(q_BTNH, k_BSKH, v_BSKH, mask, **arrays))
+
+    return _on_each_device(kernel, operands, "BTKH")
 
 
 def _can_decode(chip: str, q_BTNH: jax.Array, k_BSKH: jax.Array, mask: AttentionMask) -> bool:
@@ -81,6 +116,10 @@ def _flash(chip, options, q_BTNH, k_BSKH, v_BSKH, mask, arrays):
     return flash_attention(q_BTNH, k_BSKH, v_BSKH, mask, chip=chip, **options, **arrays)
 
 
+def _reference(_, options, q_BTNH, k_BSKH, v_BSKH, mask, arrays):
+    return reference_attention(q_BTNH, k_BSKH, v_BSKH, mask, **options, **arrays)
+
+
 def _decode(chip, options, q_BTNH, k_BSKH, v_BSKH, mask, arrays):
     """One new token a row, at the place that its offset says."""
     out_BNH, lse_BN = flash_decode(
@@ -91,18 +130,25 @@ def _decode(chip, options, q_BTNH, k_BSKH, v_BSKH, mask, arrays):
     return out_BNH[:, None], lse_BN[:, None]
 
 
-def _on_each_device(kernel, operands):
-    """Each device attends with its own rows and heads: XLA cannot split a kernel by itself."""
+def _on_each_device(kernel, operands, keys: str, whole: tuple[str, ...] = ()):
+    """Each device attends with its own share: XLA cannot split a kernel by itself.
+
+    keys: the letters of k and v, "BSKH" where every device has the keys of whole rows. whole: what
+    of the mask is of whole rows although its letters say a share.
+    """
     mask, arrays = operands[3:]
-    mask_specs = dataclasses.replace(mask, **{
-        field.name: None if getattr(mask, field.name) is None else spec(field.name.split("_")[-1])
-        for field in dataclasses.fields(mask) if not field.metadata.get("static")
-    })
-    array_specs = {
-        name: None if array is None else spec(name.split("_")[-1]) for name, array in arrays.items()
-    }
-    # What B, T, N map to; keys are whole on every device, like S in the table.
-    in_specs = (spec("BTNH"), spec("BSKH"), spec("BSKH"), mask_specs, array_specs)
+
+    def specs(names, named):
+        letters = {name: name.split("_")[-1] for name in names}
+        return {
+            name: None if named(name) is None
+            else spec(letters[name].replace("T", "S") if name in whole else letters[name])
+            for name in names
+        }
+
+    fields = [f.name for f in dataclasses.fields(mask) if not f.metadata.get("static")]
+    mask_specs = dataclasses.replace(mask, **specs(fields, functools.partial(getattr, mask)))
+    in_specs = (spec("BTNH"), spec(keys), spec(keys), mask_specs, specs(arrays, arrays.get))
     out_specs = (spec("BTNH"), spec("BTN"))
     return per_device(kernel, in_specs, out_specs)(*operands)
 
@@ -127,12 +173,12 @@ def fused_losses(
 
 
 def _check(config: TransformerConfig, chip: str, axis_sizes: Mapping[str, int]) -> None:
-    if axis_sizes.get("context", 1) > 1:
-        raise ValueError(f"attention={chip!r} does not know mesh.context > 1 yet")
     for kind in config.layer_pattern:
         window = ("window",) if kind == "local" else ()
-        for last in ("segments", "offset"):
-            mask = ("causal", *window, last)
+        masks = [("causal", *window, "segments"), ("causal", *window, "offset")]
+        if axis_sizes.get("context", 1) > 1:  # The pairs of chunks of a ring.
+            masks += [("segments",), ("causal", *window, "segments", "offset")]
+        for mask in masks:
             certified.check(chip, mask, config.dtype, config.head_dim)
 
 

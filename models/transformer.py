@@ -1,5 +1,6 @@
 """One Transformer: embed, a scanned stack of blocks, norm, logits."""
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -13,11 +14,15 @@ from jax.ad_checkpoint import checkpoint_name
 from batiste.models.attention import Attention, LayerCache
 from batiste.models.attention_choice import fused_losses
 from batiste.models.config import TransformerConfig
-from batiste.models.layers import FeedForward, Norm, dropout, project
+from batiste.models.layers import FeedForward, Norm, dropout, lookup, project
+from batiste.models.mixture import Mixture
 from batiste.models.parameter import gathered, matrix
 from batiste.models.positions import rotation, sinusoids
+from batiste.models.router import RouterSums
 from batiste.pallas_kernels import AttentionMask
-from batiste.sharding import HOST_MEMORY, constrain, gather
+from batiste.sharding import (
+    HOST_MEMORY, constrain, gather, in_row_order, in_time_order, time_order,
+)
 
 
 def remat_policy(config: TransformerConfig) -> Callable:
@@ -40,12 +45,24 @@ class Cache(NamedTuple):
     length_B: jax.Array
 
 
+class LayerOutput(NamedTuple):
+    """What a layer returns beside x_BTD: None for what it was not given or does not have."""
+
+    cache: LayerCache | None
+    router: RouterSums | None
+
+
 class Block(nnx.Module):
-    """Attention and feed-forward, each added to the residual stream."""
+    """Attention and feed-forward or experts, each added to the residual stream."""
 
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
         self.attention = Attention(config, rngs=rngs)
-        self.feed_forward = FeedForward(config, rngs=rngs)
+        self.mixture = None if config.num_experts is None else Mixture(config, rngs=rngs)
+        # Shared experts, which every token takes, are together one wider feed-forward.
+        dense = config if self.mixture is None else dataclasses.replace(
+            config, mlp_dim=config.shared_experts * config.mlp_dim
+        )
+        self.feed_forward = FeedForward(dense, rngs=rngs) if dense.mlp_dim else None
         before, after = config.norm_placement != "post", config.norm_placement != "pre"
         self.attention_norm = Norm(config) if before else None
         self.feed_forward_norm = Norm(config) if before else None
@@ -55,7 +72,7 @@ class Block(nnx.Module):
         self.dropout_rate = config.dropout
 
     def __call__(self, x_BTD, mask, rotation, cache, dropout_key):
-        """Returns x_BTD after the block, and this layer's cache (None stays None)."""
+        """Returns x_BTD after the block, and the LayerOutput."""
         keys = (None,) * 3 if dropout_key is None else jax.random.split(dropout_key, 3)
         h_BTD = x_BTD if self.attention_norm is None else self.attention_norm(x_BTD)
         h_BTD, cache = self.attention(whole_time(h_BTD, cache), mask, rotation, cache, keys[0])
@@ -63,10 +80,23 @@ class Block(nnx.Module):
         h_BTD = dropout(h_BTD, self.dropout_rate, keys[1])
         x_BTD = self._add(x_BTD, h_BTD, self.attention_post_norm)
         h_BTD = x_BTD if self.feed_forward_norm is None else self.feed_forward_norm(x_BTD)
-        h_BTD = self.feed_forward(whole_time(h_BTD, cache))
-        h_BTD = checkpoint_name(split_time(h_BTD, cache), "feed_forward")
+        h_BTD, router = self._feed(h_BTD, mask, cache)
+        h_BTD = checkpoint_name(h_BTD, "feed_forward")
         h_BTD = dropout(h_BTD, self.dropout_rate, keys[2])
-        return self._add(x_BTD, h_BTD, self.feed_forward_post_norm), cache
+        x_BTD = self._add(x_BTD, h_BTD, self.feed_forward_post_norm)
+        return x_BTD, LayerOutput(cache, router)
+
+    def _feed(self, x_BTD, mask, cache):
+        """The feed-forward, the experts, or both and their sum; and what the router did."""
+        out_BTD = routed_BTD = router = None
+        if self.feed_forward is not None:
+            out_BTD = split_time(self.feed_forward(whole_time(x_BTD, cache)), cache)
+        if self.mixture is not None:
+            routed_BTD, router = self.mixture(
+                x_BTD, mask.query_segments_BT, between_blocks=cache is None
+            )
+        parts = [part for part in (out_BTD, routed_BTD) if part is not None]
+        return sum(parts[1:], start=parts[0]), router
 
     def _add(self, x_BTD: jax.Array, h_BTD: jax.Array, norm: Norm | None) -> jax.Array:
         """pre: x + h. sandwich: x + norm(h). post: norm(x + h)."""
@@ -116,8 +146,11 @@ class Transformer(nnx.Module):
         segments_BT: jax.Array | None = None,
         dropout_key: jax.Array | None = None,
     ) -> jax.Array:
-        """Logits in float32, logits_BTV; arguments as in `features`."""
-        return self.logits(self.features(tokens_BT, positions_BT, segments_BT, dropout_key))
+        """Logits in float32, logits_BTV; arguments as in `features`, but rows as they come."""
+        if positions_BT is None:
+            positions_BT = _places(tokens_BT)
+        arrays = map(in_time_order, (tokens_BT, positions_BT, segments_BT))
+        return in_row_order(self.logits(self.features(*arrays, dropout_key)[0]))
 
     def features(
         self,
@@ -125,19 +158,25 @@ class Transformer(nnx.Module):
         positions_BT: jax.Array | None = None,
         segments_BT: jax.Array | None = None,
         dropout_key: jax.Array | None = None,
-    ) -> jax.Array:
-        """The last hidden states, x_BTD in the compute dtype.
+    ) -> tuple[jax.Array, RouterSums | None]:
+        """The last hidden states, x_BTD in the compute dtype, and the routers' sums by layer.
 
         positions_BT: place of each token in its document, int32; None counts along the row.
         segments_BT: document of each token, int32, 0 for padding; None is one document a row.
         dropout_key: None turns dropout off.
+        Rows are in the order of `time_order`; where that is not their own, positions_BT is needed,
+        or ValueError.
         """
         if positions_BT is None:
-            positions_BT = jnp.broadcast_to(
-                jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None], tokens_BT.shape
-            )
+            if time_order(tokens_BT.shape[1]) is not None:
+                raise ValueError(
+                    "positions_BT=None counts along rows, but mesh.context_exchange='ring' has them "
+                    "in another order: put all arrays through in_time_order and give positions_BT"
+                )
+            positions_BT = _places(tokens_BT)
         segments = (segments_BT, segments_BT)
-        return self._stack(tokens_BT, positions_BT, segments, None, dropout_key)[0]
+        x_BTD, output = self._stack(tokens_BT, positions_BT, segments, None, dropout_key)
+        return x_BTD, output.router
 
     def extend(self, tokens_BT: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
         """The hidden states of tokens that continue each row of the cache, and the cache after.
@@ -146,7 +185,8 @@ class Transformer(nnx.Module):
         next call overwrites the rest.
         """
         positions_BT = cache.length_B[:, None] + jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None]
-        return self._stack(tokens_BT, positions_BT, (None, None), cache, None)
+        x_BTD, output = self._stack(tokens_BT, positions_BT, (None, None), cache, None)
+        return x_BTD, Cache(*output.cache, cache.length_B + tokens_BT.shape[1])
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """The head, in float32 from the product on; soft-capped if the config says so."""
@@ -211,21 +251,25 @@ class Transformer(nnx.Module):
 
         layer_cache = None if cache is None else LayerCache(cache.k_LBSKH, cache.v_LBSKH)
         keys = None if layers_key is None else jax.random.split(layers_key, config.num_layers)
-        x_BTD, layer_cache = _scan_pattern(config, apply, x_BTD, (weights, layer_cache, keys))
-        if cache is not None:
-            cache = Cache(*layer_cache, cache.length_B + tokens_BT.shape[1])
-        return x_BTD, cache
+        return _scan_pattern(config, apply, x_BTD, (weights, layer_cache, keys))
 
     def _embed(self, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
         config = self.config
-        x_BTD = gather(self.embedding_VD[...], "VD")[tokens_BT]
+        x_BTD = lookup(gather(self.embedding_VD[...], "VD"), tokens_BT, "VD")
         if config.scale_embeddings:
             x_BTD *= math.sqrt(config.model_dim)
         if config.positions == "learned":
-            x_BTD += gather(self.position_TD[...], "TD")[positions_BT]
+            x_BTD += lookup(gather(self.position_TD[...], "TD"), positions_BT, "TD")
         elif config.positions == "sinusoidal":
             x_BTD += sinusoids(positions_BT, config.model_dim)
         return x_BTD.astype(config.dtype)
+
+
+def _places(tokens_BT: jax.Array) -> jax.Array:
+    """Counts along each row, int32 BT."""
+    return jnp.broadcast_to(
+        jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None], tokens_BT.shape
+    )
 
 
 def _scan_pattern(config, apply, x_BTD, layers):

@@ -34,7 +34,7 @@ def flash_attention(
     H = q_BTNH.shape[-1]
     certified.check(chip, certified.conditions(mask), q_BTNH.dtype.name, H)
     certified.check_sparsity(chip, mask)
-    q_BTNH, k_BSKH, v_BSKH = (_even(x) for x in (q_BTNH, k_BSKH, v_BSKH))
+    q_BTNH, k_BSKH, v_BSKH = (even_heads(x) for x in (q_BTNH, k_BSKH, v_BSKH))
     operands = Operands(
         q_BTNH, k_BSKH, v_BSKH, mask, sinks_N, alibi_slopes_N, dropout_seeds_BN
     )
@@ -42,7 +42,7 @@ def flash_attention(
     return out_BTNH[..., :H], lse_BTN
 
 
-def _even(x: jax.Array) -> jax.Array:
+def even_heads(x: jax.Array) -> jax.Array:
     """Zeros after the last head dim, to a multiple of 16: a tile of half precision has 16 rows."""
     return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, -x.shape[-1] % 16)))
 
@@ -50,7 +50,7 @@ def _even(x: jax.Array) -> jax.Array:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def attend(options: Options, operands: Operands) -> tuple[jax.Array, jax.Array]:
     """`flash_attention` of operands that were checked, for callers that set the blocks."""
-    return _kernels(options).forward(options, operands)
+    return kernels_of(options).forward(options, operands)
 
 
 def _forward(options, operands):
@@ -61,7 +61,23 @@ def _forward(options, operands):
 
 
 def _backward(options, saved, gradients):
-    operands, out_BTNH, lse_BTN = saved
+    operands, *results = saved
+    lse_BTN, delta_BTN = of_loss(*results, gradients)
+    gradients = kernels_of(options).backward(options, operands, gradients[0], lse_BTN, delta_BTN)
+    g_q, g_k, g_v = (gradient.astype(operands.q_BTNH.dtype) for gradient in gradients)
+    slopes = operands.alibi_slopes_N
+    g_slopes = None if slopes is None else jnp.zeros_like(slopes)
+    g_sinks_N = sinks_gradient(operands.sinks_N, lse_BTN, delta_BTN)
+    return (Operands(g_q, g_k, g_v, None, g_sinks_N, g_slopes, None),)
+
+
+attend.defvjp(_forward, _backward)
+
+
+def of_loss(
+    out_BTNH: jax.Array, lse_BTN: jax.Array, gradients: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    """lse_BTN and delta_BTN as backward passes take them, from the gradients of out and lse."""
     g_BTNH, g_lse_BTN = gradients
     # d logits = p * (dp - delta): both the softmax's own sum and the log-sum-exp's gradient.
     products_BTNH = out_BTNH.astype(jnp.float32) * g_BTNH.astype(jnp.float32)
@@ -69,20 +85,19 @@ def _backward(options, saved, gradients):
     # exp(logit - inf) is 0: rows that see nothing get no gradient, without a test in the kernel.
     # Whatever the gradient of their log-sum-exp is (often NaN), it leads nowhere.
     blind_BTN = lse_BTN == -jnp.inf
-    lse_BTN, delta_BTN = jnp.where(blind_BTN, jnp.inf, lse_BTN), jnp.where(blind_BTN, 0, delta_BTN)
-    g_q, g_k, g_v = _kernels(options).backward(options, operands, g_BTNH, lse_BTN, delta_BTN)
-    g_sinks_N = None
-    if operands.sinks_N is not None:
-        share_BTN = jnp.exp(operands.sinks_N.astype(jnp.float32)[None, None] - lse_BTN)
-        g_sinks_N = -(share_BTN * delta_BTN).sum(axis=(0, 1)).astype(operands.sinks_N.dtype)
-    slopes = operands.alibi_slopes_N
-    g_slopes = None if slopes is None else jnp.zeros_like(slopes)
-    return (Operands(g_q, g_k, g_v, None, g_sinks_N, g_slopes, None),)
+    return jnp.where(blind_BTN, jnp.inf, lse_BTN), jnp.where(blind_BTN, 0, delta_BTN)
 
 
-attend.defvjp(_forward, _backward)
+def sinks_gradient(
+    sinks_N: jax.Array | None, lse_BTN: jax.Array, delta_BTN: jax.Array
+) -> jax.Array | None:
+    """What the sinks get of it, in their dtype; the log-sum-exp includes them."""
+    if sinks_N is None:
+        return None
+    share_BTN = jnp.exp(sinks_N.astype(jnp.float32)[None, None] - lse_BTN)
+    return -(share_BTN * delta_BTN).sum(axis=(0, 1)).astype(sinks_N.dtype)
 
 
-def _kernels(options: Options):
+def kernels_of(options: Options):
     """The module with `forward` and `backward` for the chip."""
     return gpu_attention if options.chip in certified.GPU_CHIPS else tpu_attention

@@ -33,16 +33,8 @@ def reference_attention(
     B, T, N, H = q_BTNH.shape
     S, K = k_BSKH.shape[1:3]
     G = N // K
-    logits_BKTGS = scale * _scores(q_BTNH.reshape(B, T, K, G, H), k_BSKH)
-    if soft_cap is not None:
-        logits_BKTGS = soft_cap * jnp.tanh(logits_BKTGS / soft_cap)
-    if alibi_slopes_N is not None:
-        distance_BTS = jnp.abs(mask.distance_BTS(T, S)).astype(jnp.float32)
-        slopes_KG = jax.lax.stop_gradient(alibi_slopes_N).reshape(K, G)
-        logits_BKTGS -= slopes_KG[None, :, None, :, None] * distance_BTS[:, None, :, None]
-    visible_BTS = mask.visible_BTS(T, S)
-    if visible_BTS is not None:
-        logits_BKTGS = jnp.where(visible_BTS[:, None, :, None], logits_BKTGS, -jnp.inf)
+    scores_BKTGS = _scores(q_BTNH.reshape(B, T, K, G, H), k_BSKH)
+    logits_BKTGS = _logits(scores_BKTGS, mask, scale, soft_cap, alibi_slopes_N)
     sinks_KG = None if sinks_N is None else sinks_N.astype(jnp.float32).reshape(K, G)
     probabilities_BKTGS, lse_BKTG = _softmax(logits_BKTGS, sinks_KG)
     if dropout_seeds_BN is not None:
@@ -56,6 +48,59 @@ def reference_attention(
     out_BTKGH = _mix(probabilities_BKTGS, v_BSKH)
     lse_BTN = lse_BKTG.swapaxes(1, 2).reshape(B, T, N)
     return out_BTKGH.reshape(B, T, N, H).astype(q_BTNH.dtype), lse_BTN
+
+
+def reference_gradients(
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    mask: AttentionMask,
+    from_loss: tuple[jax.Array, jax.Array, jax.Array],
+    *,
+    scale: float,
+    soft_cap: float | None,
+    alibi_slopes_N: jax.Array | None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """What these keys, perhaps some of all, give to the gradients of q, k and v; fp32.
+
+    from_loss: g_BTNH, lse_BTN and delta_BTN as the kernels' backward passes take them: the output's
+    gradient, the log-sum-exp over all keys (inf where nothing is seen), and what is subtracted from
+    the probabilities' gradient.
+    """
+    B, T, N, H = q_BTNH.shape
+    K = k_BSKH.shape[2]
+
+    def by_group(x):
+        return x.reshape(B, T, K, N // K, *x.shape[3:])
+
+    g_BTKGH, lse_BTKG, delta_BTKG = (by_group(x) for x in from_loss)
+    q_BTKGH, g_BTKGH = by_group(q_BTNH), g_BTKGH.astype(v_BSKH.dtype)
+    logits_BKTGS, of_scores = jax.vjp(
+        lambda scores: _logits(scores, mask, scale, soft_cap, alibi_slopes_N),
+        _scores(q_BTKGH, k_BSKH),
+    )
+    p_BKTGS = jnp.exp(logits_BKTGS - lse_BTKG.swapaxes(1, 2)[..., None])
+    dp_BKTGS = _scores(g_BTKGH, v_BSKH)
+    (ds_BKTGS,) = of_scores(p_BKTGS * (dp_BKTGS - delta_BTKG.swapaxes(1, 2)[..., None]))
+    dq_BTKGH = _mix(ds_BKTGS, k_BSKH)
+    dk_BSKH, dv_BSKH = _mix_back(ds_BKTGS, q_BTKGH), _mix_back(p_BKTGS, g_BTKGH)
+    return dq_BTKGH.reshape(B, T, N, H), dk_BSKH, dv_BSKH
+
+
+def _logits(scores_BKTGS, mask, scale, soft_cap, alibi_slopes_N) -> jax.Array:
+    """What the softmax is taken of; -inf is hidden."""
+    K, T, G, S = scores_BKTGS.shape[1:]
+    logits_BKTGS = scale * scores_BKTGS
+    if soft_cap is not None:
+        logits_BKTGS = soft_cap * jnp.tanh(logits_BKTGS / soft_cap)
+    if alibi_slopes_N is not None:
+        distance_BTS = jnp.abs(mask.distance_BTS(T, S)).astype(jnp.float32)
+        slopes_KG = jax.lax.stop_gradient(alibi_slopes_N).reshape(K, G)
+        logits_BKTGS -= slopes_KG[None, :, None, :, None] * distance_BTS[:, None, :, None]
+    visible_BTS = mask.visible_BTS(T, S)
+    if visible_BTS is None:
+        return logits_BKTGS
+    return jnp.where(visible_BTS[:, None, :, None], logits_BKTGS, -jnp.inf)
 
 
 # The two products below are each other's gradients. They multiply in the dtype of the small operand

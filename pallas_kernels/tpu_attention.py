@@ -30,7 +30,7 @@ def backward(
     options: Options, operands: Operands, g_BTNH: jax.Array, lse_BTN: jax.Array,
     delta_BTN: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Gradients of q, k and v in their dtypes; see `attention._backward` for lse and delta."""
+    """Gradients of q, k and v, fp32; see `attention._backward` for lse and delta."""
     plan, lists = make_plan(options, operands, backward=True)
     scalars = lists | scalar_operands(operands)
     scalars.pop("sinks", None)  # They are in the log-sum-exp already.
@@ -49,15 +49,11 @@ def backward(
     dq_CBNHT, dk_BKSH, dv_BKSH = backward_call(
         plan, scalars, heads, keys, vector_operands(plan, operands.mask)
     )
-    T, S, dtype = operands.q_BTNH.shape[1], operands.k_BSKH.shape[1], operands.q_BTNH.dtype
+    T, S = operands.q_BTNH.shape[1], operands.k_BSKH.shape[1]
     dq_BTNH = (dq_CBNHT.sum(axis=0) * options.scale).transpose(0, 3, 1, 2)
     # dk was multiplied with queries that carry scale and more.
     dk_BSKH = (dk_BKSH / plan.rules.scale).swapaxes(1, 2)
-    return (
-        dq_BTNH[:, :T].astype(dtype),
-        dk_BSKH[:, :S].astype(dtype),
-        dv_BKSH.swapaxes(1, 2)[:, :S].astype(dtype),
-    )
+    return dq_BTNH[:, :T], dk_BSKH[:, :S], dv_BKSH.swapaxes(1, 2)[:, :S]
 
 
 def _padded(plan: Plan, operands: Operands) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -29,7 +29,7 @@ def machine_here() -> Machine | None:
     devices = jax.devices()
     kind, platform = devices[0].device_kind, devices[0].platform
     if platform == "cpu":
-        return Machine(_cpu_device(1.0, len(devices)), len(devices))
+        return Machine(_cpu_device(1.0, jax.local_device_count()), len(devices))
     device = find_device(kind)
     limit = (devices[0].memory_stats() or {}).get("bytes_limit")
     if device is None:

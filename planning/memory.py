@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import AbstractMesh, PartitionSpec
 
-from batiste.planning.saved import bytes_per_row, saved_arrays
+from batiste.planning.saved import bytes_per_row, expert_rows, saved_arrays
 from batiste.planning.workload import Choice, Policy, Workload
 from batiste.sharding import AXES, HOST_MEMORY, MeshConfig, spec
 from batiste.train import Program, make_program
@@ -167,90 +167,6 @@ class Account:
         letters = "".join(entry.letters for entry in self.saved(policy) if entry.per_layer)
         return Recomputes("F" not in letters, not set(letters) & set("NKG"))
 
-    def estimate(self, choice: Choice) -> Memory:
-        """The fullest moment; ValueError where a mesh axis does not divide a dim that it splits."""
-        moments = self.moments(choice)
-        return max(moments, key=lambda memory: memory.total)
-
-    def moments(self, choice: Choice) -> list[Memory]:
-        """When the loss is computed, a layer differentiated, the embedding, the update made."""
-        state = self.state(choice.mesh)
-        saved = self.saved_bytes(choice)
-        several = choice.accumulation > 1
-        gathers = choice.mesh.zero >= 3
-        # Weights do not change between micro-batches: what is made of them before use stays. Copies
-        # in the compute dtype, and embedding and head, if they are gathered.
-        item = 4 if self.workload.model.dtype == "float32" else 2
-        kept = 0.0
-        if several:
-            kept += state.parameters * item / 4 if item < 4 else 0.0
-            kept += (state.embedding + state.head) * item / 4 if gathers else 0.0
-        sum_so_far = state.gradients if several else 0.0
-        Moment = functools.partial(Memory, state.parameters, optimizer=state.optimizer)
-        whole_state = state.optimizer + state.offloaded  # Fetched from the host for the update.
-        head = state.head or state.embedding
-        features = 4 * self.tokens(choice) * self.workload.model.model_dim
-        held = max(kept, head if gathers else 0.0)
-        loss = Moment(
-            gradients=sum_so_far + head, activations=saved + features,
-            logits=self.logits_bytes(choice), collectives=held + head / 2, moment="loss",
-        )
-        # A layer's weights in the compute dtype, the next one's where they are gathered ahead; and
-        # the gradients of the layer, in fp32.
-        in_flight = state.layer * (item / 4 * (2 if gathers else 1) + 1)
-        layers = Moment(
-            gradients=sum_so_far + state.gradients, activations=saved + self.work_bytes(choice),
-            logits=0.0, collectives=kept + in_flight, moment="layers",
-        )
-        update = Moment(
-            gradients=state.gradients, activations=0.0, logits=0.0, collectives=state.largest,
-            moment="update",
-        )._replace(optimizer=whole_state)
-        return [loss, layers, update]
-
-    def tokens(self, choice: Choice) -> float:
-        """Tokens of a micro-batch that a device works on."""
-        rows = self.workload.train.batch_size / choice.accumulation / choice.batch_parts
-        return rows * self.workload.length / choice.mesh.context
-
-    def state(self, mesh: MeshConfig) -> StateBytes:
-        """What the state takes on a device of this mesh."""
-        shape = tuple(getattr(mesh, axis) for axis in AXES)
-        return self._states(mesh.zero, mesh.offload_optimizer, shape)
-
-    def saved_bytes(self, choice: Choice) -> float:
-        """What the forward pass keeps for the backward pass."""
-        sizes = choice.sizes
-        rows = self.workload.train.batch_size / choice.accumulation / choice.batch_parts
-        kept = rows * self._rows(choice.policy, tuple(sizes.items()))
-        if choice.remat == "none" and choice.mesh.zero >= 3:
-            # Without rematerialization a layer's weights are kept as they were used: whole.
-            kept += self.state(choice.mesh).layer * self.periods / choice.mesh.stage
-        return kept
-
-    @property
-    def periods(self) -> int:
-        """Whole repetitions of the layer pattern."""
-        model = self.workload.model
-        return model.num_layers // len(model.layer_pattern)
-
-    @property
-    def program(self) -> Program:
-        """The program, on a mesh of one."""
-        return self._programs(0, False)
-
-    @property
-    def chunks(self) -> float:
-        """How often a chunk of logits is computed for a micro-batch."""
-        return self.workload.length / min(
-            self.workload.train.objective.loss_chunk or self.workload.length, self.workload.length
-        )
-
-    def recomputes(self, remat: str) -> Recomputes:
-        """What the backward pass does again, told by what was not kept."""
-        kept = "".join(entry.letters for entry in self.saved(remat) if entry.per_layer)
-        return Recomputes("F" not in kept, not set(kept) & set("NKG"))
-
     def _saved_by(self, policy: Policy) -> list:
         # What is offloaded is not kept on the device: there it is as if it were not saved.
         here = policy._replace(offloaded=())
@@ -284,8 +200,13 @@ class Account:
         recomputes = choice.remat != "none"
         # Feed-forward: each projection and its gradient, x in, its gradient, x itself in fp32; and
         # what attention's backward pass will need, if it was recomputed.
-        projections = 2 if model.gated else 1
+        rows = expert_rows(model, choice.mesh.expert)
+        shared = model.shared_experts if model.num_experts else 0
+        projections = (2 if model.gated else 1) * (rows + shared)
         feed_forward = projections * (2 if recomputes else 1) * item * model.mlp_dim / tensor
+        if model.num_experts is not None:
+            # To the experts and back, and the gradients of both.
+            feed_forward += 4 * item * rows * model.model_dim
         feed_forward += (2 * item + 5 / tensor) * model.model_dim
         feed_forward += recomputes * item * 2 * (heads + keys * padding)
         if model.attention == "reference":
@@ -308,12 +229,11 @@ class Account:
     def _state_of(self, zero: int, offloads: bool, shape: tuple[int, ...]) -> StateBytes:
         program, mesh = self._programs(zero, offloads), AbstractMesh(shape, AXES)
         state = program.abstract_state
-        gradients = _tree_bytes(mesh, state.params, program.gradient_shardings)
-        flat = jax.tree_util.tree_leaves_with_path(state.params)
-        letters = jax.tree.leaves(program.letters)
-        pattern = len(self.workload.model.layer_pattern)
+        gradients, pattern = [], len(self.workload.model.layer_pattern)
         whole = {"layer": 0.0, "VD": 0.0, "DV": 0.0}
-        for (_, leaf), name in zip(flat, letters, strict=True):
+        leaves = jax.tree.leaves(state.params), jax.tree.leaves(program.letters)
+        for leaf, name in zip(*leaves, strict=True):
+            gradients.append(_leaf_bytes(mesh, leaf, spec(name, zero=zero >= 2)))
             size = _leaf_bytes(mesh, leaf, spec(name))
             if name.startswith("L"):
                 periods = leaf.shape[0] / pattern / dict(zip(AXES, shape))["stage"]
@@ -321,7 +241,7 @@ class Account:
             elif name in whole:
                 whole[name] += size
         return StateBytes(
-            parameters=sum(_tree_bytes(mesh, state.params)),
+            parameters=_tree_bytes(mesh, state.params),
             optimizer=_kept_bytes(mesh, state.optimizer_state, on_host=False),
             offloaded=_kept_bytes(mesh, state.optimizer_state, on_host=True),
             gradients=sum(gradients), layer=whole["layer"], embedding=whole["VD"],
@@ -329,13 +249,9 @@ class Account:
         )
 
 
-def _tree_bytes(mesh: AbstractMesh, tree: Any, shardings: Any = None) -> list[float]:
-    """Bytes per device of each leaf, placed by its own specs or by those of `shardings`."""
-    places = jax.tree.map(lambda leaf: leaf.sharding, tree) if shardings is None else shardings
-    return [
-        _leaf_bytes(mesh, leaf, place.spec)
-        for leaf, place in zip(jax.tree.leaves(tree), jax.tree.leaves(places), strict=True)
-    ]
+def _tree_bytes(mesh: AbstractMesh, tree: Any) -> float:
+    """Bytes per device of a tree placed by its own specs."""
+    return sum(_leaf_bytes(mesh, leaf, leaf.sharding.spec) for leaf in jax.tree.leaves(tree))
 
 
 def _kept_bytes(mesh: AbstractMesh, tree: Any, on_host: bool) -> float:
@@ -343,7 +259,7 @@ def _kept_bytes(mesh: AbstractMesh, tree: Any, on_host: bool) -> float:
     leaves = [
         leaf for leaf in jax.tree.leaves(tree) if (leaf.sharding.memory_kind == HOST_MEMORY) == on_host
     ]
-    return sum(_tree_bytes(mesh, leaves))
+    return _tree_bytes(mesh, leaves)
 
 
 def _leaf_bytes(mesh: AbstractMesh, leaf: Any, partition: PartitionSpec) -> float:

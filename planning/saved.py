@@ -26,8 +26,9 @@ class Saved(NamedTuple):
     """Arrays that are kept for each row of the batch: `count` of these letters and item size.
 
     per_layer: kept by every repetition of the layer pattern, else once. letters may name a dim
-    twice (T for keys as well: the reference attention's probabilities); "1" is a dim of one. whole:
-    lies as the products of a block need it and not as it does between blocks.
+    twice (T for keys as well: the reference attention's probabilities); "1" is a dim of one, "h" half
+    a head dim, "W" rows of a token among the experts. whole: lies as the products of a block need
+    it and not as it does between blocks.
     """
 
     letters: str
@@ -64,7 +65,8 @@ def _stand_in(model: TransformerConfig) -> tuple[TransformerConfig, dict[str, in
     group = model.num_heads // model.num_kv_heads
     K = next(size for size in (5, 11, 13, 17) if size * group not in (ROWS, PERIODS))
     sizes = {"T": 136, "D": 58, "K": K, "N": K * group, "G": group, "F": 62, "V": 74}
-    sizes |= {"H": model.head_dim}
+    # These stay the model's own, so that none of them can be taken for another of another size.
+    sizes |= {"H": model.head_dim, "C": model.experts_per_token, "E": model.num_experts or 1}
     pattern = len(model.layer_pattern)
     changed = dataclasses.replace(
         model, vocab_size=sizes["V"], model_dim=sizes["D"], num_heads=sizes["N"],
@@ -78,9 +80,11 @@ def _read(model: TransformerConfig, sizes: dict[str, int], leaf: Any) -> Saved |
     """The letters of a residual; None for weights and other arrays that no row has."""
     per_layer = leaf.shape[:1] == (PERIODS,)
     shape = leaf.shape[1:] if per_layer else leaf.shape
-    if shape[:1] != (ROWS,):
+    tokens = ROWS * sizes["T"]
+    leading = {ROWS: "B", tokens: "BT", tokens * sizes["C"]: "BTW"}
+    if not shape or shape[0] not in leading:
         return None
-    letters = "B"
+    letters = leading[shape[0]]
     by_size = {size: letter for letter, size in reversed(sizes.items())} | {1: "1"}
     by_size |= {sizes["H"] // 2: "h"}
     for size in shape[1:]:
@@ -88,20 +92,28 @@ def _read(model: TransformerConfig, sizes: dict[str, int], leaf: Any) -> Saved |
     # A block's products read x in the compute dtype after it was made whole over `tensor`; what else
     # is saved of it lies between blocks: norms in fp32, and the block's input under rematerialization.
     product_input = leaf.dtype == model.dtype and model.remat == "none" and model.dtype != "float32"
-    whole = product_input or bool(set(letters) & set("NKFGH"))
+    whole = product_input or bool(set(letters) & set("NKFGHW"))
     return Saved(letters, leaf.dtype.itemsize, per_layer, whole, 1)
+
+
+def expert_rows(model: TransformerConfig, devices: int) -> int:
+    """Rows that experts have room for, for each token of a device: the most that can be sent."""
+    if model.num_experts is None:
+        return 1
+    return devices * min(model.experts_per_token, model.num_experts // devices)
 
 
 def bytes_per_row(entry: Saved, model: TransformerConfig, length: int, sizes: dict[str, int]) -> float:
     """Bytes of one such array for one row of the batch on a device of a mesh with these sizes."""
     dims = model.sizes | {
         "T": length, "G": model.num_heads // model.num_kv_heads, "1": 1, "h": model.head_dim // 2,
+        "W": expert_rows(model, sizes["expert"]), "C": model.experts_per_token,
     }
     total = float(entry.itemsize)
     split: set[str] = set()
     for letter in entry.letters[1:]:
         total *= dims[letter]
-        if letter in "1hG":
+        if letter in "1hGWCE":
             continue
         (axes,) = spec(letter, between_blocks=not entry.whole)
         for axis in (axes,) if isinstance(axes, str) else axes or ():

@@ -156,7 +156,7 @@ def bytes_sent(account: Account, choice: Choice) -> dict[str, float]:
     return {
         "tensor": k * layers * stream * (8 + 3 * again) * part["tensor"],
         "context": k * layers * keys * 2 * (3 + again) * (mesh.context - 1),
-        "expert": k * layers * stream * 4 * part["expert"],
+        "expert": k * layers * stream * model.experts_per_token * (4 + 2 * again) * part["expert"],
         "stage": k * 2 * stream / mesh.tensor,
         "data": weights * (gathered + reduced) * part["data"],
         "slice": 2 * weights / (mesh.data if mesh.zero >= 2 else 1) * part["slice"],

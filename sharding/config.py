@@ -4,7 +4,8 @@ import dataclasses
 import math
 
 AXES = ("slice", "data", "stage", "context", "expert", "tensor")
-WORKING_AXES = ("data", "tensor")
+WORKING_AXES = ("slice", "data", "context", "expert", "tensor")
+CONTEXT_EXCHANGES = ("ring", "all_to_all")
 
 
 @dataclasses.dataclass
@@ -14,6 +15,10 @@ class MeshConfig:
     `zero` says what is sharded over `data`: 0 nothing, 1 optimizer state, 2 and gradients,
     3 and parameters (Rajbhandari et al. 2020, arXiv:1910.02054). `offload_optimizer` keeps the
     optimizer's state in the host's memory between updates (Ren et al. 2021, arXiv:2101.06840).
+    `context_exchange` says how the
+    devices that share a row attend: keys and values pass from one to the next ("ring", Liu et al.
+    2023, arXiv:2310.01889), or time is exchanged for heads ("all_to_all", Jacobs et al. 2023,
+    arXiv:2309.14509).
     """
 
     slice: int = 1
@@ -24,6 +29,7 @@ class MeshConfig:
     tensor: int = 1
     zero: int = 0
     offload_optimizer: bool = False
+    context_exchange: str = "ring"
 
     def validate(self) -> None:
         """Raises ValueError for an impossible size, or an axis that does not work yet."""
@@ -37,6 +43,11 @@ class MeshConfig:
                 )
         if self.zero not in (0, 1, 2, 3):
             raise ValueError(f"mesh.zero={self.zero}: expected 0, 1, 2 or 3")
+        if self.context_exchange not in CONTEXT_EXCHANGES:
+            raise ValueError(
+                f"mesh.context_exchange={self.context_exchange!r}: expected one of "
+                f"{', '.join(CONTEXT_EXCHANGES)}"
+            )
 
     def shape(self, num_devices: int) -> tuple[int, ...]:
         """Sizes of AXES for `num_devices`; ValueError if they do not multiply to it."""

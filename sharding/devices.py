@@ -49,7 +49,7 @@ DEVICES = (
            3.125e9, 2, 256, 128),
     Device("TPU v5", "v5p", {"bfloat16": 459e12, "float8": 459e12, "int8": 918e12}, 95.73 * GIB,
            2.765e12, 600e9, 6.25e9, 3, 8960, 128),
-    Device("TPU v6", "v6e", {"bfloat16": 918e12, "float8": 918e12, "int8": 1836e12}, 31.24 * GIB,
+    Device("TPU v6 lite", "v6e", {"bfloat16": 918e12, "float8": 918e12, "int8": 1836e12}, 31.24 * GIB,
            1.638e12, 400e9, 12.5e9, 2, 256, 256),
     Device("TPU7x", "tpu7x", {"bfloat16": 2307e12 / 2, "float8": 4614e12 / 2}, 94.74 * GIB,
            7.38e12 / 2, 600e9 / 2, 12.5e9 / 2, 3, 2 * 9216, 256, devices_per_chip=2),

@@ -22,8 +22,9 @@ from batiste.configs.experiment import Experiment
 from batiste.data import Batch, Loader
 from batiste.evaluation import make_row_losses
 from batiste.models import Transformer
-from batiste.sharding import MeshConfig, make_mesh
+from batiste.sharding import MeshConfig, laid_out, make_mesh, time_order
 from batiste.train import TrainConfig, make_program, make_train_step
+from batiste.train.local_steps import make_exchange
 from batiste.train.metrics import read_metrics
 
 TOKENS_BT = np.arange(16, dtype=np.int32).reshape(2, 8) % 7
@@ -110,8 +111,22 @@ def updates(experiment: Experiment, _):
         return first, program.optimizer.update(gradients[1], state, params)[0]
 
 
+def exchanged(experiment: Experiment, _):
+    """What two slices agree on that each went its own way."""
+    sizes = MeshConfig(slice=2, data=1)
+    mesh, train = make_mesh(sizes, jax.devices()[:2]), experiment.train
+    program = make_program(experiment.model, train, mesh, sizes)
+    state, random = program.initialize(), np.random.default_rng(0)
+    own = jax.tree.map(
+        lambda leaf: jax.device_put(np.float32(random.normal(size=leaf.shape)), leaf.sharding),
+        state.workers.params)
+    exchange = jax.jit(make_exchange(train.local, program.letters, sizes.zero))
+    with jax.set_mesh(mesh):
+        return exchange(state.params, state.optimizer_state, own, state.workers.residual)[0]
+
+
 def layout(experiment: Experiment, _):
-    """The shardings on the 8 devices, or why there are none."""
+    """The shardings on the 8 devices and the order of a row, or why there are none."""
     try:
         experiment.validate_on(8)
     except ValueError as error:
@@ -120,7 +135,9 @@ def layout(experiment: Experiment, _):
         experiment.model, experiment.train, make_mesh(experiment.mesh), experiment.mesh)
     specs = jax.tree.map(lambda leaf: f"{leaf.sharding.spec} {leaf.sharding.memory_kind}", program.abstract_state)
     mesh = jax.tree.leaves(program.abstract_state)[0].sharding.mesh
-    return specs, tuple(mesh.shape.items())
+    with jax.set_mesh(mesh), laid_out(experiment.mesh):
+        order = time_order(experiment.data.sequence_length)
+    return specs, tuple(mesh.shape.items()), order
 
 
 def records(experiment: Experiment, corpus: pathlib.Path):

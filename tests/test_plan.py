@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from batiste import command_line, main
+from batiste import command_line, forecast, main
 from batiste.configs import llama3_8b, quickstart
 from batiste.models import Transformer, TransformerConfig
 from batiste.planning import Account, Choice, Workload, fits, gpu_machine, machine_here, tpu_machine
@@ -251,7 +251,7 @@ def little_memory(monkeypatch):
     """This machine as if each device had 40 MB."""
     real = machine_here()
     device = real.device._replace(hbm_bytes=40e6)
-    monkeypatch.setattr(main, "machine_here", lambda: real._replace(device=device))
+    monkeypatch.setattr(forecast, "machine_here", lambda: real._replace(device=device))
 
 
 TRAIN = ("train", "--config=configs/quickstart.py", "--config.train.batch_size=16")
@@ -342,5 +342,5 @@ def test_predicted_memory_is_the_compilers(remat, mesh):
 
 def test_the_quickstart_is_planned_as_it_is_configured():
     experiment = quickstart.get_config()
-    choice = main._choice(experiment, 1)
+    choice = forecast.choice_of(experiment, 1)
     assert choice == Choice(MeshConfig(data=1), experiment.model.remat, experiment.train.accumulation)

@@ -22,13 +22,22 @@ MODEL = TransformerConfig(
 )
 
 
-def compile_step(topology: str, mesh_config: MeshConfig, model: TransformerConfig = MODEL):
-    """The step of `model` compiled for a TPU topology by the TPU's own compiler."""
+def tpu_devices(topology: str, slices: int = 1):
+    """The devices of so many slices of a TPU topology, to compile for."""
     os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # There is no metadata server to ask.
     os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-    mesh = make_mesh(mesh_config, devices)
-    config = TrainConfig(batch_size=16)
+    several = {"num_slices": slices} if slices > 1 else {}
+    return topologies.get_topology_desc(
+        platform="tpu", topology_name=topology, **several).devices
+
+
+def compile_step(
+    topology: str, mesh_config: MeshConfig, model: TransformerConfig = MODEL, slices: int = 1,
+    config: TrainConfig | None = None,
+):
+    """The step of `model` compiled for a TPU topology by the TPU's own compiler."""
+    mesh = make_mesh(mesh_config, tpu_devices(topology, slices))
+    config = TrainConfig(batch_size=16) if config is None else config
     program = make_program(model, config, mesh, mesh_config)
     step = make_train_step(program, config, mesh)
     batch = Batch(*(
