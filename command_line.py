@@ -186,9 +186,9 @@ def _plan(values: flags.FlagValues) -> int:
     machine = None
     if not values.cpu:
         machine = tpu_machine(values.topology) if values.topology else gpu_machine(values.gpu)
-    tokens = values.tokens
+    tokens, config = values.tokens, experiment.train
     if tokens is None:
-        tokens = experiment.train.num_steps * experiment.train.batch_size * experiment.data.sequence_length
+        tokens = config.num_steps * config.batch_size * experiment.data.sequence_length
     budget = Budget(tokens, values.price_per_chip_hour)
     print(forecast.plan(experiment, machine, budget, values.compile, values.apply))
     return 0
@@ -271,7 +271,7 @@ def _parse(define: Callable, argv: list[str]) -> flags.FlagValues:
 
 
 def _split_none(argv: list[str]) -> tuple[list[str], list[tuple[str, str]]]:
-    """Takes out --config.NAME=None, which config_flags reads as a number; NAMEs and how it was said."""
+    """Takes out --config.NAME=None, which config_flags takes for a number; NAMEs, and as written."""
     found = {argument: re.fullmatch(r"--?config\.([^=]+)=([Nn]one)", argument) for argument in argv}
     rest = [argument for argument in argv if not found[argument]]
     return rest, [match.groups() for match in found.values() if match]

@@ -2,8 +2,8 @@
 
     batiste train --config=configs/llama3_70b.py --workdir=runs/llama3_70b
 
-For 1,024 accelerators of 80 GB or more (a TPU v5p 8x8x16) as data 128 x tensor 8: 8,388,608 tokens a
-batch, 1.4 trillion (20 per parameter, Hoffmann et al. 2022, arXiv:2203.15556) in all, where the
+For 1,024 accelerators of 80 GB or more (a TPU v5p 8x8x16) as data 128 x tensor 8: 8,388,608 tokens
+a batch, 1.4 trillion (20 per parameter, Hoffmann et al. 2022, arXiv:2203.15556) in all, where the
 published model saw 15 trillion. Not yet run. Data, tokenizer and all else: as in llama3_8b.
 
 Sizes and peak learning rate: table 3 of the paper.

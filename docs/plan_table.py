@@ -148,8 +148,8 @@ def write(answers: dict) -> None:
         else:
             errors.append(predicted / answer["peak"] - 1)
             said, error = f"{answer['peak'] / GIB:.2f}", f"{errors[-1]:+.1%}"
-        rows.append(f"| {case.preset} | {case.topology} | {_mesh(case)} | {case.remat} | {case.batch} "
-                    f"/ {case.accumulation} | {predicted / GIB:.2f} | {said} | {error} |")
+        rows.append(f"| {case.preset} | {case.topology} | {_mesh(case)} | {case.remat} | "
+                    f"{case.batch} / {case.accumulation} | {predicted / GIB:.2f} | {said} | {error} |")
     size = [abs(error) for error in errors]
     head = ("| config | TPU | mesh | remat | batch / accumulation | predicted GiB | compiler GiB | "
             "error |\n|---|---|---|---|---|---|---|---|\n")

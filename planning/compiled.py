@@ -1,4 +1,4 @@
-"""The real training step, compiled for TPUs that are not here (libtpu compiles on a CPU machine)."""
+"""The real training step, compiled for TPUs that are not here: libtpu compiles on a CPU machine."""
 
 import math
 import os
@@ -96,6 +96,7 @@ def comparison(account: Account, machine: Machine, choice: Choice) -> str:
     rows.append(["FLOPs, attention too (compiler: loops once, no kernels)", f"{total:.4g}",
                  f"{once:.4g}"])
     sent = sum(bytes_sent(account, choice).values())
-    rows.append(["collectives, bytes a device", f"{sent:.4g}", f"{sum(found.collectives.values()):.4g}"])
+    moved = sum(found.collectives.values())
+    rows.append(["collectives, bytes a device", f"{sent:.4g}", f"{moved:.4g}"])
     rows += [[f"  {kind}", "", f"{size:.4g}"] for kind, size in found.collectives.items()]
     return "\n".join([head, *aligned(rows)])

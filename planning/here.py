@@ -98,7 +98,7 @@ def _rows(workload: Workload) -> int:
 
 
 def _cpu_device(peak: float, shared_by: int) -> Device:
-    """The CPU as an entry of the table; bandwidths are part of what is measured, not of the entry."""
+    """The CPU as an entry of the table; its bandwidths are in what is measured."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / shared_by
     return Device(
         "cpu", "cpu", {"bfloat16": peak}, memory, math.inf, math.inf, math.inf, 0, shared_by, 1

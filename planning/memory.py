@@ -191,7 +191,7 @@ class Account:
         return bytes_each * logits / (sizes["stage"] * sizes["tensor"])
 
     def work_bytes(self, choice: Choice) -> float:
-        """What one layer has alive in its backward pass, in its feed-forward or in its attention."""
+        """What a layer has alive in its backward pass, in its feed-forward or in its attention."""
         model, tensor = self.workload.model, choice.mesh.tensor
         item = 4 if model.dtype == "float32" else 2
         padding = -(-model.head_dim // LANES) * LANES / model.head_dim
@@ -256,10 +256,9 @@ def _tree_bytes(mesh: AbstractMesh, tree: Any) -> float:
 
 def _kept_bytes(mesh: AbstractMesh, tree: Any, on_host: bool) -> float:
     """Bytes per device of the leaves that live on the host, or of those that do not."""
-    leaves = [
-        leaf for leaf in jax.tree.leaves(tree) if (leaf.sharding.memory_kind == HOST_MEMORY) == on_host
-    ]
-    return _tree_bytes(mesh, leaves)
+    leaves = jax.tree.leaves(tree)
+    kept = [leaf for leaf in leaves if (leaf.sharding.memory_kind == HOST_MEMORY) == on_host]
+    return _tree_bytes(mesh, kept)
 
 
 def _leaf_bytes(mesh: AbstractMesh, leaf: Any, partition: PartitionSpec) -> float:

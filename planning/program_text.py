@@ -1,4 +1,4 @@
-"""Reads a compiled program's text: what it sends and multiplies, loops counted as often as they run.
+"""Reads a compiled program's text: what it sends and multiplies, loops as often as they run.
 
 XLA's own cost analysis counts the body of a loop once.
 """
@@ -97,7 +97,8 @@ def _calls(computations: dict, name: str) -> list[tuple[str, int]]:
         if loop:
             calls.append((loop[2], _trips(computations[loop[1]])))
         else:
-            calls += [(callee, 1) for callee in re.findall(r"(?:calls|to_apply)=%?([\w.\-]+)", each.rest)]
+            callees = re.findall(r"(?:calls|to_apply)=%?([\w.\-]+)", each.rest)
+            calls += [(callee, 1) for callee in callees]
     return [(callee, count) for callee, count in calls if callee in computations]
 
 

@@ -27,8 +27,8 @@ def table(account: Account, machine: Machine, plans: Sequence[Plan], budget: Bud
     flops, peak = flops_of(account).total, device.flops["bfloat16"] * machine.num_devices
     shared = " (two devices a chip)" if device.devices_per_chip == 2 else ""
     lines = [
-        f"{machine}: {machine.num_devices:,} devices{shared} with {device.hbm_bytes / GIB:.2f} GiB; "
-        f"{workload.tokens_per_step:,} tokens a step, {budget.tokens:.4g} in all",
+        f"{machine}: {machine.num_devices:,} devices{shared} with {device.hbm_bytes / GIB:.2f} "
+        f"GiB; {workload.tokens_per_step:,} tokens a step, {budget.tokens:.4g} in all",
         f"MFU = tokens/s x training FLOPs per token / peak FLOP/s = tokens/s x {flops:.4g} / "
         f"{peak:.4g}",
         "GiB per device: par(ameters), gra(dients), opt(imizer), act(ivations), log(its), "
@@ -45,7 +45,9 @@ def table(account: Account, machine: Machine, plans: Sequence[Plan], budget: Bud
     return "\n".join(lines + aligned(rows))
 
 
-def rejections(account: Account, machine: Machine, plans: Sequence[Plan], check: Check) -> list[str]:
+def rejections(
+    account: Account, machine: Machine, plans: Sequence[Plan], check: Check
+) -> list[str]:
     """The fastest plans that do not fit and would beat all that do, each with a way to mend it."""
     best = min((plan.time.total for plan in plans if plan.fits), default=float("inf"))
     lines, seen = [], set()
@@ -81,7 +83,8 @@ def memory_block(memory: Memory, machine: Machine) -> str:
     """The memory of one choice by kind, against what a device has."""
     rows = [["", "GiB per device"]]
     rows += [[kind, f"{getattr(memory, kind) / GIB:.2f}"] for kind in KINDS]
-    rows += [["sum", f"{memory.total / GIB:.2f}"], ["there is", f"{machine.device.hbm_bytes / GIB:.2f}"]]
+    rows.append(["sum", f"{memory.total / GIB:.2f}"])
+    rows.append(["there is", f"{machine.device.hbm_bytes / GIB:.2f}"])
     return "\n".join(aligned(rows))
 
 
@@ -95,7 +98,9 @@ def describe(choice: Choice) -> str:
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     """Columns of equal width, numbers to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+    return [
+        "  ".join(cell.rjust(width) for cell, width in zip(row, widths)).rstrip() for row in rows
+    ]
 
 
 def _policy(choice: Choice) -> str:
@@ -118,10 +123,11 @@ def _head(plans: Sequence[Plan], budget: Budget) -> list[str]:
 def _cells(account: Account, machine: Machine, plan: Plan, plans: Sequence[Plan]) -> list[str]:
     choice, time, axes = plan.choice, plan.time, _axes(plans)
     micro = account.workload.train.batch_size // choice.accumulation
-    seconds = (time.compute, time.memory, *(time.exposed.get(axis, 0.0) for axis in axes), time.bubble)
+    exposed = (time.exposed.get(axis, 0.0) for axis in axes)
+    seconds = (time.compute, time.memory, *exposed, time.bubble)
     return [
-        *(str(choice.sizes[axis]) for axis in axes), str(choice.mesh.zero), _policy(choice), str(micro),
-        str(choice.accumulation), *(f"{getattr(plan.memory, kind) / GIB:.2f}" for kind in KINDS),
+        *(str(choice.sizes[axis]) for axis in axes), str(choice.mesh.zero), _policy(choice),
+        str(micro), str(choice.accumulation), *(f"{getattr(plan.memory, kind) / GIB:.2f}" for kind in KINDS),
         f"{plan.memory.total / GIB:.2f}", *(f"{value:.3g}" for value in seconds),
         f"{time.total:.4g}", f"{mfu(account, machine, time.total):.1%}",
     ]

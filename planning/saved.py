@@ -2,8 +2,8 @@
 
 The features of a small stand-in of the model are differentiated, abstractly: `jax.vjp` returns its
 residuals, which are what a scan over layers stacks up in memory. The stand-in's dims have sizes of
-their own, so that each residual's shape spells its letters. What a policy of rematerialization saves
-is thereby not restated here, and cannot differ from what the model does.
+their own, so that each residual's shape spells its letters. What a policy of rematerialization
+saves is thereby not restated here, and cannot differ from what the model does.
 """
 
 import collections
@@ -26,8 +26,8 @@ class Saved(NamedTuple):
     """Arrays that are kept for each row of the batch: `count` of these letters and item size.
 
     per_layer: kept by every repetition of the layer pattern, else once. letters may name a dim
-    twice (T for keys as well: the reference attention's probabilities); "1" is a dim of one, "h" half
-    a head dim, "W" rows of a token among the experts. whole: lies as the products of a block need
+    twice (T for keys as well: the reference attention's probabilities); "1" is a dim of one, "h"
+    half a head dim, "W" rows of a token among the experts. whole: lies as the products of a block need
     it and not as it does between blocks.
     """
 
@@ -89,8 +89,8 @@ def _read(model: TransformerConfig, sizes: dict[str, int], leaf: Any) -> Saved |
     by_size |= {sizes["H"] // 2: "h"}
     for size in shape[1:]:
         letters += by_size[size]
-    # A block's products read x in the compute dtype after it was made whole over `tensor`; what else
-    # is saved of it lies between blocks: norms in fp32, and the block's input under rematerialization.
+    # A block's products read x in the compute dtype after it was made whole over `tensor`; what
+    # else is saved of it lies between blocks: norms in fp32, and a rematerialized block's input.
     product_input = leaf.dtype == model.dtype and model.remat == "none" and model.dtype != "float32"
     whole = product_input or bool(set(letters) & set("NKFGHW"))
     return Saved(letters, leaf.dtype.itemsize, per_layer, whole, 1)
@@ -103,7 +103,9 @@ def expert_rows(model: TransformerConfig, devices: int) -> int:
     return devices * min(model.experts_per_token, model.num_experts // devices)
 
 
-def bytes_per_row(entry: Saved, model: TransformerConfig, length: int, sizes: dict[str, int]) -> float:
+def bytes_per_row(
+    entry: Saved, model: TransformerConfig, length: int, sizes: dict[str, int]
+) -> float:
     """Bytes of one such array for one row of the batch on a device of a mesh with these sizes."""
     dims = model.sizes | {
         "T": length, "G": model.num_heads // model.num_kv_heads, "1": 1, "h": model.head_dim // 2,

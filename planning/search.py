@@ -13,7 +13,7 @@ from batiste.sharding import AXES, MeshConfig
 # What the account may be short of the compiler's peak (docs/plan.md has the errors).
 RESERVE = 0.05
 # Tried in this order; of policies that keep the same, the first stays. Named are first what flash
-# attention's backward pass reads, then the feed-forward's projections too: all products with weights.
+# attention's backward pass reads, then the feed-forward's projections too.
 ATTENTION = ("query", "key", "value", "attended")
 POLICIES = (
     Policy("full"), Policy("none"), Policy("dots"), Policy("names", ATTENTION),
@@ -42,7 +42,8 @@ def search(account: Account, machine: Machine, check: Check) -> list[Plan]:
     """
     plans = []
     for mesh, policy in itertools.product(_meshes(machine.num_devices), _policies(account)):
-        plans += _with_accumulation(account, machine, Choice(mesh, policy.remat, 1, policy.saved), check)
+        whole = Choice(mesh, policy.remat, 1, policy.saved)
+        plans += _with_accumulation(account, machine, whole, check)
     if not plans:
         raise ValueError(
             f"no mesh of {machine} divides this model and train.batch_size="

@@ -120,8 +120,8 @@ def tpu_machine(topology: str) -> Machine:
     num_devices = math.prod(sizes) * device.devices_per_chip
     if num_devices > device.neighbours:
         raise ValueError(
-            f"--topology={topology}: {num_devices // device.devices_per_chip:,} chips, but a pod of "
-            f"{name} has {device.neighbours // device.devices_per_chip:,}"
+            f"--topology={topology}: {num_devices // device.devices_per_chip:,} chips, but a pod "
+            f"of {name} has {device.neighbours // device.devices_per_chip:,}"
         )
     return Machine(device, num_devices, sizes)
 

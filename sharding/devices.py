@@ -32,8 +32,8 @@ class Device(NamedTuple):
 
 
 # TPU: docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x} (the last compares v5p, v6e and TPU7x);
-# links are given there as bidirectional, here is one direction: half (v4: arXiv:2304.01433). HBM is what the compiler calls
-# available in its refusals (libtpu 0.0.52), v4 excepted: there it is the documented size. Network
+# links are given there as bidirectional, here is one direction: half (v4: arXiv:2304.01433).
+# HBM is what the compiler calls available in its refusals (libtpu 0.0.52); v4: as documented. Network
 # of v5e: 2 x 100 Gbit/s for a host of 8 chips; v4 likewise, for a host of 4. A TPU adds bf16
 # products into fp32 and multiplies fp32 in several bf16 passes; no fp32 rate is published.
 # GPU: the vendor's data sheets (SXM), dense; NVLink one direction; network is one 400 Gbit/s (A100:
@@ -49,8 +49,8 @@ DEVICES = (
            3.125e9, 2, 256, 128),
     Device("TPU v5", "v5p", {"bfloat16": 459e12, "float8": 459e12, "int8": 918e12}, 95.73 * GIB,
            2.765e12, 600e9, 6.25e9, 3, 8960, 128),
-    Device("TPU v6 lite", "v6e", {"bfloat16": 918e12, "float8": 918e12, "int8": 1836e12}, 31.24 * GIB,
-           1.638e12, 400e9, 12.5e9, 2, 256, 256),
+    Device("TPU v6 lite", "v6e", {"bfloat16": 918e12, "float8": 918e12, "int8": 1836e12},
+           31.24 * GIB, 1.638e12, 400e9, 12.5e9, 2, 256, 256),
     Device("TPU7x", "tpu7x", {"bfloat16": 2307e12 / 2, "float8": 4614e12 / 2}, 94.74 * GIB,
            7.38e12 / 2, 600e9 / 2, 12.5e9 / 2, 3, 2 * 9216, 256, devices_per_chip=2),
     Device("NVIDIA H200", "h200", {"bfloat16": 989e12, "float8": 1979e12, "int8": 1979e12,
