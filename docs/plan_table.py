@@ -159,9 +159,9 @@ def write(answers: dict) -> None:
     print(table)
     if PAGE.exists():
         text = PAGE.read_text()
-        begin, end = "<!-- table: begin -->\n", "\n<!-- table: end -->"
+        begin, end = "<!-- table: begin -->\n", "<!-- table: end -->"
         before, rest = text.split(begin)
-        PAGE.write_text(before + begin + table + end + rest.split(end)[1])
+        PAGE.write_text(before + begin + table + "\n" + end + rest.split(end)[1])
 
 
 def _mesh(case: Case) -> str:
