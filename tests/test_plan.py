@@ -347,7 +347,7 @@ def test_predicted_memory_is_the_compilers(remat, mesh):
     compiled = compile_step(given, tpu_machine("v5e:2x4"), choice)
     predicted = Account(given).estimate(choice).total
     assert predicted == pytest.approx(compiled.peak_bytes, rel=0.25)
-    found = read_program(compiled.program.as_text())
+    found = read_program(compiled.text)
     expected = product_flops(Account(given), tpu_machine("v5e:2x4"), choice)
     assert found.flops == pytest.approx(expected, rel=0.1)
     assert found.collectives["all-gather"] > 0
