@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding
 
 from batiste.data import Batch
 from batiste.models import resolve_attention
+from batiste.planning.buffers import writing_to
 from batiste.planning.memory import GIB, Account
 from batiste.planning.program_text import read_program
 from batiste.planning.report import aligned, describe
@@ -27,11 +28,11 @@ from batiste.train import make_program, make_train_step
 class Compiled(NamedTuple):
     """What the compiler found for each device.
 
-    reserved_bytes: of HBM, which it compares to what there is; None where it refused: then it wanted
-    `refused`. flops: by its own count. text: the optimized program.
+    peak_bytes: of HBM; None where it refused: then it wanted `refused`. flops: by its own count.
+    text: the optimized program.
     """
 
-    reserved_bytes: int | None
+    peak_bytes: int | None
     refused: str | None = None
     flops: float = math.nan
     text: str = ""
@@ -66,7 +67,8 @@ def compile_step(workload: Workload, machine: Machine, choice: Choice) -> Compil
             return Compiled(None, refused_bytes(error))
         (text,) = pathlib.Path(folder).glob("*.after_optimizations.txt")
         flops = program.cost_analysis().get("flops", math.nan)
-        return Compiled(reserved_bytes(folder), None, flops, text.read_text())
+        peak = program.memory_analysis().peak_memory_in_bytes
+        return Compiled(peak, None, flops, text.read_text())
 
 
 def refused_bytes(error: jax.errors.JaxRuntimeError) -> str:
@@ -75,23 +77,6 @@ def refused_bytes(error: jax.errors.JaxRuntimeError) -> str:
     if wanted is None:
         raise error
     return wanted[1]
-
-
-def writing_to(folder: str) -> dict[str, str | bool]:
-    """Options with which the compiler writes what it made to files, before it generates code.
-
-    `as_text()` of the result raises for some programs (libtpu 0.0.52: "async-update instruction
-    should have 1 operands"); this does not.
-    """
-    return {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
-
-
-def reserved_bytes(folder: str) -> int | None:
-    """The HBM that a program reserves, by what the compiler wrote; None before it did."""
-    for report in pathlib.Path(folder).glob("*-memory-usage-report.txt"):
-        total = re.search(r"^Memory Space: default.*\nTotal bytes: (\d+) ", report.read_text())
-        return None if total is None else int(total[1])
-    return None
 
 
 def _topology_devices(machine: Machine) -> list:
@@ -116,10 +101,10 @@ def comparison(account: Account, machine: Machine, choice: Choice) -> str:
     head = f"compiled for {machine} in {seconds:.0f} s: {describe(choice)}"
     peak = f"{account.estimate(choice).total / GIB:.2f} GiB"
     rows = [["", "predicted", "compiler"]]
-    if compiled.reserved_bytes is None:
+    if compiled.peak_bytes is None:
         rows.append(["peak HBM", peak, f"refused, wants {compiled.refused}"])
         return "\n".join([head, *aligned(rows)])
-    rows.append(["peak HBM", peak, f"{compiled.reserved_bytes / GIB:.2f} GiB"])
+    rows.append(["peak HBM", peak, f"{compiled.peak_bytes / GIB:.2f} GiB"])
     total = flops_of(account).total * account.workload.tokens_per_step / machine.num_devices
     rows.append(["FLOPs, attention too (compiler: loops once, no kernels)", f"{total:.4g}",
                  f"{compiled.flops:.4g}"])
