@@ -173,6 +173,8 @@ class Account:
             kept = {*policy.saved, *policy.offloaded}
             products = {"up", "gate"} if self.workload.model.gated else {"up"}
             return Recomputes(not products <= kept, "attended" not in kept)
+        if policy.remat == "dots":  # What attention's products leave is not saved.
+            return Recomputes(False, True)
         letters = "".join(entry.letters for entry in self.saved(policy) if entry.per_layer)
         return Recomputes("F" not in letters, not set(letters) & set("NKG"))
 
