@@ -82,9 +82,10 @@ class Account:
         # A layer's weights in the compute dtype, the next one's where they are gathered ahead; and
         # the gradients of the layer, in fp32.
         in_flight = state.layer * (item / 4 * (2 if gathers else 1) + 1)
-        # A pipeline sums gradients over its ticks; what enters and leaves it is whole.
+        # A pipeline sums gradients over its ticks; what was kept of one tick is copied out, and what
+        # enters or leaves it waits for all micro-batches.
         ticks = state.gradients if pipelined else 0.0
-        ends = 3 * item * stream / mesh.tensor if pipelined else 0.0
+        ends = saved / choice.ticks + 2 * item * stream / mesh.tensor if pipelined else 0.0
         layers = Moment(
             gradients=sum_so_far + state.gradients + ticks,
             activations=saved + self.work_bytes(choice) + ends, collectives=kept + in_flight,
@@ -115,13 +116,16 @@ class Account:
     def kept_weights(self, choice: Choice) -> float:
         """Copies of weights that are alive from the first layer forward to the last backward.
 
-        The compiler casts stacked weights before the loop over layers. Weights do not change between
+        The compiler casts stacked weights before the loop over layers, and gathers all that a stage
+        has before the loop over ticks. Weights do not change between
         micro-batches, so embedding and head, if they are gathered, then stay gathered: the lookup
         reads fp32, unless the head, which reads the compute dtype, shares its table.
         """
-        state = self.state(choice.mesh)
+        state, mesh = self.state(choice.mesh), choice.mesh
         kept = self.doubled(choice) + (state.parameters * self.item / 4 if self.item < 4 else 0.0)
-        if choice.mesh.zero < 3 or choice.accumulation == 1:
+        if mesh.zero >= 3 and mesh.stage > 1:
+            kept += state.layer * self.periods / mesh.stage * self.item / 4
+        if mesh.zero < 3 or choice.accumulation == 1:
             return kept
         tied = state.head == 0
         return kept + (2 * state.embedding if tied else state.head) * self.item / 4 + (

@@ -4,6 +4,7 @@ A model of the machine and not a measurement: peak rates from the table of devic
 reached of them in practice, which is stated here once. Only `--cpu` measures.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -52,6 +53,7 @@ class Flops(NamedTuple):
         return sum(self)
 
 
+@functools.lru_cache(maxsize=4)
 def flops_of(account: Account) -> Flops:
     """The model's FLOPs of a token by part."""
     workload, program = account.workload, account.program
