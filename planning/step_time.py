@@ -173,6 +173,8 @@ def _weights_sent(account: Account, choice: Choice) -> float:
     mesh, state = choice.mesh, account.state(choice.mesh)
     layers = state.layer * account.periods / mesh.stage
     ends = state.embedding + state.head
+    if mesh.zero >= 2:  # The head is gathered, and its gradient reduced, for each chunk of logits.
+        ends = state.embedding + (state.head or state.embedding) * account.chunks
     ticks = choice.ticks / mesh.interleave if mesh.stage > 1 else 1
     each = (2 * account.item / 4 if mesh.zero >= 3 else 0) + (1 if mesh.zero >= 2 else 2)
     once = 1 if mesh.zero in (1, 2) else 0
