@@ -43,8 +43,8 @@ def _attention(model: TransformerConfig, length: int, choice: Choice, item: int)
         # kernel in fp32.
         alive = heads * (item * (4 + 2 * padding) + 4)
         alive += keys * (item * (1 + 2 * padding) + 8 * padding)
-    # The feed-forward's gathered arrays wait for the products that give its weights' gradients.
-    gathered = 5 * item if tensor > 1 else 0
+    # Where `tensor` splits time between blocks, x and the gradient of what leaves are gathered.
+    gathered = 2 * item if tensor > 1 else 0
     return alive + (gathered + 2 / tensor) * model.model_dim
 
 
