@@ -3,20 +3,26 @@
 import dataclasses
 import functools
 import itertools
+import math
+import os
 import pathlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 
 from batiste.configs.experiment import Experiment, flatten
 from batiste.data import Batch, Loader, Prepared
-from batiste.evaluation import Perplexity, make_row_losses, perplexity
+from batiste.evaluation import Perplexity, RowSums, make_row_losses, perplexity
 from batiste.inference import SamplingConfig, generate
 from batiste.models import resolve_attention
-from batiste.sharding import MeshConfig, make_mesh, place
+from batiste.sharding import (
+    RULES, MeshConfig, Share, check_host_memory, is_first, make_mesh, make_mesh_like, replicate,
+    restack, shardings,
+)
 from batiste.train import (
     Ledger, Program, Progress, ReportFacts, flops_per_token, make_program, mfu_formula_line,
     total_peak_flops, write_report,
@@ -33,26 +39,38 @@ class Assembly:
     mesh: jax.sharding.Mesh
     program: Program
 
-    def place(self, batch: Batch) -> Batch:
-        """The batch on the mesh, split by rows; the step itself splits time."""
-        return place(self.mesh, batch, Batch(*("BS",) * len(batch)))
-
     @functools.cached_property
-    def row_losses(self) -> Callable[[Any, Batch], jax.Array]:
+    def row_losses(self) -> Callable[[Any, Batch, jax.Array], RowSums]:
         """Compiled once, whoever measures."""
         objective = self.experiment.train.objective
         return make_row_losses(self.program, self.mesh, objective)
 
+    @functools.cached_property
+    def byte_lengths_V(self) -> jax.Array:
+        """Bytes of text that each token stands for, whole on every device."""
+        return replicate(self.mesh, self.prepared.tokenizer.byte_lengths_V.astype(np.float32))
+
     def measure(self, params: Any, max_batches: int | None = None) -> Perplexity:
         """The perplexity of the validation split, or of its first batches."""
-        batch_size = -(-self.experiment.train.batch_size // self.mesh.size) * self.mesh.size
+        rows = self.program.layout.micro_batches
+        rows *= math.prod(self.mesh.shape[axis] for axis in RULES["B"])
+        batch_size = -(-self.experiment.train.batch_size // rows) * rows
         loader = Loader(self.prepared, "validation", batch_size, self.experiment.data.seed)
+        share = Share(self.mesh, batch_size)
         return perplexity(
-            functools.partial(self.row_losses, params),
-            itertools.islice(loader.epoch_batches(), max_batches),
-            self.place,
-            self.prepared.tokenizer.byte_lengths_V,
+            lambda batch: self.row_losses(params, share.place(batch), self.byte_lengths_V),
+            itertools.islice(loader.epoch_batches(share.rows), max_batches),
         )
+
+    def plain(self, params: Any) -> Any:
+        """The parameters as decoding wants them: layers by depth, on MeshConfig.plain."""
+        layout = self.program.layout
+        plain = layout.plain(self.mesh.size)
+        if plain is layout:
+            return params
+        mesh = make_mesh_like(self.mesh, plain)
+        targets = shardings(mesh, self.program.letters, zero=True)
+        return restack(params, layout, plain, targets)
 
     def stream(
         self, params: Any, prompts: Sequence[str], config: SamplingConfig
@@ -61,7 +79,7 @@ class Assembly:
         tokenizer = self.prepared.tokenizer
         ids = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts]
         decoders = [tokenizer.stream() for _ in prompts]
-        model = nnx.merge(self.program.graphdef, params)
+        model = nnx.merge(self.program.graphdef, self.plain(params))
         for tokens in generate(model, ids, tokenizer.bos_id, config):
             # A model may have more tokens than the tokenizer (a padded vocabulary): no text.
             yield [
@@ -94,23 +112,27 @@ class Assembly:
             experiment.data.sequence_length,
         )
         peak, source = total_peak_flops(self.mesh, experiment.model.dtype)
-        print(f"{mfu_formula_line(flops, peak)} ({source})", flush=True)
+        if is_first():
+            print(f"{mfu_formula_line(flops, peak)} ({source})", flush=True)
         last_step, budget = experiment.train.num_steps, experiment.train.stop.flops
         if budget is not None:
             last_step = min(last_step, max(1, int(budget // (flops * tokens_per_step))))
         progress = Progress(
-            last_step, tokens_per_step=tokens_per_step, flops_per_token=flops, peak_flops=peak
+            last_step, tokens_per_step=tokens_per_step, flops_per_token=flops, peak_flops=peak,
+            stream=sys.stderr if is_first() else open(os.devnull, "w", encoding="utf-8"),
         )
         return progress, last_step
 
     def finish(self, params: Any, ledger: Ledger, step: int) -> Perplexity:
-        """Evaluates on the whole validation split, samples, and writes the report."""
+        """Evaluates on the whole validation split, samples, and (process 0) writes the report."""
         experiment, manifest = self.experiment, self.prepared.manifest
         result = self.measure(params)
         ledger.lap("evaluate")
         prompts = experiment.sample.prompts
         texts = self.write(params, prompts, experiment.sample)
         ledger.lap("sample")
+        if not is_first():
+            return result
         facts = ReportFacts(
             name=self.workdir.name,
             parameters=sum(leaf.size for leaf in jax.tree.leaves(params)),
@@ -135,6 +157,13 @@ def assemble(
     mesh = make_mesh(mesh_config)
     kind = mesh.devices.flat[0].device_kind
     model, choice = resolve_attention(experiment.model, kind, mesh.shape)
-    print(choice, file=sys.stderr, flush=True)  # The output of `generate` is text alone.
+    if is_first():
+        print(choice, file=sys.stderr, flush=True)  # The output of `generate` is text alone.
+    for field, wanted in (
+        ("mesh.offload_optimizer", mesh_config.offload_optimizer),
+        ("model.offloaded", bool(model.offloaded)),
+    ):
+        if wanted:
+            check_host_memory(mesh, field)
     program = make_program(model, experiment.train, mesh, mesh_config)
     return Assembly(experiment, workdir, prepared, mesh, program)

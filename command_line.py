@@ -3,8 +3,11 @@
 import contextlib
 import difflib
 import errno
+import functools
+import os
 import pathlib
 import re
+import signal
 import sys
 import traceback
 import typing
@@ -16,15 +19,21 @@ from ml_collections import config_flags
 ROOT = pathlib.Path(__file__).resolve().parent
 USAGE = """usage: batiste VERB [--flags]
 
+  plan      --config=FILE --topology=TPU   memory, time and cost of every mesh, before a run
   prepare   --config=FILE --workdir=DIR    raw text to tokenized records
   train     --config=FILE --workdir=DIR    prepare, train, evaluate, sample; again: continue
   evaluate  --workdir=DIR                  loss, perplexity, bits per byte
   generate  --workdir=DIR --prompt=TEXT    stream text
 
+Several processes of one run each add --distributed (SLURM, Open MPI, Kubernetes, Cloud TPU), or
+--coordinator_address=HOST:PORT --num_processes=N --process_id=I; see docs/launch.md.
+
 FILE is a Python file such as configs/quickstart.py; every field of it is a flag, for instance
 --config.model.num_layers=8. `batiste VERB --help` lists the flags.
 """
 EXIT_CODES = {"SIGINT": 130, "SIGTERM": 143}
+# Where a launcher says how many processes it has started.
+LAUNCHER_COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
 
 
 def run(argv: Sequence[str] | None = None) -> None:
@@ -55,17 +64,47 @@ def _define_prepare(values: flags.FlagValues, argv: list[str]) -> None:
     flags.DEFINE_string("workdir", None, "Directory of the run.", flag_values=values)
 
 
+def _define_processes(values: flags.FlagValues) -> None:
+    flags.DEFINE_bool(
+        "distributed", None, "This is one of several processes; take which, and where the others "
+        "are, from SLURM, Open MPI, Kubernetes or Cloud TPU.", flag_values=values)
+    flags.DEFINE_string("coordinator_address", None, "Where process 0 listens, HOST:PORT, instead "
+                        "of --distributed.", flag_values=values)
+    flags.DEFINE_integer("num_processes", None, "Processes of this run.", 1, flag_values=values)
+    flags.DEFINE_integer("process_id", None, "Which one this is, from 0.", 0, flag_values=values)
+
+
 def _define_train(values: flags.FlagValues, argv: list[str]) -> None:
     _define_prepare(values, argv)
+    _define_processes(values)
     flags.DEFINE_string(
         "resume", "auto", "auto: continue if there is a checkpoint; must: demand one; never: "
         "refuse to find one.", flag_values=values,
     )
+    flags.DEFINE_bool("force", False, "Train although the memory will not suffice.",
+                      flag_values=values)
+
+
+def _define_plan(values: flags.FlagValues, argv: list[str]) -> None:
+    _define_config(values, argv)
+    flags.DEFINE_string("topology", None, "TPUs, such as v5p:4x4x4.", flag_values=values)
+    flags.DEFINE_string("gpu", None, "GPUs, such as h200:8.", flag_values=values)
+    flags.DEFINE_bool("cpu", False, "The CPU of this machine, measured for 20 seconds.",
+                      flag_values=values)
+    flags.DEFINE_float("tokens", None, "Token budget; the config's steps, if left out.", 1.0,
+                       flag_values=values)
+    flags.DEFINE_float("price_per_chip_hour", None, "For the cost of the budget.", 0.0,
+                       flag_values=values)
+    flags.DEFINE_bool("compile", False, "Compile the best plan for the TPUs and compare.",
+                      flag_values=values)
+    flags.DEFINE_bool("apply", False, "Print only the overrides of the best plan, to paste.",
+                      flag_values=values)
 
 
 def _define_evaluate(values: flags.FlagValues, argv: list[str]) -> None:
     del argv
     flags.DEFINE_string("workdir", None, "Directory of the run.", flag_values=values)
+    _define_processes(values)
 
 
 def _define_generate(values: flags.FlagValues, argv: list[str]) -> None:
@@ -76,6 +115,28 @@ def _define_generate(values: flags.FlagValues, argv: list[str]) -> None:
     flags.DEFINE_float("top_p", None, "Keep the likeliest tokens up to p.", flag_values=values)
     flags.DEFINE_integer("seed", None, "Another seed, another text.", flag_values=values)
     flags.DEFINE_integer("max_tokens", None, "Stop after so many.", 1, flag_values=values)
+
+
+def _connect(values: flags.FlagValues) -> bool:
+    """Joins the other processes, if this is one of several; whether this one is to print."""
+    from batiste.sharding import connect, is_first
+
+    by_hand = {name: values[name].value
+               for name in ("coordinator_address", "num_processes", "process_id")}
+    given = [f"--{name}" for name, value in by_hand.items() if value is not None]
+    if given and values.distributed is not None:
+        flag = "--distributed" if values.distributed else "--nodistributed"
+        raise ValueError(f"{flag} and {given[0]} exclude each other: leave one of them out")
+    if given or values.distributed:
+        connect(**by_hand)
+    elif values.distributed is None:
+        for name in LAUNCHER_COUNTS:
+            if int(os.environ.get(name, 1)) > 1:
+                raise ValueError(
+                    f"{name}={os.environ[name]}: a launcher has started several of these; say "
+                    "--distributed if they are one run, --nodistributed if each is its own"
+                )
+    return is_first()
 
 
 def _prepare(values: flags.FlagValues) -> int:
@@ -96,10 +157,15 @@ def _train(values: flags.FlagValues) -> int:
         experiment = main.load_experiment(workdir)
     else:
         experiment = _experiment(values)
-    result = main.train(experiment, workdir, values.resume)
+    prints = _connect(values)
+    result = main.train(experiment, workdir, values.resume, values.force)
     if result.validation is None:
-        print(f"stopped by {result.reason} after step {result.step}, saved; the same command continues")
+        if prints:
+            print(f"stopped by {result.reason} after step {result.step}, saved; the same command "
+                  "continues")
         return EXIT_CODES[result.reason]
+    if not prints:
+        return 0
     if result.reason == "patience":
         print(f"stopped early after step {result.step}: the validation loss no longer falls")
     _print_perplexity(result.validation)
@@ -109,10 +175,34 @@ def _train(values: flags.FlagValues) -> int:
     return 0
 
 
+def _plan(values: flags.FlagValues) -> int:
+    from batiste import forecast
+    from batiste.planning import Budget, gpu_machine, tpu_machine
+
+    experiment = _experiment(values)
+    places = [name for name in ("topology", "gpu", "cpu") if values[name].value]
+    if len(places) != 1:
+        raise ValueError(f"expected one of --topology, --gpu and --cpu, got {places or 'none'}")
+    machine = None
+    if not values.cpu:
+        machine = tpu_machine(values.topology) if values.topology else gpu_machine(values.gpu)
+    tokens, config = values.tokens, experiment.train
+    if tokens is None:
+        tokens = config.num_steps * config.batch_size * experiment.data.sequence_length
+    budget = Budget(tokens, values.price_per_chip_hour)
+    print(forecast.plan(experiment, machine, budget, values.compile, values.apply))
+    return 0
+
+
 def _evaluate(values: flags.FlagValues) -> int:
     from batiste import main
 
-    _print_perplexity(main.evaluate(_required(values, "workdir")))
+    workdir = _required(values, "workdir")
+    prints = _connect(values)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # jax takes it, for training alone to ask about.
+    result = main.evaluate(workdir)
+    if prints:
+        _print_perplexity(result)
     return 0
 
 
@@ -127,17 +217,20 @@ def _generate(values: flags.FlagValues) -> int:
              ("temperature", "top_k", "top_p", "seed", "max_tokens") if values[name].present}
     config = dataclasses.replace(config, **given)
     prompts = values.prompt if values.prompt else list(config.prompts)
+    say = functools.partial(print, end="", flush=True) if _connect(values) else lambda text: None
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # As for `evaluate`.
     if len(prompts) == 1:
-        print(prompts[0], end="", flush=True)
-        main.generate(workdir, prompts, config, lambda text: print(text[0], end="", flush=True))
-        print()
+        say(prompts[0])
+        main.generate(workdir, prompts, config, lambda text: say(text[0]))
+        say("\n")
         return 0
     for prompt, text in zip(prompts, main.generate(workdir, prompts, config), strict=True):
-        print(f"=== {prompt!r}\n{prompt}{text}")
+        say(f"=== {prompt!r}\n{prompt}{text}\n")
     return 0
 
 
 VERBS: dict[str, tuple[Callable, Callable]] = {
+    "plan": (_define_plan, _plan),
     "prepare": (_define_prepare, _prepare),
     "train": (_define_train, _train),
     "evaluate": (_define_evaluate, _evaluate),
@@ -167,8 +260,8 @@ def _parse(define: Callable, argv: list[str]) -> flags.FlagValues:
         raise ValueError(f"unknown flag --{error.flagname}{hint} ({argv[0]} --help lists all)") from None
     except (flags.Error, LookupError, AttributeError, TypeError, ValueError, OSError) as error:
         raise ValueError(_explain(error, argv)) from None
-    for name in absent:
-        _set_none(_experiment(values), name)
+    for name, text in absent:
+        _set_none(_experiment(values), name, text)
     if values.help:
         print(f"{argv[0]} flags:\n{values.get_help()}")
         sys.exit(0)
@@ -177,26 +270,30 @@ def _parse(define: Callable, argv: list[str]) -> flags.FlagValues:
     return values
 
 
-def _split_none(argv: list[str]) -> tuple[list[str], list[str]]:
-    """Takes out --config.NAME=None, which config_flags reads as a number; returns those NAMEs."""
-    found = {argument: re.fullmatch(r"--?config\.([^=]+)=[Nn]one", argument) for argument in argv}
+def _split_none(argv: list[str]) -> tuple[list[str], list[tuple[str, str]]]:
+    """Takes out --config.NAME=None, which config_flags takes for a number; NAMEs, and as written."""
+    found = {argument: re.fullmatch(r"--?config\.([^=]+)=([Nn]one)", argument) for argument in argv}
     rest = [argument for argument in argv if not found[argument]]
-    return rest, [match[1] for match in found.values() if match]
+    return rest, [match.groups() for match in found.values() if match]
 
 
-def _set_none(experiment, name: str) -> None:
-    """Makes a field absent; ValueError where there is no such field, or it cannot be absent."""
+def _set_none(experiment, name: str, text: str) -> None:
+    """Makes a field absent, or a word "none" (model.remat has it among its choices).
+
+    Raises ValueError where there is no such field, or it can be neither.
+    """
     *path, last = re.findall(r"\w+", name)
     owner = experiment
     try:
         for part in path:
             owner = owner[int(part)] if part.isdigit() else getattr(owner, part)
-        optional = type(None) in typing.get_args(typing.get_type_hints(type(owner))[last])
+        hint = typing.get_type_hints(type(owner))[last]
     except (AttributeError, LookupError, TypeError):
         raise ValueError(_unknown_field(name)) from None
-    if not optional:
+    word = hint is str and text == "none"
+    if not word and type(None) not in typing.get_args(hint):
         raise ValueError(f"--config.{name}=None: expected a value, this field cannot be absent")
-    setattr(owner, last, None)
+    setattr(owner, last, text if word else None)
 
 
 def _find_config(argument: str) -> str:

@@ -16,19 +16,24 @@ from batiste.configs.experiment import Experiment, flatten, from_dict
 from batiste.data import Loader, Prepared, load_prepared
 from batiste.data import prepare as prepare_data
 from batiste.evaluation import Perplexity
+from batiste.forecast import check_memory
 from batiste.inference import SamplingConfig
-from batiste.sharding import MeshConfig
+from batiste.sharding import (
+    MeshConfig, Share, agree, check_connected, check_shared, is_first, restack, together,
+)
 from batiste.train import (
-    Checkpoints, Ledger, MetricsWriter, Records, Run, check_mode, check_same, fit, make_train_step,
+    Checkpoints, Ledger, MetricsWriter, Records, Run, check_mode, check_same, fit, from_checkpoint,
+    make_train_step,
 )
 from batiste.train.checkpoint import CHECKPOINT_FOLDER
 from batiste.train.config import CheckpointConfig
 
 CONFIG_FILE = "config.json"
+PREPARE_SECONDS = 2 * 3600  # Longer work than that is for `batiste prepare`, on one machine.
 # These change where or how a step is computed and recorded, not what it computes.
 FREE_TO_CHANGE = (
     "mesh.", "sample.", "train.checkpoint.", "train.evaluation.", "train.stop.", "model.remat",
-    "model.scan_unroll",
+    "model.saved", "model.offloaded", "model.scan_unroll",
 )
 
 
@@ -41,9 +46,18 @@ class Result(NamedTuple):
 
 
 def prepare(experiment: Experiment, workdir: str | os.PathLike) -> Prepared:
-    """Turns raw text into records under `workdir`/data, or finds that this is already done."""
+    """Turns raw text into records under `workdir`/data, or finds that this is already done.
+
+    Of several processes the first does it, and the others wait and read what it made.
+    """
     experiment.data.validate()
-    prepared = prepare_data(experiment.data, pathlib.Path(workdir, "data"))
+
+    def make() -> str:
+        return str(prepare_data(experiment.data, pathlib.Path(workdir, "data")).directory)
+
+    directory = together("prepare the data", make if is_first() else str, PREPARE_SECONDS)[0]
+    together("read what process 0 prepared", lambda: load_prepared(directory).fingerprint)
+    prepared = load_prepared(directory)
     if prepared.tokenizer.vocab_size > experiment.model.vocab_size:
         raise ValueError(
             f"model.vocab_size={experiment.model.vocab_size}, but the tokenizer has "
@@ -52,35 +66,47 @@ def prepare(experiment: Experiment, workdir: str | os.PathLike) -> Prepared:
     return prepared
 
 
-def train(experiment: Experiment, workdir: str | os.PathLike, resume: str = "auto") -> Result:
+def train(
+    experiment: Experiment, workdir: str | os.PathLike, resume: str = "auto", force: bool = False
+) -> Result:
     """Prepares, trains, evaluates, samples, and writes it all under `workdir`.
 
     resume: "auto" continues from the newest checkpoint if there is one, "must" demands one,
-    "never" refuses to find one. Raises ValueError for a config that cannot run, or that differs
-    from the checkpoint's.
+    "never" refuses to find one. force: trains although the memory will not suffice. Raises
+    ValueError for a config that cannot run, or that differs from the checkpoint's. Several processes
+    all call this alike, after `batiste.sharding.connect` or `jax.distributed.initialize`; the first
+    writes.
     """
     started = time.perf_counter()
     workdir = pathlib.Path(workdir)
     experiment.validate_on(len(jax.devices()))
+    check_connected()
+    flat = flatten(experiment)
+    agree({"workdir": str(workdir), "resume": resume, **flat})
+    if not force:
+        check_memory(experiment)
     start, stored = _stored(workdir, experiment.train.checkpoint)
     check_mode(resume, start, str(workdir))
-    flat = flatten(experiment)
     if start is not None:
-        check_same(stored["config"], flat, FREE_TO_CHANGE)
+        check_same(stored["config"], flat, _free_to_change(experiment))
+    check_shared(workdir)
     prepared = prepare(experiment, workdir)
     fingerprint = {"fingerprint of the data": prepared.fingerprint}
     if start is not None:
         check_same(stored["data"], fingerprint, ())
     assembly = assemble(experiment, workdir, prepared, experiment.mesh)
-    _save_config(experiment, workdir)
-    ledger = Ledger(workdir)
+    if is_first():
+        _save_config(experiment, workdir)
+    ledger = Ledger(workdir if is_first() else None)
     ledger.write("phase", name="prepare", seconds=time.perf_counter() - started)
     meta = {"validation": [], **stored, "config": flat, "data": fingerprint}
     with contextlib.closing(Checkpoints(workdir, experiment.train.checkpoint)) as checkpoints:
         state, reason = _fit(assembly, checkpoints, ledger, meta, start)
     step = int(state.step)
     finished = not reason.startswith("SIG")
-    return Result(reason, step, assembly.finish(state.params, ledger, step) if finished else None)
+    validation = assembly.finish(state.params, ledger, step) if finished else None
+    together("finish the run")
+    return Result(reason, step, validation)
 
 
 def evaluate(workdir: str | os.PathLike) -> Perplexity:
@@ -102,6 +128,7 @@ def generate(
     """
     assembly, params = _load(workdir)
     config = assembly.experiment.sample if config is None else config
+    agree({"prompts": list(prompts), **dataclasses.asdict(config)})
     return assembly.write(params, prompts, config, on_text)
 
 
@@ -116,12 +143,23 @@ def load_experiment(workdir: str | os.PathLike) -> Experiment:
     return from_dict(Experiment, json.loads(path.read_text()))
 
 
+def _free_to_change(experiment: Experiment) -> tuple[str, ...]:
+    """Slices that take local steps have states of their own, so that their number must stay."""
+    if experiment.train.local.steps is None:
+        return FREE_TO_CHANGE
+    axes = tuple(f"mesh.{name}" for name in flatten(experiment.mesh) if name != "slice")
+    return (*axes, *(name for name in FREE_TO_CHANGE if name != "mesh."))
+
+
 def _stored(workdir: pathlib.Path, config: CheckpointConfig) -> tuple[int | None, dict[str, Any]]:
     """The newest committed step, and what was saved beside its arrays; creates nothing."""
-    if not (workdir / CHECKPOINT_FOLDER).is_dir():
+    found = (workdir / CHECKPOINT_FOLDER).is_dir()
+    agree({f"{workdir / CHECKPOINT_FOLDER} there": found})
+    if not found:
         return None, {}
     with contextlib.closing(Checkpoints(workdir, config)) as checkpoints:
         step = checkpoints.latest_step
+        agree({"the newest checkpoint": step})
         return step, {} if step is None else checkpoints.meta(step)
 
 
@@ -134,15 +172,18 @@ def _fit(
         state = assembly.program.initialize()
     else:
         state = checkpoints.restore(start, assembly.program.abstract_state)
-        print(f"continuing from step {start} of {assembly.workdir}", flush=True)
+        state = from_checkpoint(assembly.program, state, _stored_mesh(checkpoints.meta(start)))
+        if is_first():
+            print(f"continuing from step {start} of {assembly.workdir}", flush=True)
     ledger.lap("initialize")
     loader = Loader(assembly.prepared, "train", experiment.train.batch_size, experiment.data.seed)
-    batches = loader.iterate(start or 0)
+    share = Share(assembly.mesh, experiment.train.batch_size)
+    batches = loader.iterate(start or 0, share.rows)
     progress, last_step = assembly.progress()
-    metrics = MetricsWriter(assembly.workdir, start or 0)
+    metrics = MetricsWriter(assembly.workdir if is_first() else None, start or 0)
     run = Run(
         train_step=make_train_step(assembly.program, experiment.train, assembly.mesh),
-        batches=map(assembly.place, batches),
+        batches=map(share.place, batches),
         evaluate=lambda state: assembly.measure(
             state.params, experiment.train.evaluation.max_batches
         ).loss,
@@ -160,13 +201,24 @@ def _load(workdir: str | os.PathLike) -> tuple[Assembly, Any]:
     """Assembly and parameters of the newest checkpoint, replicated over the devices that are here."""
     workdir = pathlib.Path(workdir)
     experiment = load_experiment(workdir)
+    check_connected()
+    agree({"workdir": str(workdir)})
     step, stored = _stored(workdir, experiment.train.checkpoint)
     check_mode("must", step, str(workdir))
     fingerprint = stored["data"]["fingerprint of the data"]
     prepared = load_prepared(pathlib.Path(workdir, "data", fingerprint[:12]))
     assembly = assemble(experiment, workdir, prepared, MeshConfig())
     with contextlib.closing(Checkpoints(workdir, experiment.train.checkpoint)) as checkpoints:
-        return assembly, checkpoints.restore_params(step, assembly.program.abstract_state.params)
+        program = assembly.program
+        params = checkpoints.restore_params(step, program.abstract_state.params)
+    targets = jax.tree.map(lambda leaf: leaf.sharding, program.abstract_state.params)
+    return assembly, restack(params, _stored_mesh(stored), program.layout, targets)
+
+
+def _stored_mesh(meta: dict[str, Any]) -> MeshConfig:
+    """The mesh that a checkpoint was saved on, as far as it decides the order of the layers."""
+    config = meta["config"]  # Checkpoints of before there was interleaving lack that field.
+    return MeshConfig(stage=config["mesh.stage"], interleave=config.get("mesh.interleave", 1))
 
 
 def _save_config(experiment: Experiment, workdir: pathlib.Path) -> None:

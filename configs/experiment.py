@@ -9,7 +9,7 @@ from typing import Any
 from batiste.data import DataConfig
 from batiste.inference import SamplingConfig
 from batiste.models import TransformerConfig
-from batiste.sharding import AXES, MeshConfig
+from batiste.sharding import AXES, MeshConfig, layer_order
 from batiste.train import TrainConfig
 
 
@@ -38,12 +38,36 @@ class Experiment:
                 f"model.vocab_size={self.model.vocab_size} is below data.vocab_size="
                 f"{self.data.vocab_size}, the tokens to be learned: raise model.vocab_size"
             )
-        if self.train.objective.fused and self.mesh.tensor > 1:
+        for axis in ("stage", "tensor"):
+            if self.train.objective.fused and getattr(self.mesh, axis) > 1:
+                raise ValueError(
+                    f"train.objective.fused=True does not know a vocabulary split over mesh.{axis}="
+                    f"{getattr(self.mesh, axis)}: set mesh.{axis}=1, or train.objective.loss_chunk "
+                    "instead"
+                )
+        self._validate_experts()
+        if self.train.local.steps is not None and self.mesh.slice == 1:
             raise ValueError(
-                f"train.objective.fused=True does not know a vocabulary split over mesh.tensor="
-                f"{self.mesh.tensor}: set mesh.tensor=1, or train.objective.loss_chunk instead"
+                f"train.local.steps={self.train.local.steps} are steps that slices take alone, but "
+                "mesh.slice=1: set mesh.slice, or train.local.steps=None"
             )
         self._validate_splits()
+        layer_order(self.model.num_layers, self.mesh.stage, self.mesh.interleave)
+
+    def _validate_experts(self) -> None:
+        if self.model.num_experts is not None:
+            return
+        if self.mesh.expert > 1:
+            raise ValueError(
+                f"mesh.expert={self.mesh.expert} has no experts to split: set model.num_experts, "
+                "or use mesh.data, which splits the batch just so"
+            )
+        for field in ("balance_loss", "router_z_loss"):
+            if getattr(self.train.objective, field):
+                raise ValueError(
+                    f"train.objective.{field}={getattr(self.train.objective, field)} has no effect "
+                    "without experts: set it to 0, or set model.num_experts"
+                )
 
     def _validate_splits(self) -> None:
         mesh, model = self.mesh, self.model
@@ -52,6 +76,7 @@ class Experiment:
             ("model.num_heads", model.num_heads, ("tensor", *exchanged)),
             ("model.num_kv_heads", model.num_kv_heads, ("tensor",)),
             ("model.mlp_dim", model.mlp_dim, ("tensor",)),
+            ("model.num_experts", model.num_experts or 0, ("expert",)),
             ("model.vocab_size", model.vocab_size, ("stage", "tensor")),
             ("data.sequence_length", self.data.sequence_length, ("context", "tensor")),
             ("train.objective.loss_chunk", self.train.objective.loss_chunk or 0, ("context",)),
@@ -85,22 +110,34 @@ class Experiment:
         """Raises ValueError when mesh, batch and model do not fit together on these devices."""
         self.validate()
         sizes = dict(zip(AXES, self.mesh.shape(num_devices), strict=True))
-        rows = sizes["slice"] * sizes["data"] * sizes["expert"]
+        rows = sizes["slice"] * sizes["data"] * sizes["expert"] * self.mesh.micro_batches
         micro_batch = self.train.batch_size // self.train.accumulation
         if micro_batch % rows:
             given = " * ".join(
-                f"mesh.{axis}={sizes[axis]}" for axis in ("slice", "data", "expert")
-                if axis == "data" or sizes[axis] > 1
+                f"mesh.{name}={size}" for name, size in (
+                    *((axis, sizes[axis]) for axis in ("slice", "data", "expert")),
+                    ("micro_batches", self.mesh.micro_batches),
+                ) if name == "data" or size > 1
             )
             raise ValueError(
                 f"train.batch_size={self.train.batch_size} / train.accumulation="
                 f"{self.train.accumulation} = {micro_batch} sequences do not divide over {given}: "
                 f"make train.batch_size a multiple of {rows * self.train.accumulation}"
             )
-        if self.mesh.zero and self.model.model_dim % sizes["data"]:
+        splits = self.mesh.zero or self.mesh.slice > 1
+        if splits and self.model.model_dim % sizes["data"]:
+            by = f"mesh.zero={self.mesh.zero} splits it" if self.mesh.zero else (
+                f"gradients are split before mesh.slice={self.mesh.slice} slices exchange them")
             raise ValueError(
                 f"model.model_dim={self.model.model_dim} is not divisible by mesh.data="
-                f"{sizes['data']}, over which mesh.zero={self.mesh.zero} splits it"
+                f"{sizes['data']}, over which {by}: choose sizes that divide it"
+            )
+        plain = self.mesh.plain(num_devices)
+        if plain is not self.mesh and self.model.model_dim % plain.data:
+            raise ValueError(
+                f"model.model_dim={self.model.model_dim} is not divisible by {plain.data}, the "
+                "devices without mesh.tensor, over which the parameters are split to write samples: "
+                f"choose model.model_dim a multiple of {plain.data}"
             )
 
 

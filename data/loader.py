@@ -9,6 +9,8 @@ from batiste.data.order import Order
 from batiste.data.packing import Batch, unpack
 from batiste.data.prepared import Prepared
 
+# Rows of the global batch: a slice, or their indices in ascending order; None for all.
+Rows = slice | np.ndarray | None
 PREFETCH_THREADS = 2
 PREFETCH_BATCHES = 8
 
@@ -51,26 +53,26 @@ class Loader:
         """The batches of one complete pass, the last perhaps padded."""
         return -(-self._records // self._batch_size)
 
-    def batch(self, step: int, rows: slice | None = None) -> Batch:
+    def batch(self, step: int, rows: Rows = None) -> Batch:
         """Returns the global batch of `step`, or only `rows` of it."""
         start = step * self._batch_size
-        positions = np.arange(start, start + self._batch_size)[rows or slice(None)]
+        positions = np.arange(start, start + self._batch_size)[_all_if_none(rows)]
         return self._unpack(self._read(self._order.records_at(positions)))
 
-    def iterate(self, start_step: int, rows: slice | None = None) -> Iterator[Batch]:
+    def iterate(self, start_step: int, rows: Rows = None) -> Iterator[Batch]:
         """Returns the batches from `start_step` on without end, read ahead in threads.
 
         `close()` on it stops the threads.
         """
         return _read_ahead(lambda step: self.batch(step, rows), start_step, sys.maxsize)
 
-    def epoch_batches(self, rows: slice | None = None) -> Iterator[Batch]:
+    def epoch_batches(self, rows: Rows = None) -> Iterator[Batch]:
         """Returns each record once, in the stored order; rows beyond the last have weight 0."""
         return _read_ahead(lambda step: self._epoch_batch(step, rows), 0, self.num_batches)
 
-    def _epoch_batch(self, step: int, rows: slice | None) -> Batch:
+    def _epoch_batch(self, step: int, rows: Rows) -> Batch:
         start = step * self._batch_size
-        indices = np.arange(start, start + self._batch_size)[rows or slice(None)]
+        indices = np.arange(start, start + self._batch_size)[_all_if_none(rows)]
         real = indices < self._records
         records = np.full((len(indices), self._length + 1), self._pad_id, np.int32)
         records[real] = self._read(indices[real])
@@ -88,6 +90,10 @@ class Loader:
 
     def _unpack(self, records: np.ndarray) -> Batch:
         return unpack(records, self._bos_id, self._pad_id)
+
+
+def _all_if_none(rows: Rows) -> slice | np.ndarray:
+    return slice(None) if rows is None else rows
 
 
 def _read_ahead(read, start: int, stop: int) -> Iterator[Batch]:

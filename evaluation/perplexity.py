@@ -1,5 +1,6 @@
 """Loss, perplexity and bits per byte of held-out text, with a standard error."""
 
+import functools
 import math
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -8,7 +9,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from batiste.sharding import laid_out
+from batiste.sharding import compiler_options, laid_out
 from batiste.train import ObjectiveConfig, Program, causal_loss
 
 
@@ -27,45 +28,49 @@ class Perplexity(NamedTuple):
     bytes: int
 
 
+class RowSums(NamedTuple):
+    """Cross-entropy in nats, predicted tokens and their bytes of text, of each row; float32.
+
+    Counts are exact up to 16 M per row.
+    """
+
+    nats_B: jax.Array
+    tokens_B: jax.Array
+    bytes_B: jax.Array
+
+
 def make_row_losses(
     program: Program, mesh: jax.sharding.Mesh, config: ObjectiveConfig
-) -> Callable:
-    """Returns the jitted (params, batch) -> cross-entropy of each row in nats, float32 B."""
+) -> Callable[[Any, Any, jax.Array], RowSums]:
+    """Returns the jitted (params, batch, byte_lengths_V) -> RowSums, whole in every process.
 
-    @jax.jit
-    def row_losses(params: Any, batch: Any) -> jax.Array:
+    byte_lengths_V: float32, bytes of text that each token stands for.
+    """
+    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+
+    options = compiler_options(mesh.devices.flat[0], program.letters)
+
+    @functools.partial(jax.jit, out_shardings=whole, compiler_options=options)
+    def row_losses(params: Any, batch: Any, byte_lengths_V: jax.Array) -> RowSums:
         model = nnx.merge(program.graphdef, params)
         with laid_out(program.layout):
-            return causal_loss(model, batch, None, config).cross_entropy_B
+            nats_B = causal_loss(model, batch, None, config).cross_entropy_B
+        bytes_BT = byte_lengths_V[batch.targets_BT] * batch.weights_BT
+        return RowSums(nats_B, batch.weights_BT.sum(axis=1), bytes_BT.sum(axis=1))
 
-    def on_mesh(params: Any, batch: Any) -> jax.Array:
+    def on_mesh(params: Any, batch: Any, byte_lengths_V: jax.Array) -> RowSums:
         with jax.set_mesh(mesh):
-            return row_losses(params, batch)
+            return row_losses(params, batch, byte_lengths_V)
 
     return on_mesh
 
 
-def perplexity(
-    losses: Callable[[Any], jax.Array],
-    batches: Iterable[Any],
-    place: Callable[[Any], Any],
-    byte_lengths_V: np.ndarray,
-) -> Perplexity:
-    """Measures every token of `batches` once.
-
-    losses: placed batch -> nats of each row. batches: Batches of NumPy arrays. place: puts one on
-    the devices. byte_lengths_V: bytes of text that each token stands for.
-    Raises ValueError when the batches hold no token.
-    """
-    nats, tokens, num_bytes = [], [], []
-    for batch in batches:
-        pending = losses(place(batch))
-        tokens.append(batch.weights_BT.sum(axis=1))
-        num_bytes.append((byte_lengths_V[batch.targets_BT] * batch.weights_BT).sum(axis=1))
-        nats.append(np.asarray(jax.device_get(pending), np.float64))
-    tokens_R, bytes_R, nats_R = (
+def perplexity(losses: Callable[[Any], RowSums], batches: Iterable[Any]) -> Perplexity:
+    """Measures every token of `batches` once. Raises ValueError when they hold none."""
+    sums = [jax.device_get(losses(batch)) for batch in batches]
+    nats_R, tokens_R, bytes_R = (
         np.concatenate(rows).astype(np.float64) if rows else np.zeros(0)
-        for rows in (tokens, num_bytes, nats)
+        for rows in (zip(*sums) if sums else ((), (), ()))
     )
     if tokens_R.sum() == 0 or bytes_R.sum() == 0:
         raise ValueError(

@@ -1,5 +1,6 @@
 """Continues prompts of unequal length, token by token, with a KV cache."""
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -10,7 +11,8 @@ from flax import nnx
 
 from batiste.inference.config import SamplingConfig
 from batiste.inference.sampling import sample
-from batiste.models import Transformer
+from batiste.models import Transformer, letters_tree
+from batiste.sharding import compiler_options
 
 
 def generate(
@@ -35,7 +37,9 @@ def generate(
     for row, prompt in zip(tokens_BT, prompts, strict=True):
         row[: len(prompt)] = prompt
     graphdef, params = nnx.split(model, nnx.Param)
-    prefill, decode = _compiled(graphdef, config)
+    (device, *_) = jax.tree.leaves(params)[0].devices()
+    options = compiler_options(device, letters_tree(params))
+    prefill, decode = _compiled(graphdef, config, options)
     keys_B = jax.random.split(jax.random.key(config.seed), len(prompts))
     token_B, cache = prefill(params, tokens_BT, lengths_B, keys_B)
     budget = max_length if config.max_tokens is None else config.max_tokens
@@ -49,12 +53,16 @@ def generate(
         token_B, cache = decode(params, token_B, cache, keys_B)
 
 
-def _compiled(graphdef: Any, config: SamplingConfig) -> tuple[Any, Any]:
+def _compiled(
+    graphdef: Any, config: SamplingConfig, options: dict[str, bool] | None
+) -> tuple[Any, Any]:
     def draw(model, x_BD, keys_B, length_B):
         keys_B = jax.vmap(jax.random.fold_in)(keys_B, length_B)
         return sample(model.logits(x_BD[:, None])[:, 0], keys_B, config)
 
-    @jax.jit
+    jit = functools.partial(jax.jit, compiler_options=options)
+
+    @jit
     def prefill(params, tokens_BT, lengths_B, keys_B):
         model = nnx.merge(graphdef, params)
         cache = model.empty_cache(tokens_BT.shape[0], model.config.max_length)
@@ -62,7 +70,7 @@ def _compiled(graphdef: Any, config: SamplingConfig) -> tuple[Any, Any]:
         x_BD = jnp.take_along_axis(x_BTD, (lengths_B - 1)[:, None, None], axis=1)[:, 0]
         return draw(model, x_BD, keys_B, lengths_B), cache._replace(length_B=lengths_B)
 
-    @jax.jit
+    @jit
     def decode(params, token_B, cache, keys_B):
         model = nnx.merge(graphdef, params)
         x_BTD, cache = model.extend(token_B[:, None], cache)

@@ -2,7 +2,12 @@
 
 from batiste.models.attention_choice import resolve_attention
 from batiste.models.config import TransformerConfig
+from batiste.models.mixture import rebalanced
 from batiste.models.parameter import letters_tree
+from batiste.models.router import RouterSums
 from batiste.models.transformer import Cache, Transformer
 
-__all__ = ["Cache", "Transformer", "TransformerConfig", "letters_tree", "resolve_attention"]
+__all__ = [
+    "Cache", "RouterSums", "Transformer", "TransformerConfig", "letters_tree", "rebalanced",
+    "resolve_attention",
+]

@@ -5,8 +5,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
-from batiste.models.attention_choice import attention
+from batiste.models.attention_choice import OneOf, attention
 from batiste.models.config import TransformerConfig
 from batiste.models.layers import Norm, add_bias, project, residual_gain
 from batiste.models.parameter import matrix, vector
@@ -49,7 +50,7 @@ class Attention(nnx.Module):
     def __call__(
         self,
         x_BTD: jax.Array,
-        mask: AttentionMask,
+        mask: AttentionMask | OneOf,
         rotation: tuple[jax.Array, jax.Array] | None,
         cache: LayerCache | None,
         dropout_key: jax.Array | None,
@@ -62,6 +63,8 @@ class Attention(nnx.Module):
             q_BTNH, k_BTKH = self.query_norm(q_BTNH), self.key_norm(k_BTKH)
         if rotation is not None:
             q_BTNH, k_BTKH = rotate(q_BTNH, rotation), rotate(k_BTKH, rotation)
+        q_BTNH = checkpoint_name(q_BTNH, "query")
+        k_BTKH, v_BTKH = checkpoint_name(k_BTKH, "key"), checkpoint_name(v_BTKH, "value")
         k_BSKH, v_BSKH = k_BTKH, v_BTKH
         if cache is not None:
             cache = LayerCache(
@@ -86,6 +89,7 @@ class Attention(nnx.Module):
             dropout_rate=self.dropout_rate,
             dropout_seeds_BN=dropout_seeds_BN,
         )
+        out_BTNH = checkpoint_name(out_BTNH, "attended")
         out_BTD = add_bias(project(out_BTNH, self.out_NHD[...], (0, 1)), self.out_bias_D)
         return out_BTD, cache
 

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import jax
 
@@ -14,6 +15,13 @@ from batiste.pallas_kernels import (
     fused_cross_entropy, reference_attention,
 )
 from batiste.sharding import context_size, layout, per_device, spec
+
+
+class OneOf(NamedTuple):
+    """A mask that is known when the program runs: that of `masks` at `index`, an int32."""
+
+    masks: tuple[AttentionMask, ...]
+    index: jax.Array
 
 
 def resolve_attention(
@@ -51,13 +59,17 @@ def attention(
     q_BTNH: jax.Array,
     k_BSKH: jax.Array,
     v_BSKH: jax.Array,
-    mask: AttentionMask,
+    mask: AttentionMask | OneOf,
     **options,
 ) -> tuple[jax.Array, jax.Array]:
     """out_BTNH and lse_BTN by the chosen implementation; `options` as in `reference_attention`.
 
     Where the mesh has `context`, rows are in the order of `time_order`.
     """
+    if isinstance(mask, OneOf):
+        masked = functools.partial(_masked, implementation, options)
+        branches = [functools.partial(masked, each) for each in mask.masks]
+        return jax.lax.switch(mask.index, branches, q_BTNH, k_BSKH, v_BSKH)
     if implementation == "auto":
         raise ValueError(
             "model.attention='auto' must be settled before the model runs: use resolve_attention, or "
@@ -101,6 +113,10 @@ def _across_context(implementation: str, options: dict, operands: tuple):
         return ring_attention(fixed, Operands(q_BTNH, k_BSKH, v_BSKH, mask, **arrays))
 
     return _on_each_device(kernel, operands, "BTKH")
+
+
+def _masked(implementation, options, mask, q_BTNH, k_BSKH, v_BSKH):
+    return attention(implementation, q_BTNH, k_BSKH, v_BSKH, mask, **options)
 
 
 def _can_decode(chip: str, q_BTNH: jax.Array, k_BSKH: jax.Array, mask: AttentionMask) -> bool:

@@ -12,7 +12,10 @@ NORM_PLACEMENTS = ("pre", "post", "sandwich")
 POSITIONS = ("rope", "learned", "sinusoidal", "alibi", "none")
 ROPE_SCALINGS = ("linear", "llama3")
 LAYER_KINDS = ("global", "local")
-REMAT_POLICIES = ("none", "dots", "full")
+REMAT_POLICIES = ("none", "dots", "full", "names")
+# What a layer names while it runs, for `saved` and `offloaded`.
+TENSOR_NAMES = ("query", "key", "value", "attended", "attention", "up", "gate", "feed_forward")
+EXPERT_SCORES = ("softmax", "sigmoid")
 DTYPES = ("float32", "bfloat16", "float16")
 ATTENTIONS = ("auto", "reference", *certified.CHIPS)
 
@@ -23,7 +26,13 @@ class TransformerConfig:
 
     Sizes are counts. `window` is in tokens and applies to the "local" layers of `layer_pattern`,
     which repeats over the depth. `dtype` is the compute dtype; parameters are stored in float32.
+    `remat` says what of a layer the backward pass finds saved: "none" recomputes nothing, "dots" all
+    but products with weights, "full" everything, "names" everything but the tensors named in `saved`
+    and, moved to the host's memory, in `offloaded` (see TENSOR_NAMES).
     `attention` names the chip whose kernels to use; "auto" is settled by `resolve_attention`.
+    With `num_experts` every layer's feed-forward is a mixture of so many of size `mlp_dim`: a token
+    takes `experts_per_token` of them by `expert_scores`, and one dense feed-forward of size
+    `shared_experts` * `mlp_dim`. `router_bias` takes part in that choice and in nothing else.
     """
 
     vocab_size: int = 4096
@@ -34,6 +43,12 @@ class TransformerConfig:
     head_dim: int = 64
     mlp_dim: int = 1536
     max_length: int = 256
+
+    num_experts: int | None = None
+    experts_per_token: int = 2
+    shared_experts: int = 0
+    expert_scores: str = "softmax"
+    router_bias: bool = False
 
     activation: str = "swiglu"
     norm: str = "rms"
@@ -65,6 +80,8 @@ class TransformerConfig:
 
     dtype: str = "float32"
     remat: str = "none"
+    saved: tuple[str, ...] = ()
+    offloaded: tuple[str, ...] = ()
     scan_unroll: int = 1
 
     @property
@@ -73,9 +90,16 @@ class TransformerConfig:
         return self.activation in ("swiglu", "geglu")
 
     @property
+    def layer_kinds(self) -> tuple[str, ...]:
+        """The kind of each layer: `layer_pattern` over the depth."""
+        pattern = self.layer_pattern
+        return tuple(pattern[layer % len(pattern)] for layer in range(self.num_layers))
+
+    @property
     def sizes(self) -> dict[str, int]:
         """The size of each letter of the alphabet that this model's parameters use."""
-        return {
+        experts = {} if self.num_experts is None else {"E": self.num_experts}
+        return experts | {
             "V": self.vocab_size, "L": self.num_layers, "D": self.model_dim,
             "N": self.num_heads, "K": self.num_kv_heads, "H": self.head_dim,
             "F": self.mlp_dim, "T": self.max_length,
@@ -86,7 +110,7 @@ class TransformerConfig:
         for field, choices in (
             ("activation", ACTIVATIONS), ("norm", NORMS), ("norm_placement", NORM_PLACEMENTS),
             ("positions", POSITIONS), ("dtype", DTYPES),
-            ("remat", REMAT_POLICIES), ("attention", ATTENTIONS),
+            ("remat", REMAT_POLICIES), ("attention", ATTENTIONS), ("expert_scores", EXPERT_SCORES),
         ):
             _check_choice(field, getattr(self, field), choices)
         if self.rope_scaling is not None:
@@ -109,9 +133,42 @@ class TransformerConfig:
                     f"model.{field}={getattr(self, field)} must be even for "
                     f"model.positions='{self.positions}', which rotates pairs"
                 )
+        for field in ("saved", "offloaded"):
+            for name in getattr(self, field):
+                _check_choice(field, name, TENSOR_NAMES)
+            if getattr(self, field) and self.remat != "names":
+                raise ValueError(
+                    f"model.{field}={getattr(self, field)} has no effect with model.remat="
+                    f"{self.remat!r}: set model.remat='names'"
+                )
+        both = set(self.saved) & set(self.offloaded)
+        if both:
+            raise ValueError(f"model.saved and model.offloaded both name {', '.join(sorted(both))}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"model.dropout={self.dropout}: expected 0 <= dropout < 1")
         self._validate_pattern()
+        self._validate_experts()
+
+    def _validate_experts(self) -> None:
+        if self.num_experts is None:
+            for field, default in (
+                ("shared_experts", 0), ("expert_scores", "softmax"), ("router_bias", False)
+            ):
+                if getattr(self, field) != default:
+                    raise ValueError(
+                        f"model.{field}={getattr(self, field)!r} has no effect without experts: "
+                        f"set model.num_experts, or leave model.{field}={default!r}"
+                    )
+            return
+        if not 1 <= self.experts_per_token <= self.num_experts:
+            raise ValueError(
+                f"model.experts_per_token={self.experts_per_token}: expected 1 to "
+                f"model.num_experts={self.num_experts}"
+            )
+        if self.shared_experts < 0:
+            raise ValueError(f"model.shared_experts={self.shared_experts}: expected at least 0")
+        if self.bias:
+            raise ValueError("model.bias=True: experts have no biases; set model.bias=False")
 
     def _validate_pattern(self) -> None:
         if not self.layer_pattern:

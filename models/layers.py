@@ -7,10 +7,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
 
 from batiste.models.config import TransformerConfig
 from batiste.models.parameter import matrix, vector
-from batiste.sharding import constrain
+from batiste.sharding import axes_of, constrain, per_device, spec
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -81,6 +83,27 @@ def _weight_gradient(x: jax.Array, gradient: jax.Array, rows: tuple, dims: tuple
 project.defvjp(_project_forward, _project_backward)
 
 
+def lookup(table: jax.Array, places_BT: jax.Array, letters: str) -> jax.Array:
+    """The rows of a table ("VD" or "TD", by `letters`) at these places, in its dtype.
+
+    Said device by device, the gradient by transposition: inside one of several slices XLA's
+    partitioner dies of the lookup, and gathers the activations of all devices for its gradient.
+    """
+    # A table of places is whole over `context`, which splits the rows of the batch.
+    axes = tuple(axis for axis in axes_of(letters) if axis not in axes_of("BT"))
+
+    def of_this_device(table: jax.Array, places_BT: jax.Array) -> jax.Array:
+        if not axes:
+            return table[places_BT]
+        here_BT = places_BT - jax.lax.axis_index(axes) * table.shape[0]
+        is_here_BT = (here_BT >= 0) & (here_BT < table.shape[0])
+        rows_BTD = jnp.where(is_here_BT[..., None], table[jnp.where(is_here_BT, here_BT, 0)], 0)
+        return jax.lax.psum(rows_BTD, axes)
+
+    specs = (PartitionSpec(axes or None, None), spec("BT")), spec("BTD")
+    return per_device(of_this_device, *specs)(table, places_BT)
+
+
 def add_bias(x: jax.Array, bias: nnx.Param | None) -> jax.Array:
     """Adds a bias over the last dims of x; None adds nothing."""
     if bias is None:
@@ -135,12 +158,12 @@ class FeedForward(nnx.Module):
         self.down_bias_D = vector("D", sizes, 0.0) if config.bias else None
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        h_BTF = add_bias(project(x_BTD, self.up_DF[...]), self.up_bias_F)
+        h_BTF = checkpoint_name(add_bias(project(x_BTD, self.up_DF[...]), self.up_bias_F), "up")
         if self.gate_DF is None:
             h_BTF = activate(self.activation, h_BTF)
         else:
             gate_BTF = add_bias(project(x_BTD, self.gate_DF[...]), self.gate_bias_F)
-            h_BTF *= activate(self.activation, gate_BTF)
+            h_BTF *= activate(self.activation, checkpoint_name(gate_BTF, "gate"))
         return add_bias(project(constrain(h_BTF, "BTF"), self.down_FD[...]), self.down_bias_D)
 
 

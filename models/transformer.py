@@ -1,26 +1,40 @@
 """One Transformer: embed, a scanned stack of blocks, norm, logits."""
 
+import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from batiste.models.attention import Attention, LayerCache
-from batiste.models.attention_choice import fused_losses
+from batiste.models.attention_choice import OneOf, fused_losses
 from batiste.models.config import TransformerConfig
-from batiste.models.layers import FeedForward, Norm, dropout, project
+from batiste.models.layers import FeedForward, Norm, dropout, lookup, project
+from batiste.models.mixture import Mixture
 from batiste.models.parameter import gathered, matrix
+from batiste.models.pipeline import LAYER_INPUT, Layers, pipelined
 from batiste.models.positions import rotation, sinusoids
+from batiste.models.router import RouterSums
 from batiste.pallas_kernels import AttentionMask
-from batiste.sharding import constrain, gather, in_row_order, in_time_order, time_order
+from batiste.sharding import (
+    HOST_MEMORY, constrain, gather, in_row_order, in_time_order, layout, time_order,
+)
 
-REMAT = {
-    "dots": jax.checkpoint_policies.dots_saveable,
-    "full": jax.checkpoint_policies.nothing_saveable,
-}
+
+def remat_policy(config: TransformerConfig) -> Callable:
+    """Which tensors of a layer are saved for the backward pass, as `jax.checkpoint` wants it said."""
+    policies = jax.checkpoint_policies
+    if config.remat == "names":
+        return policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=config.saved, names_which_can_be_offloaded=config.offloaded,
+            offload_src="device", offload_dst=HOST_MEMORY,
+        )
+    return policies.dots_saveable if config.remat == "dots" else policies.nothing_saveable
 
 
 class Cache(NamedTuple):
@@ -31,12 +45,24 @@ class Cache(NamedTuple):
     length_B: jax.Array
 
 
+class LayerOutput(NamedTuple):
+    """What a layer returns beside x_BTD: None for what it was not given or does not have."""
+
+    cache: LayerCache | None
+    router: RouterSums | None
+
+
 class Block(nnx.Module):
-    """Attention and feed-forward, each added to the residual stream."""
+    """Attention and feed-forward or experts, each added to the residual stream."""
 
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
         self.attention = Attention(config, rngs=rngs)
-        self.feed_forward = FeedForward(config, rngs=rngs)
+        self.mixture = None if config.num_experts is None else Mixture(config, rngs=rngs)
+        # Shared experts, which every token takes, are together one wider feed-forward.
+        dense = config if self.mixture is None else dataclasses.replace(
+            config, mlp_dim=config.shared_experts * config.mlp_dim
+        )
+        self.feed_forward = FeedForward(dense, rngs=rngs) if dense.mlp_dim else None
         before, after = config.norm_placement != "post", config.norm_placement != "pre"
         self.attention_norm = Norm(config) if before else None
         self.feed_forward_norm = Norm(config) if before else None
@@ -46,16 +72,31 @@ class Block(nnx.Module):
         self.dropout_rate = config.dropout
 
     def __call__(self, x_BTD, mask, rotation, cache, dropout_key):
-        """Returns x_BTD after the block, and this layer's cache (None stays None)."""
+        """Returns x_BTD after the block, and the LayerOutput."""
         keys = (None,) * 3 if dropout_key is None else jax.random.split(dropout_key, 3)
         h_BTD = x_BTD if self.attention_norm is None else self.attention_norm(x_BTD)
         h_BTD, cache = self.attention(whole_time(h_BTD, cache), mask, rotation, cache, keys[0])
-        h_BTD = dropout(split_time(h_BTD, cache), self.dropout_rate, keys[1])
+        h_BTD = checkpoint_name(split_time(h_BTD, cache), "attention")
+        h_BTD = dropout(h_BTD, self.dropout_rate, keys[1])
         x_BTD = self._add(x_BTD, h_BTD, self.attention_post_norm)
         h_BTD = x_BTD if self.feed_forward_norm is None else self.feed_forward_norm(x_BTD)
-        h_BTD = self.feed_forward(whole_time(h_BTD, cache))
-        h_BTD = dropout(split_time(h_BTD, cache), self.dropout_rate, keys[2])
-        return self._add(x_BTD, h_BTD, self.feed_forward_post_norm), cache
+        h_BTD, router = self._feed(h_BTD, mask, cache)
+        h_BTD = checkpoint_name(h_BTD, "feed_forward")
+        h_BTD = dropout(h_BTD, self.dropout_rate, keys[2])
+        x_BTD = self._add(x_BTD, h_BTD, self.feed_forward_post_norm)
+        return x_BTD, LayerOutput(cache, router)
+
+    def _feed(self, x_BTD, mask, cache):
+        """The feed-forward, the experts, or both and their sum; and what the router did."""
+        out_BTD = routed_BTD = router = None
+        if self.feed_forward is not None:
+            out_BTD = split_time(self.feed_forward(whole_time(x_BTD, cache)), cache)
+        if self.mixture is not None:
+            routed_BTD, router = self.mixture(
+                x_BTD, mask.query_segments_BT, between_blocks=cache is None
+            )
+        parts = [part for part in (out_BTD, routed_BTD) if part is not None]
+        return sum(parts[1:], start=parts[0]), router
 
     def _add(self, x_BTD: jax.Array, h_BTD: jax.Array, norm: Norm | None) -> jax.Array:
         """pre: x + h. sandwich: x + norm(h). post: norm(x + h)."""
@@ -109,7 +150,7 @@ class Transformer(nnx.Module):
         if positions_BT is None:
             positions_BT = _places(tokens_BT)
         arrays = map(in_time_order, (tokens_BT, positions_BT, segments_BT))
-        return in_row_order(self.logits(self.features(*arrays, dropout_key)))
+        return in_row_order(self.logits(self.features(*arrays, dropout_key)[0]))
 
     def features(
         self,
@@ -117,8 +158,8 @@ class Transformer(nnx.Module):
         positions_BT: jax.Array | None = None,
         segments_BT: jax.Array | None = None,
         dropout_key: jax.Array | None = None,
-    ) -> jax.Array:
-        """The last hidden states, x_BTD in the compute dtype.
+    ) -> tuple[jax.Array, RouterSums | None]:
+        """The last hidden states, x_BTD in the compute dtype, and the routers' sums by layer.
 
         positions_BT: place of each token in its document, int32; None counts along the row.
         segments_BT: document of each token, int32, 0 for padding; None is one document a row.
@@ -134,7 +175,8 @@ class Transformer(nnx.Module):
                 )
             positions_BT = _places(tokens_BT)
         segments = (segments_BT, segments_BT)
-        return self._stack(tokens_BT, positions_BT, segments, None, dropout_key)[0]
+        x_BTD, output = self._stack(tokens_BT, positions_BT, segments, None, dropout_key)
+        return x_BTD, output.router
 
     def extend(self, tokens_BT: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
         """The hidden states of tokens that continue each row of the cache, and the cache after.
@@ -143,7 +185,8 @@ class Transformer(nnx.Module):
         next call overwrites the rest.
         """
         positions_BT = cache.length_B[:, None] + jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None]
-        return self._stack(tokens_BT, positions_BT, (None, None), cache, None)
+        x_BTD, output = self._stack(tokens_BT, positions_BT, (None, None), cache, None)
+        return x_BTD, Cache(*output.cache, cache.length_B + tokens_BT.shape[1])
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """The head, in float32 from the product on; soft-capped if the config says so."""
@@ -188,40 +231,50 @@ class Transformer(nnx.Module):
             embed_key, layers_key = jax.random.split(dropout_key)
         x_BTD = split_time(self._embed(tokens_BT, positions_BT), cache)
         x_BTD = dropout(x_BTD, config.dropout, embed_key)
-        turn = rotation(config, positions_BT) if config.positions == "rope" else None
-        masks = {
+        graphdef, weights = nnx.split(self.layers)
+
+        def run(pattern, rows, x_BTD, layers):
+            positions_BT, segments = rows
+            turn = rotation(config, positions_BT) if config.positions == "rope" else None
+            masks = self._masks(segments, cache)
+
+            def apply(kind, x_BTD, layer):
+                mask = OneOf(tuple(masks.values()), layer.kinds) if kind is None else masks[kind]
+                x_BTD = checkpoint_name(x_BTD, LAYER_INPUT)
+                block = nnx.merge(graphdef, gathered(layer.weights))
+                return block(x_BTD, mask, turn, layer.cache, layer.keys)
+
+            return _scan_pattern(config, pattern, apply, x_BTD, layers)
+
+        keys = None if layers_key is None else jax.random.split(layers_key, config.num_layers)
+        rows = (positions_BT, segments)
+        if cache is None and layout().stage > 1:
+            policy = None if config.remat == "none" else remat_policy(config)
+            layers = Layers(weights, keys)
+            return pipelined(run, config.layer_kinds, policy, x_BTD, rows, layers)
+        layer_cache = None if cache is None else LayerCache(cache.k_LBSKH, cache.v_LBSKH)
+        return run(config.layer_pattern, rows, x_BTD, Layers(weights, keys, layer_cache))
+
+    def _masks(self, segments, cache: Cache | None) -> dict[str, AttentionMask]:
+        """The mask of each kind of layer."""
+        return {
             kind: AttentionMask(
                 causal=True,
-                window=config.window if kind == "local" else None,
+                window=self.config.window if kind == "local" else None,
                 query_segments_BT=segments[0],
                 key_segments_BS=segments[1],
                 query_offset_B=None if cache is None else cache.length_B,
             )
-            for kind in config.layer_pattern
+            for kind in self.config.layer_pattern
         }
-        graphdef, weights = nnx.split(self.layers)
-
-        def apply(kind, x_BTD, layer):
-            weights, layer_cache, key = layer
-            block = nnx.merge(graphdef, gathered(weights))
-            return block(x_BTD, masks[kind], turn, layer_cache, key)
-
-        layer_cache = None if cache is None else LayerCache(cache.k_LBSKH, cache.v_LBSKH)
-        keys = None if layers_key is None else jax.random.split(layers_key, config.num_layers)
-        x_BTD, layer_cache = _scan_pattern(config, apply, x_BTD, (weights, layer_cache, keys))
-        if cache is not None:
-            cache = Cache(*layer_cache, cache.length_B + tokens_BT.shape[1])
-        return x_BTD, cache
 
     def _embed(self, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
         config = self.config
-        x_BTD = gather(self.embedding_VD[...], "VD")[tokens_BT]
+        x_BTD = lookup(gather(self.embedding_VD[...], "VD"), tokens_BT, "VD")
         if config.scale_embeddings:
             x_BTD *= math.sqrt(config.model_dim)
         if config.positions == "learned":
-            # Whole over `context` too: a row's tokens have any place in it.
-            table_SD = constrain(gather(self.position_TD[...], "TD"), "SD")
-            x_BTD += table_SD[positions_BT]
+            x_BTD += lookup(gather(self.position_TD[...], "TD"), positions_BT, "TD")
         elif config.positions == "sinusoidal":
             x_BTD += sinusoids(positions_BT, config.model_dim)
         return x_BTD.astype(config.dtype)
@@ -234,15 +287,15 @@ def _places(tokens_BT: jax.Array) -> jax.Array:
     )
 
 
-def _scan_pattern(config, apply, x_BTD, layers):
+def _scan_pattern(config, pattern, apply, x_BTD, layers):
     """Scans over whole periods of the layer pattern; what is left of the depth follows unrolled.
 
     `layers` is a tree with leading L; returns x_BTD and the stacked second results of `apply`.
     """
-    pattern = config.layer_pattern
+    num_layers = jax.tree.leaves(layers)[0].shape[0]
     if config.remat != "none":
-        apply = jax.checkpoint(apply, policy=REMAT[config.remat], static_argnums=(0,))
-    periods = config.num_layers // len(pattern)
+        apply = jax.checkpoint(apply, policy=remat_policy(config), static_argnums=(0,))
+    periods = num_layers // len(pattern)
     whole = periods * len(pattern)
 
     def period(x_BTD, layers):
@@ -257,7 +310,7 @@ def _scan_pattern(config, apply, x_BTD, layers):
     )
     x_BTD, results = jax.lax.scan(period, x_BTD, grouped, unroll=min(config.scan_unroll, periods))
     results = jax.tree.map(lambda leaf: leaf.reshape(whole, *leaf.shape[2:]), results)
-    for index in range(whole, config.num_layers):
+    for index in range(whole, num_layers):
         layer = jax.tree.map(lambda leaf, index=index: leaf[index], layers)
         x_BTD, result = apply(pattern[index - whole], x_BTD, layer)
         results = jax.tree.map(

@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from batiste.pallas_kernels import certified, gpu_attention, tpu_attention
 from batiste.pallas_kernels.mask import AttentionMask
@@ -53,7 +54,9 @@ def attend(options: Options, operands: Operands) -> tuple[jax.Array, jax.Array]:
 
 
 def _forward(options, operands):
-    out_BTNH, lse_BTN = attend(options, operands)
+    # Named where they are residuals: a rematerialization policy that saves "attended" by name then
+    # never runs the forward kernel again.
+    out_BTNH, lse_BTN = (checkpoint_name(x, "attended") for x in attend(options, operands))
     return (out_BTNH, lse_BTN), (operands, out_BTNH, lse_BTN)
 
 

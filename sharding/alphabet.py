@@ -13,6 +13,7 @@ ALPHABET = {
     "V": "vocabulary",
     "L": "layers",
     "E": "experts",
+    "C": "experts chosen by a token",
     "R": "low rank",
     "P": "patches or features",
 }

@@ -46,10 +46,16 @@ def chunk_place(device: jax.Array, chunk: jax.Array | int, size: int) -> jax.Arr
 def in_time_order(x: jax.Array | None) -> jax.Array | None:
     """Rows (B, T, ...) in the order of `time_order`; None stays None."""
     order = None if x is None else time_order(x.shape[1])
-    return x if order is None else jnp.take(x, order, axis=1)
+    return x if order is None else _reordered(x, order)
 
 
 def in_row_order(x: jax.Array) -> jax.Array:
     """Undoes `in_time_order`."""
     order = time_order(x.shape[1])
-    return x if order is None else jnp.take(x, np.argsort(order), axis=1)
+    return x if order is None else _reordered(x, np.argsort(order))
+
+
+def _reordered(x: jax.Array, order: np.ndarray) -> jax.Array:
+    """Time in this order, run by run: inside a slice, XLA's partitioner dies of a gather of it."""
+    runs = np.split(order, np.flatnonzero(np.diff(order) != 1) + 1)
+    return jnp.concatenate([x[:, run[0] : run[-1] + 1] for run in runs], axis=1)

@@ -28,27 +28,34 @@ ZERO_RULE = {"D": "data"}
 # Between blocks, where no head or feed-forward dim needs `tensor`, it splits time (sequence
 # parallelism, Korthikanti et al. 2022, arXiv:2205.05198).
 BETWEEN_BLOCKS_RULE = {"T": ("context", "tensor")}
+HOST_MEMORY = "pinned_host"
 
 
-def spec(letters: str, *, zero: bool = False, between_blocks: bool = False) -> PartitionSpec:
+def spec(
+    letters: str, *, zero: bool = False, between_blocks: bool = False, each_slice: bool = False
+) -> PartitionSpec:
     """The PartitionSpec of an array with these letters.
 
     zero: also split over `data`, as ZeRO does with what it shards. between_blocks: of the residual
-    stream. Raises ValueError when two letters want the same mesh axis.
+    stream. each_slice: of arrays that every slice has one of, stacked in a leading dim that has no
+    letter. Raises ValueError when two letters want the same mesh axis.
     """
     rules = RULES | (ZERO_RULE if zero else {}) | (BETWEEN_BLOCKS_RULE if between_blocks else {})
     axes = tuple(rules.get(letter) for letter in check_letters(letters))
+    axes = ("slice", *axes) if each_slice else axes
     flat = [name for axis in axes if axis for name in ([axis] if isinstance(axis, str) else axis)]
     if len(flat) != len(set(flat)):
         raise ValueError(f"letters {letters!r}: two dims want the same mesh axis, got {axes}")
     return PartitionSpec(*axes)
 
 
-def constrain(x: jax.Array, letters: str, *, between_blocks: bool = False) -> jax.Array:
-    """Pins an activation to its sharding on the ambient mesh; without a mesh, changes nothing."""
+def constrain(
+    x: jax.Array, letters: str, *, zero: bool = False, between_blocks: bool = False
+) -> jax.Array:
+    """Pins an array to its sharding on the ambient mesh; without a mesh, changes nothing."""
     if jax.sharding.get_abstract_mesh().empty:
         return x
-    return _constrain(x, spec(letters, between_blocks=between_blocks))
+    return _constrain(x, spec(letters, zero=zero, between_blocks=between_blocks))
 
 
 def _constrain(x: jax.Array, partition: PartitionSpec) -> jax.Array:
@@ -63,6 +70,15 @@ def _automatic(partition: PartitionSpec) -> PartitionSpec:
         for axes in partition
     ]
     return PartitionSpec(*(axes[0] if len(axes) == 1 else axes or None for axes in kept))
+
+
+def axes_of(letters: str) -> tuple[str, ...]:
+    """The mesh axes that dims with these letters are split over here; without a mesh, none."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return ()
+    named = ((axes,) if isinstance(axes, str) else axes or () for axes in _automatic(spec(letters)))
+    return tuple(name for names in named for name in names if mesh.shape[name] > 1)
 
 
 def per_device(function: Callable, in_specs: Any, out_specs: Any) -> Callable:
@@ -109,9 +125,14 @@ def _scatter(letters: str, _: None, gradient: jax.Array) -> tuple[jax.Array]:
 _gather.defvjp(lambda weight, letters: (_gather(weight, letters), None), _scatter)
 
 
-def shardings(mesh: Mesh, letters_tree: Any, *, zero: bool = False) -> Any:
-    """A tree of NamedSharding for a tree whose leaves are letters."""
-    return jax.tree.map(lambda letters: NamedSharding(mesh, spec(letters, zero=zero)), letters_tree)
+def shardings(
+    mesh: Mesh, letters_tree: Any, *, zero: bool = False, each_slice: bool = False
+) -> Any:
+    """A tree of NamedSharding for a tree whose leaves are letters; options as in `spec`."""
+    return jax.tree.map(
+        lambda letters: NamedSharding(mesh, spec(letters, zero=zero, each_slice=each_slice)),
+        letters_tree,
+    )
 
 
 def check_divisible(mesh: Mesh, letters: str, shape: tuple[int, ...], *, zero: bool) -> None:

@@ -24,6 +24,7 @@ from batiste.evaluation import make_row_losses
 from batiste.models import Transformer
 from batiste.sharding import MeshConfig, laid_out, make_mesh, time_order
 from batiste.train import TrainConfig, make_program, make_train_step
+from batiste.train.local_steps import make_exchange
 from batiste.train.metrics import read_metrics
 
 TOKENS_BT = np.arange(16, dtype=np.int32).reshape(2, 8) % 7
@@ -76,6 +77,16 @@ def tpu_step_text(experiment: Experiment, _):
         return traced.lower(lowering_platforms=("tpu",)).as_text()
 
 
+def pipeline_text(experiment: Experiment, _):
+    """The training step on all devices as it is handed to the compiler."""
+    mesh = make_mesh(experiment.mesh)
+    program = make_program(experiment.model, experiment.train, mesh, experiment.mesh)
+    step = make_train_step(program, experiment.train, mesh)
+    batch = jax.tree.map(lambda x: np.tile(x, (experiment.train.batch_size // 2, 1)), BATCH)
+    with jax.set_mesh(mesh):
+        return step.jitted.lower(program.abstract_state, batch).as_text()
+
+
 def start(experiment: Experiment, _):
     """The training state before the first step."""
     with jax.disable_jit():
@@ -110,6 +121,20 @@ def updates(experiment: Experiment, _):
         return first, program.optimizer.update(gradients[1], state, params)[0]
 
 
+def exchanged(experiment: Experiment, _):
+    """What two slices agree on that each went its own way."""
+    sizes = MeshConfig(slice=2, data=1)
+    mesh, train = make_mesh(sizes, jax.devices()[:2]), experiment.train
+    program = make_program(experiment.model, train, mesh, sizes)
+    state, random = program.initialize(), np.random.default_rng(0)
+    own = jax.tree.map(
+        lambda leaf: jax.device_put(np.float32(random.normal(size=leaf.shape)), leaf.sharding),
+        state.workers.params)
+    exchange = jax.jit(make_exchange(train.local, program.letters, sizes.zero))
+    with jax.set_mesh(mesh):
+        return exchange(state.params, state.optimizer_state, own, state.workers.residual)[0]
+
+
 def layout(experiment: Experiment, _):
     """The shardings on the 8 devices and the order of a row, or why there are none."""
     try:
@@ -118,7 +143,7 @@ def layout(experiment: Experiment, _):
         return str(error)
     program = make_program(
         experiment.model, experiment.train, make_mesh(experiment.mesh), experiment.mesh)
-    specs = jax.tree.map(lambda leaf: str(leaf.sharding.spec), program.abstract_state)
+    specs = jax.tree.map(lambda leaf: f"{leaf.sharding.spec} {leaf.sharding.memory_kind}", program.abstract_state)
     mesh = jax.tree.leaves(program.abstract_state)[0].sharding.mesh
     with jax.set_mesh(mesh), laid_out(experiment.mesh):
         order = time_order(experiment.data.sequence_length)

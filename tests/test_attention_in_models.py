@@ -42,7 +42,7 @@ def loss_and_gradients(model, batch):
     def loss(params):
         x_BTD = nnx.merge(graphdef, params).features(
             batch.tokens_BT, batch.positions_BT, batch.segments_BT
-        )
+        )[0]
         return jnp.square(x_BTD).mean()
 
     graphdef, params = nnx.split(model)

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from batiste import command_line, main
+from batiste.configs.experiment import Experiment
 
 CONFIG = "--config=configs/quickstart.py"
 ROOT = pathlib.Path(__file__).parents[1]
@@ -35,12 +36,15 @@ REFUSED = {
     "--config.train.batch_size=12": ("train.batch_size=12", "mesh.data=8", "multiple of 8"),
     "--config.train.accumulation=3": ("train.accumulation=3", "train.batch_size=16"),
     "--config.data.sequence_length=999": ("data.sequence_length=999", "model.max_length=256"),
-    "--config.mesh.stage=2": ("mesh.stage=2", "not yet"),
-    "--config.mesh.slice=2": ("mesh.slice=2", "not yet"),
+    "--config.mesh.stage=8": ("model.num_layers=4", "mesh.stage=8", "multiple of 8"),
+    "--config.train.local.steps=2": ("train.local.steps=2", "mesh.slice=1"),
     "--config.train.schedule.warmup_steps=999": ("train.schedule.warmup_steps", "400"),
     "--config.data.sources[0].path=nowhere/*.txt": ("nowhere/*.txt", "no such file"),
     "--resume=must": ("resume=must", "no committed checkpoint"),
     "--resume=perhaps": ("resume='perhaps'", "auto, must, never"),
+    "--num_processes=2": ("num_processes=2", "coordinator_address=None", "give all three"),
+    "--process_id=-1": ("--process_id=-1",),
+    "--distributed": ("no cluster was detected", "--coordinator_address=HOST:PORT"),
     "--wrkdir=x": ("--wrkdir", "--workdir?"),
     "num_layers=3": ("'num_layers=3'", "--name=value"),
 }
@@ -76,7 +80,7 @@ def refusal(capsys, tmp_path, monkeypatch):
 @pytest.fixture
 def launched(monkeypatch, tmp_path):
     """Runs `batiste train` up to where training would begin; returns the experiment."""
-    def train(experiment, workdir, resume):
+    def train(experiment, workdir, resume, force):
         raise Launched(experiment)
 
     monkeypatch.setattr(main, "train", train)
@@ -117,15 +121,54 @@ def test_a_wrong_command_is_one_line(arguments, parts, refusal):
         assert part in line, line
 
 
+BY_HAND = ("--coordinator_address=localhost:1", "--num_processes=2", "--process_id=0")
+
+
+@pytest.mark.parametrize("verb,arguments", [
+    ("train", (CONFIG,)), ("evaluate", ()), ("generate", ("--prompt=a",))])
+@pytest.mark.parametrize("flags,parts", [
+    (BY_HAND[:2], ("process_id=None", "give all three")),
+    ((*BY_HAND[:2], "--process_id=2"), ("process_id=2", "num_processes-1=1")),
+    (("--coordinator_address=here", *BY_HAND[1:]), ("'here'", "HOST:PORT")),
+    (("--coordinator_address=here:70000", *BY_HAND[1:]), ("'here:70000'", "HOST:PORT")),
+    ((*BY_HAND, "--distributed"), ("--distributed and --coordinator_address exclude",)),
+    ((*BY_HAND, "--nodistributed"), ("--nodistributed and --coordinator_address exclude",)),
+    (("--distributed",), ("no cluster was detected", "SLURM", "--process_id=I")),
+])
+def test_processes_that_cannot_be_joined_are_refused(
+    verb, arguments, flags, parts, refusal, monkeypatch
+):
+    monkeypatch.setattr(main, "load_experiment", lambda workdir: Experiment())
+    line = refusal(verb, *arguments, "--workdir=x", *flags)
+    for part in parts:
+        assert part in line, line
+
+
+@pytest.mark.parametrize("variable", command_line.LAUNCHER_COUNTS)
+def test_several_processes_that_a_launcher_started_are_one_run_or_said_not_to_be(
+    variable, launched, monkeypatch
+):
+    monkeypatch.setenv(variable, "1")
+    launched()
+    monkeypatch.setenv(variable, "4")
+    launched("--nodistributed")
+    with pytest.raises(SystemExit) as exit:
+        launched()
+    for part in (f"{variable}=4", "--distributed", "--nodistributed"):
+        assert part in exit.value.code
+
+
 @pytest.mark.parametrize("verb", command_line.VERBS)
 def test_help_lists_the_flags_and_exits_with_0(verb, capsys):
     with pytest.raises(SystemExit) as exit:
         command_line.run(["batiste", verb, "--help"])
     assert exit.value.code == 0
     shown = capsys.readouterr().out
-    assert "--workdir" in shown
-    assert ("--config" in shown) == (verb in ("prepare", "train"))
+    assert ("--workdir" in shown) == (verb != "plan")
+    assert ("--topology" in shown) == (verb == "plan")
+    assert ("--config" in shown) == (verb in ("plan", "prepare", "train"))
     assert ("--prompt" in shown) == (verb == "generate")
+    assert ("--distributed" in shown) == (verb != "prepare")
 
 
 @pytest.mark.parametrize("arguments,code", [(["--help"], 0), (["help"], 0), ([], 2)])
@@ -152,6 +195,8 @@ def test_help_lists_the_verbs_and_no_verb_is_a_mistake(arguments, code, capsys):
     (["--config.sample.top_p=None"], "sample.top_p", None),
     (["--config.sample.top_p=0.5"], "sample.top_p", 0.5),
     (["--config.train.optimizer.clip_norm=none"], "train.optimizer.clip_norm", None),
+    (["--config.model.remat=full", "--config.model.remat=none"], "model.remat", "none"),
+    (["--config.model.positions=none"], "model.positions", "none"),
     (["--config.train.stop.flops=1e15"], "train.stop.flops", 1e15),
     (["--config.mesh.data=4"], "mesh.data", 4),
     (["--config.sample.prompts=('a b','c')"], "sample.prompts", ("a b", "c")),

@@ -33,11 +33,14 @@ FROZEN = BYTES | {f"train.optimizer.{group}_multiplier": 0.0
 # In float16, so that the loss scale is alive.
 HALF = MODEL | {"model.num_layers": 1, "model.dtype": "float16",
                 "train.loss_scale.initial": 2.0**10, "train.loss_scale.growth_interval": 1}
+EXPERTS = {"model.num_experts": 4}
 LLAMA3 = {"model.rope_scaling": "llama3", "model.rope_original_length": 16}
 BASES = {
     probes.shapes: MODEL, probes.logits: MODEL, probes.step_text: MODEL, probes.start: MODEL,
     probes.two_steps: HALF, probes.rates: MODEL, probes.updates: MODEL,
-    probes.tpu_step_text: MODEL,
+    probes.tpu_step_text: MODEL, probes.exchanged: MODEL | {"mesh.slice": 2, "train.local.steps": 1},
+    probes.pipeline_text: MODEL | {"model.num_layers": 4, "train.batch_size": 16, "mesh.stage": 2,
+                                   "mesh.micro_batches": 2},
     probes.layout: MODEL | {"train.batch_size": 8}, probes.records: BYTES,
     probes.first_batch: BYTES, probes.run: FROZEN, probes.generated: FROZEN,
 }
@@ -62,6 +65,7 @@ CASES = {
         "vocab_size": 16, "num_layers": 3, "model_dim": 16, "num_heads": 4, "num_kv_heads": 1,
         "head_dim": 8, "mlp_dim": 16, "max_length": (32, {"model.positions": "learned"}),
         "bias": True, "qk_norm": True, "attention_sinks": True, "tied_embeddings": False,
+        "num_experts": 4, "shared_experts": (1, EXPERTS), "router_bias": (True, EXPERTS),
     }),
     **cases(probes.logits, "model.", {
         "activation": "geglu", "norm": "layer", "norm_placement": "sandwich",
@@ -73,17 +77,22 @@ CASES = {
                                                 ("global", "local")}),
         "window": (3, {"model.window": 2, "model.layer_pattern": ("local",)}),
         "attention_soft_cap": 0.5, "logit_soft_cap": 0.5, "scale_embeddings": True,
+        "experts_per_token": (1, EXPERTS), "expert_scores": ("sigmoid", EXPERTS),
         "dropout": 0.5, "init_stddev": 0.02, "depth_scaled_init": False, "dtype": "bfloat16",
     }),
     **cases(probes.step_text, "", {
         "model.remat": "full", "model.scan_unroll": 2, "train.accumulation": 2,
+        "model.saved": (("up",), {"model.remat": "names"}),
         "train.objective.loss_chunk": 4,
     }),
     **cases(probes.tpu_step_text, "", {
+        "model.offloaded": (("up",), {"model.remat": "names"}),
         "model.attention": "v6e", "train.objective.fused": (True, {"model.attention": "v6e"}),
     }),
     **cases(probes.two_steps, "train.", {
         "objective.label_smoothing": 0.1, "objective.z_loss": 0.1,
+        "objective.balance_loss": (0.1, EXPERTS), "objective.router_z_loss": (0.1, EXPERTS),
+        "optimizer.router_bias_rate": (0.1, EXPERTS | {"model.router_bias": True}),
         "loss_scale.initial": 2.0**24, "loss_scale.growth_interval": 2,
         "loss_scale.maximum": 2.0**10,
         "loss_scale.minimum": (2.0**24, {"train.loss_scale.initial": 2.0**24}),
@@ -108,8 +117,15 @@ CASES = {
     }),
     **cases(probes.start, "train.", {"seed": 1}),
     **cases(probes.layout, "mesh.", {
-        "slice": 2, "stage": 2, "context": 2, "expert": 2, "data": (8, {"mesh.tensor": 2}),
-        "tensor": 2, "zero": 3, "context_exchange": ("all_to_all", {"mesh.context": 2}),
+        "slice": 2, "stage": 2, "context": 2, "expert": (2, EXPERTS), "data": (8, {"mesh.tensor": 2}),
+        "tensor": 2, "zero": 3, "offload_optimizer": True,
+        "context_exchange": ("all_to_all", {"mesh.context": 2}),
+    }),
+    **cases(probes.pipeline_text, "mesh.", {"micro_batches": 4, "interleave": 2}),
+    **cases(probes.layout, "train.local.", {"steps": (2, {"mesh.slice": 2})}),
+    **cases(probes.exchanged, "train.local.", {
+        "outer_learning_rate": 0.5, "outer_momentum": 0.5, "compression": "int8",
+        "kept_fraction": (0.5, {"train.local.compression": "top_k"}),
     }),
     **cases(probes.records, "data.", {
         "sources[0].path": "CORPUS/b/*.txt", "sources[0].weight": 5.0,

@@ -1,16 +1,19 @@
 """What the README, docs and the notebook show is executed, each as a newcomer would."""
 
 import dataclasses
+import inspect
 import os
 import pathlib
 import re
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
 
 import pytest
 
+from batiste import command_line
 from batiste.models import TransformerConfig, resolve_attention
 from batiste.models.attention_choice import fused_losses
 from batiste.pallas_kernels import AttentionMask, BlockSparsity, certified
@@ -18,6 +21,7 @@ from batiste.pallas_kernels import AttentionMask, BlockSparsity, certified
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 ATTENTION = (ROOT / "docs" / "attention.md").read_text()
+LAUNCH = (ROOT / "docs" / "launch.md").read_text()
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +65,43 @@ def test_the_commands_of_the_readme_run_on_its_own_work_directory(ten_lines, env
         assert output.strip()
 
 
+def test_the_processes_that_the_page_about_launching_starts_by_hand_train(ten_lines, environment):
+    folder, _ = ten_lines
+    by_hand = LAUNCH.split("## Several processes by hand")[1]
+    (commands,) = re.findall(r"```bash\n(.*?)```", by_hand, re.S)
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = str(listener.getsockname()[1])
+    assert ":8476" in commands
+    commands = commands.replace("8476", port).replace("batiste", f"{sys.executable} -m batiste", 1)
+    commands = commands.replace("--process_id", "--config.sample.max_tokens=8 --process_id")
+    # The text is that of the README's example; preparing it again would take longer than the rest.
+    shutil.copytree(folder / "runs/ten_lines/data", folder / "runs/by_hand/data")
+    output = run(["bash", "-c", commands], folder, environment)
+    assert output.count("validation: loss") == 1
+    assert (folder / "runs/by_hand/report.md").exists()
+
+
+def test_what_the_page_about_launching_writes_for_batiste_is_accepted():
+    text = LAUNCH.replace("\\\n", " ").replace("$process", "1")
+    commands = re.findall(r"batiste (train|evaluate|generate|prepare) (--[^\n\"`&]*)", text)
+    assert len(commands) >= 5
+    for verb, flags in commands:
+        define, _ = command_line.VERBS[verb]
+        flags = [flag for flag in shlex.split(flags) if "..." not in flag]
+        values = command_line._parse(define, [f"batiste {verb}", *flags])
+        if "config" in values and values.config is not None:
+            values.config.validate()
+
+
+def test_the_python_about_launching_names_what_there_is():
+    (code,) = re.findall(r"```python\n(.*?)```", LAUNCH, re.S)
+    names = {}
+    exec("\n".join(line for line in code.splitlines() if line.startswith("from")), names)
+    call = re.search(r'connect\("10.0.0.1:8476", (.*?)\)', code)[1]
+    inspect.signature(names["connect"]).bind("", **eval(f"dict({call})"))
+
+
 def test_the_tree_of_the_readme_is_the_tree():
     (tree,) = re.findall(r"```text\n(configs/quickstart\.py.*?)```", README, re.S)
     files = re.findall(r"^(\S+\.py)", tree, re.M)
@@ -68,7 +109,7 @@ def test_the_tree_of_the_readme_is_the_tree():
     for name in files:
         assert (ROOT / name).exists(), name
     rooms = {"configs", "models", "train", "sharding", "data", "inference", "evaluation",
-             "pallas_kernels"}
+             "pallas_kernels", "planning"}
     shown = {name for name in files if "/" in name}
     there = {str(path.relative_to(ROOT)) for room in rooms for path in (ROOT / room).glob("*.py")
              if path.name != "__init__.py"}

@@ -75,7 +75,7 @@ def test_cached_rows_of_unequal_length_equal_each_alone(model_config, tokens_BT)
     x_BTD, _ = model.extend(tokens_BT[:, 7:8], cache._replace(length_B=lengths_B))
     for row, length in enumerate(lengths_B.tolist()):
         alone = jnp.concatenate([tokens_BT[row, :length], tokens_BT[row, 7:8]])[None]
-        np.testing.assert_allclose(x_BTD[row, 0], model.features(alone)[0, -1], atol=1e-5)
+        np.testing.assert_allclose(x_BTD[row, 0], model.features(alone)[0][0, -1], atol=1e-5)
 
 
 def seen_inputs(model, segments_BT, positions):
@@ -89,7 +89,7 @@ def seen_inputs(model, segments_BT, positions):
     @jax.jit
     @jax.grad
     def gradient(params, position):
-        x_BTD = nnx.merge(graphdef, params).features(tokens_BT, None, segments_BT)
+        x_BTD = nnx.merge(graphdef, params).features(tokens_BT, None, segments_BT)[0]
         return jnp.square(jnp.take(x_BTD, position, axis=1)).sum()
 
     for position in positions:
@@ -195,7 +195,7 @@ def test_depth_scaled_initialization_keeps_the_stream_bounded(model_config, toke
     def spread(**change):
         model = Transformer(
             dataclasses.replace(model_config, num_layers=48, **change), rngs=nnx.Rngs(0))
-        return float(model.features(tokens_BT).std() / model._embed(
+        return float(model.features(tokens_BT)[0].std() / model._embed(
             tokens_BT, jnp.zeros_like(tokens_BT)).std())
 
     assert spread(depth_scaled_init=True) < 0.5 * spread(depth_scaled_init=False)

@@ -212,7 +212,6 @@ def test_rules_name_what_they_refuse():
 @pytest.mark.parametrize("change,message", [
     (dict(tensor=3), "does not fit the 8 devices"),
     (dict(data=2, tensor=2), "does not fit the 8 devices"),
-    (dict(stage=2), "mesh.stage=2: not yet"),
     (dict(context=3), "does not fit the 8 devices"),
     (dict(context_exchange="rings"), "mesh.context_exchange='rings': expected one of ring, all_to_all"),
     (dict(zero=4), "mesh.zero=4"),

@@ -9,12 +9,12 @@ from batiste.train.metrics import MetricsWriter, Progress, mfu_formula_line
 from batiste.train.objectives import causal_loss
 from batiste.train.report import ReportFacts, write_report
 from batiste.train.resume import RESUME_MODES, check_mode, check_same
-from batiste.train.state import Program, TrainState, make_program
+from batiste.train.state import Program, TrainState, from_checkpoint, make_program
 from batiste.train.step import make_train_step
 
 __all__ = [
     "Checkpoints", "Ledger", "MetricsWriter", "ObjectiveConfig", "Program", "Progress",
     "RESUME_MODES", "Records", "ReportFacts", "Run", "TrainConfig", "TrainState", "causal_loss",
-    "check_mode", "check_same", "fit", "flops_per_token", "make_program", "make_train_step",
-    "mfu_formula_line", "total_peak_flops", "write_report",
+    "check_mode", "check_same", "fit", "flops_per_token", "from_checkpoint", "make_program",
+    "make_train_step", "mfu_formula_line", "total_peak_flops", "write_report",
 ]

@@ -6,6 +6,7 @@ The place for integrity manifests (hash on commit, verify on restore, fall back)
 import pathlib
 from typing import Any
 
+import jax
 import orbax.checkpoint as ocp
 
 from batiste.train.config import CheckpointConfig
@@ -14,15 +15,31 @@ from batiste.train.state import TrainState
 CHECKPOINT_FOLDER = "checkpoints"
 
 
+class _Manager(ocp.CheckpointManager):
+    """Orbax's, without its own questions to jax's preemption service.
+
+    The service answers yes to one number, one above the last that any process asked about. The
+    loop asks about 1, 2, 3 and so on (train/stopping.py); Orbax would ask about the step between
+    two of them.
+    """
+
+    def reached_preemption(self, step: int) -> bool:
+        del step
+        return False
+
+
 class Checkpoints:
-    """The committed states of a run. Opening sweeps what a killed save left behind."""
+    """The committed states of a run. Opening sweeps what a killed save left behind.
+
+    All processes of a run make the same calls, in the same order.
+    """
 
     def __init__(self, workdir: pathlib.Path, config: CheckpointConfig):
         policies = ocp.checkpoint_managers
         keep = [policies.LatestN(config.keep)]
         if config.keep_every is not None:
             keep.append(policies.EveryNSteps(config.keep_every))
-        self._manager = ocp.CheckpointManager(
+        self._manager = _Manager(
             pathlib.Path(workdir, CHECKPOINT_FOLDER).absolute(),
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=policies.AnyPreservationPolicy(keep),
@@ -41,12 +58,12 @@ class Checkpoints:
 
     def save(self, step: int, state: TrainState, meta: dict[str, Any]) -> None:
         """Starts saving; returns when the arrays are copied and the step may donate them."""
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state._asdict()), meta=ocp.args.JsonSave(meta)
-            ),
+        args = ocp.args.Composite(
+            state=ocp.args.StandardSave(state._asdict()), meta=ocp.args.JsonSave(meta)
         )
+        # In Orbax, processes wait for each other by sums over all devices, fetched implicitly.
+        with jax.transfer_guard("allow"):
+            self._manager.save(step, args=args)
 
     def meta(self, step: int) -> dict[str, Any]:
         """What was saved beside the arrays of a step: config, fingerprint, validation losses."""

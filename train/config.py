@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from batiste.train.local_steps import LocalStepsConfig
 from batiste.train.optimizer import OptimizerConfig
 from batiste.train.precision import LossScaleConfig
 from batiste.train.schedule import ScheduleConfig, make_schedule
@@ -14,12 +15,15 @@ class ObjectiveConfig:
     loss_chunk: logits are computed for so many positions of each row at a time, and never all at
     once; None computes all.
     fused: the kernels of model.attention's chip compute the loss, and logits are never in memory.
+    balance_loss, router_z_loss: weights of the losses of each layer's router (models/router.py).
     """
 
     label_smoothing: float = 0.0
     z_loss: float = 0.0
     loss_chunk: int | None = None
     fused: bool = False
+    balance_loss: float = 0.0
+    router_z_loss: float = 0.0
 
 
 @dataclasses.dataclass
@@ -59,6 +63,7 @@ class TrainConfig:
     schedule: ScheduleConfig = dataclasses.field(default_factory=ScheduleConfig)
     objective: ObjectiveConfig = dataclasses.field(default_factory=ObjectiveConfig)
     loss_scale: LossScaleConfig = dataclasses.field(default_factory=LossScaleConfig)
+    local: LocalStepsConfig = dataclasses.field(default_factory=LocalStepsConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
     stop: StopConfig = dataclasses.field(default_factory=StopConfig)
@@ -68,6 +73,7 @@ class TrainConfig:
         self.optimizer.validate()
         make_schedule(self.schedule, self.num_steps)
         self.loss_scale.validate()
+        self.local.validate()
         positive = {
             "num_steps": self.num_steps, "batch_size": self.batch_size,
             "accumulation": self.accumulation, "objective.loss_chunk": self.objective.loss_chunk,
@@ -90,5 +96,7 @@ class TrainConfig:
                 f"train.objective.label_smoothing={self.objective.label_smoothing}: expected "
                 "0 <= label_smoothing < 1"
             )
-        if self.objective.z_loss < 0:
-            raise ValueError(f"train.objective.z_loss={self.objective.z_loss}: expected >= 0")
+        for field in ("z_loss", "balance_loss", "router_z_loss"):
+            value = getattr(self.objective, field)
+            if value < 0:
+                raise ValueError(f"train.objective.{field}={value}: expected >= 0")

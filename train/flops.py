@@ -21,12 +21,14 @@ def flops_per_token(config: TransformerConfig, params: Any, letters: Any, length
 
     A forward product costs 2 per weight, the backward pass twice that; embeddings are looked up,
     not multiplied, unless they are the head too. A causal query sees half of the row on average,
-    a local one at most its window. Rematerialization is not counted (PaLM, arXiv:2204.02311, B).
+    a local one at most its window. Of the experts, those count that a token takes.
+    Rematerialization is not counted (PaLM, arXiv:2204.02311, B).
     params: arrays or abstract ones. length: tokens per row.
     """
     multiplied = {"matrix", "head"} | ({"embedding"} if config.tied_embeddings else set())
+    share = 1 if config.num_experts is None else config.experts_per_token / config.num_experts
     weights = sum(
-        math.prod(leaf.shape)
+        math.prod(leaf.shape) * (share if name.startswith("LE") else 1)
         for name, leaf in zip(jax.tree.leaves(letters), jax.tree.leaves(params), strict=True)
         if parameter_group(name) in multiplied and not name.startswith("T")
     )
@@ -37,16 +39,19 @@ def flops_per_token(config: TransformerConfig, params: Any, letters: Any, length
     return 6 * weights + 12 * config.num_heads * config.head_dim * keys
 
 
-def total_peak_flops(mesh: jax.sharding.Mesh, dtype: str) -> tuple[float, str]:
+def total_peak_flops(mesh: jax.sharding.Mesh, dtype: str) -> tuple[float | None, str]:
     """Peak FLOP/s of all devices of the mesh, and where the figure comes from.
 
     A device that the table does not know (a CPU) is measured: the median of a few square products
-    in the compute dtype, accumulated in fp32.
+    in the compute dtype, accumulated in fp32. Not so in a run of several processes, which may share
+    their cores or not: None.
     """
     device = mesh.devices.flat[0]
     known = peak_flops(device.device_kind)
     if known is not None:
         return known * mesh.size, f"data sheet of {device.device_kind}, bf16"
+    if mesh.is_multi_process:
+        return None, f"a {device.platform} is measured in runs of one process only"
     a = jax.device_put(jnp.ones((CALIBRATION_SIZE, CALIBRATION_SIZE), dtype), device)
     product = jax.jit(lambda a: jnp.matmul(a, a, preferred_element_type=jnp.float32))
     jax.block_until_ready(product(a))

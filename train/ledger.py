@@ -9,15 +9,21 @@ LEDGER_FILE = "ledger.jsonl"
 
 
 class Ledger:
-    """Appends events; each line has `time` (seconds since the epoch), `event`, and its fields."""
+    """Appends events; each line has `time` (seconds since the epoch), `event`, and its fields.
 
-    def __init__(self, workdir: pathlib.Path):
-        self._path = pathlib.Path(workdir, LEDGER_FILE)
-        self._path.parent.mkdir(parents=True, exist_ok=True)
+    workdir: None writes nothing, for all processes of a run but the first.
+    """
+
+    def __init__(self, workdir: pathlib.Path | None):
+        self._path = None if workdir is None else pathlib.Path(workdir, LEDGER_FILE)
+        if self._path is not None:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
         self._last_lap = time.perf_counter()
 
     def write(self, event: str, **fields: Any) -> None:
         """Appends one event; on its way to the disk when this returns."""
+        if self._path is None:
+            return
         with open(self._path, "a", encoding="utf-8") as file:
             file.write(json.dumps({"time": time.time(), "event": event, **fields}) + "\n")
 

@@ -1,20 +1,19 @@
 """The training loop: dispatch a step, then look at the one before."""
 
-import contextlib
 import dataclasses
 import math
-import signal
-import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import numpy as np
 
 from batiste.train.checkpoint import Checkpoints
 from batiste.train.config import TrainConfig
 from batiste.train.ledger import Ledger
 from batiste.train.metrics import MetricsWriter, Progress
 from batiste.train.state import TrainState
+from batiste.train.stopping import stop_requests
 
 
 @dataclasses.dataclass
@@ -48,12 +47,13 @@ def fit(
     """Trains from `state` to `run.last_step`; returns the state and why it stopped.
 
     The reason is "done", "patience", or the signal that asked for it ("SIGINT", "SIGTERM"); in
-    every case the state is saved and committed. Raises ValueError when the loss is not finite.
+    every case the state is saved and committed. All processes of a run call this alike. Raises
+    ValueError when the loss is not finite.
     """
     pending = None
     reason = "done"
     first = int(jax.device_get(state.step))
-    with _signals() as received, jax.transfer_guard("disallow"):
+    with stop_requests() as stop_request, jax.transfer_guard("disallow"):
         for step in range(first + 1, run.last_step + 1):
             state, metrics = run.train_step(state, next(run.batches))
             if pending is not None:
@@ -63,7 +63,8 @@ def fit(
                 jax.block_until_ready(metrics)
                 records.ledger.lap("compile and first step")
 
-            last = step == run.last_step or bool(received)
+            asked = stop_request()
+            last = step == run.last_step or asked is not None
             evaluation_due = step % config.evaluation.every == 0 or step == run.last_step
             if not (last or evaluation_due or step % config.checkpoint.every == 0):
                 continue
@@ -82,7 +83,7 @@ def fit(
                 records.checkpoints.save(step, state, records.meta)
                 records.ledger.lap("checkpoint")
             if last:
-                reason = received[0] if received else reason
+                reason = asked or stop_request() or reason
                 break
         records.checkpoints.wait()
         records.ledger.lap("checkpoint")
@@ -92,7 +93,12 @@ def fit(
 
 def _record(records: Records, step: int, metrics: dict[str, jax.Array]) -> None:
     """Fetches the metrics of a step (waiting for it) and writes them down."""
-    values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+    # What each slice measures by itself never travels: a process reports the mean of what it sees.
+    shown = {
+        name: value if value.ndim == 0 else [shard.data for shard in value.addressable_shards]
+        for name, value in metrics.items()
+    }
+    values = {name: float(np.mean(value)) for name, value in jax.device_get(shown).items()}
     records.progress.update(step, values["loss"])
     rate = records.progress.tokens_per_second
     if rate is not None:
@@ -113,25 +119,3 @@ def _out_of_patience(validation: list[list[float]], patience: int | None) -> boo
         return False
     best = min(range(len(validation)), key=lambda index: validation[index][1])
     return len(validation) - 1 - best >= patience
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[list[str]]:
-    """The names of signals that asked the run to stop; a second one of a kind ends it at once."""
-    received: list[str] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield received  # Only the main thread may install handlers (a notebook may use another).
-        return
-    previous = {}
-
-    def handle(number, frame):
-        received.append(signal.Signals(number).name)
-        signal.signal(number, previous[number])
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        previous[number] = signal.signal(number, handle)
-    try:
-        yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

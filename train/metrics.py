@@ -57,11 +57,16 @@ class MetricsWriter:
 
     A step is counted from 1: the record of step n is of the run after n updates. Opening it to
     continue after `steps_done` removes what the run had written for later steps, which are about to
-    be computed again; TensorBoard hides them too. One process of a run writes. A record is on its way to the disk when `write` returns (flushed), so a killed
-    process loses at most the record it was writing.
+    be computed again; TensorBoard hides them too. A record is on its way to the disk when `write`
+    returns (flushed), so a killed process loses at most the record it was writing.
+
+    workdir: None writes nothing, for all processes of a run but the first.
     """
 
-    def __init__(self, workdir: str | os.PathLike, steps_done: int):
+    def __init__(self, workdir: str | os.PathLike | None, steps_done: int):
+        self._file = self._tensorboard = None
+        if workdir is None:
+            return
         import tensorboardX  # costs 0.3 s, and only a process that writes needs it
 
         workdir = pathlib.Path(workdir)
@@ -89,6 +94,8 @@ class MetricsWriter:
         if kind not in KINDS:
             raise ValueError(f"kind of a metrics record: expected {' or '.join(KINDS)}, "
                              f"got {kind!r}")
+        if self._file is None:
+            return
         values = {name: float(value) for name, value in values.items()}
         self._file.write(_encode({"step": int(step), "kind": kind, **values}))
         self._file.flush()
@@ -97,6 +104,8 @@ class MetricsWriter:
 
     def close(self) -> None:
         """Writes out what is buffered and closes the files."""
+        if self._file is None:
+            return
         self._file.close()
         self._tensorboard.close()
 

@@ -5,21 +5,34 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from batiste.models import Transformer
+from batiste.models import RouterSums, Transformer
 from batiste.sharding import constrain, in_time_order
 from batiste.train.config import ObjectiveConfig
+
+
+class RouterTerms(NamedTuple):
+    """Sums of a mixture of experts, float32; a row counts as much as it has tokens in the loss.
+
+    balance, z: of all layers, times the row's tokens. load: tokens of each expert of each layer.
+    """
+
+    balance_B: jax.Array
+    z_B: jax.Array
+    load_BLE: jax.Array
 
 
 class Terms(NamedTuple):
     """Sums over the tokens of each row, float32.
 
-    loss: what is minimized, label smoothing and z-loss included. cross_entropy: in nats.
-    tokens: the sum of the loss weights, the denominator of both.
+    loss: what is minimized, label smoothing, z-loss and the router's losses included.
+    cross_entropy: in nats. tokens: the sum of the loss weights, the denominator of both.
+    router: None without experts.
     """
 
     loss_B: jax.Array
     cross_entropy_B: jax.Array
     tokens_B: jax.Array
+    router: RouterTerms | None = None
 
 
 def token_losses(
@@ -31,7 +44,11 @@ def token_losses(
     z_loss * log(Z)^2, which keeps the normalizer near 1 (PaLM, arXiv:2204.02311).
     """
     log_z_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
-    hit_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
+    # Compared and not gathered: inside one of several slices, XLA's partitioner dies of a gather
+    # from a vocabulary that `tensor` splits. It takes as long.
+    places_V = jnp.arange(logits_BTV.shape[-1])
+    is_target_BTV = jnp.expand_dims(places_V, range(targets_BT.ndim)) == targets_BT[..., None]
+    hit_BT = jnp.where(is_target_BTV, logits_BTV, 0).sum(axis=-1)
     cross_entropy_BT = log_z_BT - hit_BT
     loss_BT = cross_entropy_BT
     if config.label_smoothing:
@@ -46,7 +63,9 @@ def causal_loss(model: Transformer, batch, dropout_key, config: ObjectiveConfig)
     """Next-token prediction over a Batch; with `loss_chunk` or `fused`, never all logits at once."""
     # Whole over `context`, so that each device takes what it needs of them and nothing is sent.
     batch = jax.tree.map(lambda x_BT: constrain(in_time_order(x_BT), "BS"), batch)
-    x_BTD = model.features(batch.tokens_BT, batch.positions_BT, batch.segments_BT, dropout_key)
+    x_BTD, router = model.features(
+        batch.tokens_BT, batch.positions_BT, batch.segments_BT, dropout_key
+    )
 
     def terms(x_BTD, targets_BT, weights_BT):
         if config.fused:
@@ -56,9 +75,22 @@ def causal_loss(model: Transformer, batch, dropout_key, config: ObjectiveConfig)
         return Terms(*((x * weights_BT).sum(axis=1) for x in (*losses, jnp.ones_like(weights_BT))))
 
     if config.loss_chunk is None:
-        return terms(x_BTD, batch.targets_BT, batch.weights_BT)
-    x_BTD = constrain(x_BTD, "BTD")
-    return _chunked(terms, (x_BTD, batch.targets_BT, batch.weights_BT), config.loss_chunk)
+        total = terms(x_BTD, batch.targets_BT, batch.weights_BT)
+    else:
+        arrays = (constrain(x_BTD, "BTD"), batch.targets_BT, batch.weights_BT)
+        total = _chunked(terms, arrays, config.loss_chunk)
+    return total if router is None else _with_router(total, router, config)
+
+
+def _with_router(terms: Terms, router: RouterSums, config: ObjectiveConfig) -> Terms:
+    """Adds the losses of all layers' routers to each row's, in proportion to the row's tokens."""
+    summed = RouterTerms(
+        terms.tokens_B * router.balance_B.sum(axis=0),
+        terms.tokens_B * router.z_B.sum(axis=0),
+        router.load_BE.swapaxes(0, 1),
+    )
+    extra_B = config.balance_loss * summed.balance_B + config.router_z_loss * summed.z_B
+    return terms._replace(loss_B=terms.loss_B + extra_B, router=summed)
 
 
 def _chunked(terms, arrays, chunk: int) -> Terms:

@@ -42,7 +42,8 @@ class OptimizerConfig:
     `beta1`, `beta2` are read by adamw, lion and the AdamW part of muon; `epsilon` by adamw and
     muon; `momentum` by sgd (0 is plain SGD) and muon. Adafactor has no such numbers: its decay
     is 1 − t^−0.8. Weight decay is decoupled and, like the update, scaled by the learning rate and
-    the group's multiplier. A multiplier of 0 freezes the group.
+    the group's multiplier. A multiplier of 0 freezes the group. `router_bias_rate` is how far a step
+    moves a router's bias, which has no gradient (arXiv:2408.15664 uses 0.001 throughout).
     """
 
     kind: str = "adamw"
@@ -57,6 +58,7 @@ class OptimizerConfig:
     head_multiplier: float = 1.0
     matrix_multiplier: float = 1.0
     vector_multiplier: float = 1.0
+    router_bias_rate: float = 1e-3
 
     def validate(self) -> None:
         """Raises ValueError, naming the field, if a field is out of its range."""
@@ -71,7 +73,7 @@ class OptimizerConfig:
                 raise ValueError(f"train.optimizer.{field}: expected > 0, got {value}"
                                  + ("; None means no clipping" if field != "epsilon" else ""))
         for field in ("weight_decay", "embedding_multiplier", "head_multiplier",
-                      "matrix_multiplier", "vector_multiplier"):
+                      "matrix_multiplier", "vector_multiplier", "router_bias_rate"):
             if not getattr(self, field) >= 0:
                 raise ValueError(
                     f"train.optimizer.{field}: expected >= 0, got {getattr(self, field)}")
@@ -167,11 +169,12 @@ def _relative_step(letters_tree: Any) -> optax.GradientTransformation:
     the mean over the whole leaf, which would couple the layers stacked in it.
     """
     def rescale(letters, update, parameter):
-        stacked = letters.startswith("L")
-        if stacked and update.shape[0] >= FACTOR_MINIMUM:
+        stacked = len(letters) - sum(map(len, _sides(letters)))
+        if max(update.shape[:stacked], default=0) >= FACTOR_MINIMUM:
             raise ValueError(f"train.optimizer.kind: adafactor supports fewer than "
-                             f"{FACTOR_MINIMUM} stacked layers, got {update.shape[0]}; it would "
-                             "factor the second moment across layers: use adamw, lion or muon")
+                             f"{FACTOR_MINIMUM} stacked layers (and experts), got "
+                             f"{max(update.shape[:stacked])}; it would factor the second moment "
+                             "across layers: use adamw, lion or muon")
 
         def root_mean_square(x):
             return jnp.sqrt(jnp.mean(x * x, axis=tuple(range(stacked, x.ndim)), keepdims=True))

@@ -1,17 +1,22 @@
 """One training step: a pure function (state, batch) -> (state, metrics), jitted once."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx
+from jax.sharding import PartitionSpec
 
-from batiste.sharding import constrain, laid_out
+from batiste.models import rebalanced
+from batiste.sharding import HOST_MEMORY, compiler_options, constrain
 from batiste.train.config import TrainConfig
-from batiste.train.objectives import causal_loss
+from batiste.train.gradients import accumulate
+from batiste.train.local_steps import Workers, exchanged_bytes, make_exchange
+from batiste.train.objectives import RouterTerms, Terms
 from batiste.train.precision import adjust, all_finite, keep_if, unscale
+from batiste.train.slices import all_reduce_bytes, in_each_slice, sum_over_slices, summed_bytes
 from batiste.train.state import Program, TrainState
 
 Metrics = dict[str, jax.Array]
@@ -24,39 +29,20 @@ def make_train_step(
 
     The batch is a Batch of global arrays on the mesh. Metrics are float32 scalars: loss and
     cross_entropy (nats per token), tokens, gradient_norm, learning_rate; loss_scale and skipped
-    when the compute dtype is float16.
+    when the compute dtype is float16; router_balance (1 is even), router_z, router_load (of the
+    busiest expert, over the mean) with experts; slice_bytes, what a device sends to other slices,
+    when there are several. In local steps all but the last are arrays over slices, of each slice's
+    own rows.
     """
-
-    def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
-        scale = None if state.loss_scale is None else state.loss_scale.scale
-        dropout_key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-        gradients, terms = _accumulate(program, config, state.params, batch, (dropout_key, scale))
-        loss, cross_entropy, num_tokens = terms
-        tokens = jnp.maximum(num_tokens, 1)
-        if state.loss_scale is not None:
-            gradients = unscale(gradients, state.loss_scale)
-        gradients = jax.tree.map(lambda gradient: gradient / tokens, gradients)
-        gradients = jax.lax.with_sharding_constraint(gradients, program.gradient_shardings)
-        updates, optimizer_state = program.optimizer.update(
-            gradients, state.optimizer_state, state.params
-        )
-        metrics = {
-            "loss": loss / tokens,
-            "cross_entropy": cross_entropy / tokens,
-            "tokens": num_tokens,
-            "gradient_norm": optax.tree.norm(gradients),
-            "learning_rate": jnp.asarray(program.schedule(state.step), jnp.float32),
-        }
-        new = TrainState(
-            state.step + 1, optax.apply_updates(state.params, updates), optimizer_state,
-            state.loss_scale,
-        )
-        if state.loss_scale is not None:
-            new, metrics = _skip_overflow(config, state, new, (gradients, metrics))
-        return new, metrics
-
+    local = config.local.steps is not None
+    step = _local_step(program, config, mesh) if local else _common_step(program, config, mesh)
     state_shardings = jax.tree.map(lambda leaf: leaf.sharding, program.abstract_state)
-    jitted = jax.jit(step, donate_argnums=0, out_shardings=(state_shardings, None))
+    jitted = jax.jit(
+        lambda state, batch: step(_on_device(program, state), batch),
+        donate_argnums=0,
+        out_shardings=(state_shardings, None),
+        compiler_options=compiler_options(mesh.devices.flat[0], program.letters),
+    )
 
     def on_mesh(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         with jax.set_mesh(mesh):
@@ -66,34 +52,116 @@ def make_train_step(
     return on_mesh
 
 
-def _accumulate(program: Program, config: TrainConfig, params, batch, key_and_scale):
-    """Gradients of the summed loss, and the summed Terms, over `accumulation` micro-batches."""
-    dropout_key, scale = key_and_scale
+def _common_step(program: Program, config: TrainConfig, mesh: jax.sharding.Mesh) -> Callable:
+    """A step that all devices take together, by the gradients of the whole batch."""
+    gradients_of = functools.partial(accumulate, program, config)
+    slices = mesh.shape["slice"]
+    if slices > 1:
+        gradients_of = sum_over_slices(gradients_of, program.letters)
+        gradient_bytes = summed_bytes(mesh, program.letters, program.abstract_state.params)
 
-    def scaled_loss(params, batch, key):
-        model = nnx.merge(program.graphdef, params)
-        with laid_out(program.layout):
-            terms = causal_loss(model, batch, key, config.objective)
-        terms = jax.tree.map(jnp.sum, terms)
-        return terms.loss_B if scale is None else terms.loss_B * scale, tuple(terms)
+    def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+        scale = None if state.loss_scale is None else state.loss_scale.scale
+        gradients, terms = gradients_of(state.params, batch, state.step, scale)
+        new, metrics = _update(program, config, state, gradients, terms)
+        if slices > 1:
+            sums = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(terms))
+            metrics["slice_bytes"] = jnp.float32(gradient_bytes + all_reduce_bytes(slices, sums))
+        return new, metrics
 
-    differentiate = jax.grad(scaled_loss, has_aux=True)
-    k = config.accumulation
-    if k == 1:
-        return differentiate(params, batch, dropout_key)
+    return step
 
-    def split(x):
-        # Micro-batch i takes rows i, i + k, ...: each device keeps the rows it already has.
-        x = x.reshape(x.shape[0] // k, k, *x.shape[1:]).swapaxes(0, 1)
-        return jax.vmap(lambda rows: constrain(rows, "BS"))(x)
 
-    def add(total, micro):
-        batch, key = micro
-        return jax.tree.map(jnp.add, total, differentiate(params, batch, key)), None
+def _local_step(program: Program, config: TrainConfig, mesh: jax.sharding.Mesh) -> Callable:
+    """A step that each slice takes by itself, with its own rows; an exchange where it is due."""
+    exchange = make_exchange(config.local, program.letters, program.layout.zero)
+    whole = program.abstract_state
+    places = jax.tree.map(
+        lambda leaf: leaf.sharding,
+        (whole.params, whole.optimizer_state, whole.workers.params, whole.workers.residual),
+    )
+    num_bytes = exchanged_bytes(config.local, mesh, program.letters, whole.params)
 
-    zero = (jax.tree.map(jnp.zeros_like, params), (jnp.zeros((), jnp.float32),) * 3)
-    micros = (jax.tree.map(split, batch), jax.random.split(dropout_key, k))
-    return jax.lax.scan(add, zero, micros)[0]
+    def of_this_slice(step: jax.Array, workers: Workers, batch: Any) -> tuple[Workers, Metrics]:
+        own = jax.tree.map(lambda leaf: leaf[0], workers)
+        state = TrainState(step, own.params, own.optimizer_state, own.loss_scale)
+        scale = None if own.loss_scale is None else own.loss_scale.scale
+        gradients, terms = accumulate(program, config, own.params, batch, step, scale)
+        state, metrics = _update(program, config, state, gradients, terms)
+        own = Workers(state.params, state.optimizer_state, state.loss_scale, own.residual)
+        return jax.tree.map(lambda leaf: leaf[None], (own, metrics))
+
+    def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+        own = PartitionSpec("slice")
+        train = in_each_slice(of_this_slice, (PartitionSpec(), own, own), own)
+        workers, metrics = train(state.step, state.workers, batch)
+        done = state.step + 1
+        due = (done % config.local.steps == 0) | (done == config.num_steps)
+        exchanged = state.params, state.optimizer_state, workers.params, workers.residual
+        # Said on both sides of the condition: otherwise the shares that an exchange works on spread
+        # into the steps, and weights are gathered in every layer.
+        exchanged = jax.lax.with_sharding_constraint(exchanged, places)
+        exchanged = jax.lax.cond(due, exchange, lambda *same: same, *exchanged)
+        params, outer_state, own_params, residual = jax.lax.with_sharding_constraint(
+            exchanged, places)
+        workers = workers._replace(params=own_params, residual=residual)
+        metrics["slice_bytes"] = jnp.where(due, jnp.float32(num_bytes), 0)
+        return TrainState(done, params, outer_state, None, workers), metrics
+
+    return step
+
+
+def _update(
+    program: Program, config: TrainConfig, state: TrainState, gradients: Any, terms: Terms
+) -> tuple[TrainState, Metrics]:
+    """The state after an optimizer step by summed gradients and Terms, and what it measured."""
+    tokens = jnp.maximum(terms.tokens_B, 1)
+    if state.loss_scale is not None:
+        gradients = unscale(gradients, state.loss_scale)
+    gradients = jax.tree.map(
+        lambda gradient, letters: constrain(
+            gradient / tokens, letters, zero=program.layout.zero >= 2),
+        gradients, program.letters,
+    )
+    updates, optimizer_state = program.optimizer.update(
+        gradients, state.optimizer_state, state.params
+    )
+    metrics = {
+        "loss": terms.loss_B / tokens,
+        "cross_entropy": terms.cross_entropy_B / tokens,
+        "tokens": terms.tokens_B,
+        "gradient_norm": optax.tree.norm(gradients),
+        "learning_rate": jnp.asarray(program.schedule(state.step), jnp.float32),
+    }
+    params = optax.apply_updates(state.params, updates)
+    if terms.router is not None:
+        load_LE = terms.router.load_BLE  # Of all rows together.
+        params = rebalanced(params, load_LE, config.optimizer.router_bias_rate)
+        metrics |= _router_metrics(terms.router, tokens)
+    new = TrainState(state.step + 1, params, optimizer_state, state.loss_scale)
+    if state.loss_scale is not None:
+        new, metrics = _skip_overflow(config, state, new, (gradients, metrics))
+    return new, metrics
+
+
+def _on_device(program: Program, state: TrainState) -> TrainState:
+    """Fetches what is offloaded from the host; `out_shardings` send its successor back."""
+    def fetch(leaf: jax.Array, kept: jax.ShapeDtypeStruct) -> jax.Array:
+        if kept.sharding.memory_kind != HOST_MEMORY:
+            return leaf
+        return jax.device_put(leaf, kept.sharding.with_memory_kind("device"))
+
+    return jax.tree.map(fetch, state, program.abstract_state)
+
+
+def _router_metrics(router: RouterTerms, tokens: jax.Array) -> Metrics:
+    """Means over tokens and layers, and the worst over layers; of terms summed over rows."""
+    load_LE = router.load_BLE
+    return {
+        "router_balance": router.balance_B / (tokens * len(load_LE)),
+        "router_z": router.z_B / (tokens * len(load_LE)),
+        "router_load": (load_LE.max(axis=1) / jnp.maximum(load_LE.mean(axis=1), 1)).max(),
+    }
 
 
 def _skip_overflow(config: TrainConfig, old: TrainState, new: TrainState, rest):

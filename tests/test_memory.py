@@ -1,0 +1,110 @@
+"""What is recomputed, saved and offloaded changes memory and nothing else."""
+
+import dataclasses
+import re
+
+import jax
+import numpy as np
+import pytest
+from test_sharding import BATCH, WIDE, start, train_config
+from test_tpu import MODEL as TPU_MODEL
+from test_tpu import compile_step
+
+from batiste.data import Batch
+from batiste.models import TransformerConfig
+from batiste.sharding import HOST_MEMORY, MeshConfig, check_host_memory, make_mesh, place
+
+POLICIES = {
+    "dots": {"remat": "dots"},
+    "full": {"remat": "full"},
+    "names": {"remat": "names", "saved": ("query", "up"), "offloaded": ("attended",)},
+}
+
+
+def one_step(layout: MeshConfig, model: TransformerConfig = WIDE, kind: str = "sgd"):
+    """The state and the metrics after one step."""
+    mesh, program, step = start(train_config(kind), layout, model=model)
+    return step(program.initialize(), place(mesh, BATCH, Batch(*("BT",) * 5)))
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_rematerialization_changes_no_number(policy):
+    layout = MeshConfig(data=2, tensor=4, zero=3)
+    want, want_metrics = one_step(layout)
+    model = dataclasses.replace(WIDE, **POLICIES[policy])
+    got, metrics = one_step(layout, model)
+    np.testing.assert_allclose(metrics["loss"], want_metrics["loss"], rtol=1e-6)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), got.params, want.params
+    )
+
+
+def test_an_offloaded_optimizer_is_on_the_host_and_changes_no_bit():
+    for zero in (0, 3):
+        layout = MeshConfig(data=4, tensor=2, zero=zero)
+        want, _ = one_step(layout, kind="adamw")
+        got, _ = one_step(dataclasses.replace(layout, offload_optimizer=True), kind="adamw")
+        jax.tree.map(np.testing.assert_array_equal, got, want)
+        kinds = {leaf.sharding.memory_kind for leaf in jax.tree.leaves(got.optimizer_state) if leaf.ndim}
+        assert kinds == {HOST_MEMORY}
+        assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(got.params)} == {"device"}
+
+
+@pytest.fixture(scope="module")
+def tpu_steps():
+    """Compiled for eight v5e chips, by what the step saves."""
+    model = dataclasses.replace(TPU_MODEL, num_layers=32, mlp_dim=1024, attention="v5e")
+    changes = {
+        "full": {}, "attended": {"remat": "names", "saved": ("attended",)},
+        "saved": {"remat": "names", "saved": ("up", "gate")},
+        "offloaded": {"remat": "names", "offloaded": ("up", "gate")},
+    }
+    layout = MeshConfig(data=8)
+    steps = {name: compile_step("v5e:2x4", layout, dataclasses.replace(model, **change))[1]
+             for name, change in changes.items()}
+    layout = MeshConfig(data=8, offload_optimizer=True)
+    return steps | {"optimizer": compile_step("v5e:2x4", layout, model)[1]}
+
+
+def test_a_saved_attention_is_not_computed_again_on_a_tpu(tpu_steps):
+    kernels = {name: len(re.findall(r"custom_call_target=\"tpu_custom_call\"", step.as_text()))
+               for name, step in tpu_steps.items()}
+    # Forward, forward again and backward, in one scanned layer each.
+    assert kernels["full"] == 3 and kernels["attended"] == 2
+
+
+def test_offloaded_activations_leave_the_chip(tpu_steps):
+    memory = {name: step.memory_analysis() for name, step in tpu_steps.items()}
+    rows, length, num_layers = 2, TPU_MODEL.max_length, 32
+    named = 2 * 2 * rows * length * 1024 * num_layers
+    assert memory["full"].host_temp_size_in_bytes == memory["saved"].host_temp_size_in_bytes == 0
+    assert memory["offloaded"].host_temp_size_in_bytes >= named
+    less = memory["saved"].temp_size_in_bytes - memory["offloaded"].temp_size_in_bytes
+    assert less >= 0.5 * named
+
+
+def test_an_offloaded_optimizer_leaves_the_chip(tpu_steps):
+    full, optimizer = (tpu_steps[name].memory_analysis() for name in ("full", "optimizer"))
+    moments = optimizer.host_argument_size_in_bytes
+    assert full.host_argument_size_in_bytes == 0
+    assert full.argument_size_in_bytes - optimizer.argument_size_in_bytes == pytest.approx(moments, rel=0.01)
+    assert moments == pytest.approx(full.argument_size_in_bytes * 2 / 3, rel=0.05)
+
+
+@pytest.mark.parametrize("change,message", [
+    (dict(saved=("up",)), "model.saved=.* has no effect with model.remat='none'"),
+    (dict(remat="names", saved=("upp",)), "did you mean 'up'"),
+    (dict(remat="names", saved=("up",), offloaded=("up",)), "both name up"),
+])
+def test_names_that_cannot_be_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(WIDE, **change).validate()
+
+
+def test_a_device_without_host_memory_refuses_by_name(monkeypatch):
+    mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
+    check_host_memory(mesh, "mesh.offload_optimizer")
+    kind = type(jax.devices()[0])
+    monkeypatch.setattr(kind, "addressable_memories", lambda _: [], raising=False)
+    with pytest.raises(ValueError, match="mesh.offload_optimizer needs pinned_host memory"):
+        check_host_memory(mesh, "mesh.offload_optimizer")

@@ -1,0 +1,149 @@
+"""Several slices = one device; only shares of gradients cross between them, and all bytes count."""
+
+import dataclasses
+import math
+
+import jax
+import numpy as np
+import pytest
+from crossings import crossings, replica_groups
+from test_sharding import (
+    BATCH, WIDE, bytes_with_letter, collectives, on_one_device, root_mean_square, start,
+    three_steps, train_config,
+)
+
+from batiste.configs.experiment import Experiment
+from batiste.data import Batch
+from batiste.models import TransformerConfig
+from batiste.sharding import MeshConfig, make_mesh, place
+
+MESHES = [dict(slice=2, data=4), dict(slice=2, data=2, tensor=2)]
+# Two slices of two devices, for laws that need no more.
+FOUR = dict(slice=2, data=2)
+SMALL = TransformerConfig(
+    vocab_size=40, num_layers=2, model_dim=16, num_heads=2, num_kv_heads=1, head_dim=6, mlp_dim=24,
+    max_length=16,
+)
+
+
+def worst_error(mine, theirs) -> float:
+    """The largest relative error of a parameter; see test_sharding.py for the floor."""
+    return max(jax.tree.leaves(jax.tree.map(
+        lambda a, b: root_mean_square(a - b) / max(root_mean_square(b), 0.01), mine, theirs)))
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+@pytest.mark.parametrize("sizes", MESHES, ids=str)
+def test_slices_equal_one_device(sizes, zero):
+    history, params = three_steps(train_config("sgd"), MeshConfig(**sizes, zero=zero))
+    history_alone, params_alone = on_one_device("sgd")
+    np.testing.assert_allclose(history, history_alone, rtol=1e-6)
+    assert worst_error(params, params_alone) <= 1e-6
+
+
+def test_micro_batches_and_four_slices_equal_one_device():
+    config = train_config("sgd", accumulation=2)
+    history, params = three_steps(config, MeshConfig(slice=4, data=1, tensor=2, zero=1))
+    history_alone, params_alone = on_one_device("sgd")
+    np.testing.assert_allclose(history, history_alone, rtol=1e-6)
+    assert worst_error(params, params_alone) <= 1e-6
+
+
+@pytest.mark.parametrize("sizes,changes", [
+    (dict(slice=2, context=2, tensor=2), {}),
+    (dict(slice=2, expert=2, data=2, zero=3), dict(bias=False, num_experts=4)),
+], ids=str)
+def test_slices_of_rings_and_of_experts_equal_one_device(sizes, changes):
+    model, results = dataclasses.replace(WIDE, **changes), []
+    for each, devices in ((sizes, 8), (dict(data=1), 1)):
+        mesh, program, step = start(
+            train_config("sgd"), MeshConfig(**each), jax.devices()[:devices], model)
+        state, metrics = step(program.initialize(), place(mesh, BATCH, Batch(*("BT",) * 5)))
+        results.append((float(metrics["loss"]), jax.device_get(state.params)))
+    (loss, params), (loss_alone, params_alone) = results
+    np.testing.assert_allclose(loss, loss_alone, rtol=1e-6)
+    assert worst_error(params, params_alone) <= 1e-6
+
+
+def test_groups_are_read_in_every_notation():
+    want = [[0, 4], [1, 5], [2, 6], [3, 7]]
+    for text in ("replica_groups={{0,4},{1,5},{2,6},{3,7}}", "replica_groups=[4,2]<=[2,4]T(1,0)",
+                 "replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_0'}",
+                 "replica_groups=mesh['axis_0'=4,'axis_1'=2], device_ids=([2,4]T(1,0)) {'axis_1'}",
+                 "source_target_pairs={{0,4},{1,5},{2,6},{3,7}}"):
+        assert replica_groups(text) == want
+    assert replica_groups("replica_groups=[2,4]<=[8]") == [[0, 1, 2, 3], [4, 5, 6, 7]]
+
+
+def parts(letters: str, sizes: dict[str, int]) -> int:
+    """Among how many devices of a slice an array is split that is also split over data."""
+    tensor = sizes.get("tensor", 1) if set(letters) & set("NKFV") else 1
+    return tensor * (sizes["data"] if "D" in letters else 1)
+
+
+def shares(program, sizes: dict[str, int]) -> list[tuple[str, int]]:
+    """The letters of each parameter, and how many of its entries a device has a share of."""
+    names, leaves = jax.tree.leaves(program.letters), jax.tree.leaves(program.abstract_state.params)
+    return [(name, leaf.size // parts(name, sizes)) for name, leaf in zip(names, leaves)]
+
+
+def compiled(config, sizes: dict[str, int], zero: int = 0, model=WIDE):
+    """The program, the step, a batch, and the compiled text."""
+    devices = jax.devices()[: math.prod(sizes.values())]
+    mesh, program, step = start(config, MeshConfig(**sizes, zero=zero), devices, model)
+    batch = place(mesh, BATCH, Batch(*("BT",) * 5))
+    with jax.set_mesh(mesh):
+        text = step.jitted.lower(program.abstract_state, batch).compile().as_text()
+    return program, step, batch, text
+
+
+@pytest.mark.parametrize("zero", [0, 2])
+@pytest.mark.parametrize("sizes", [*MESHES, dict(slice=4, data=2)], ids=str)
+def test_only_shares_of_gradients_cross_and_their_bytes_are_reported(sizes, zero):
+    program, step, batch, text = compiled(train_config("sgd"), sizes, zero)
+    slices = sizes["slice"]
+    crossed = crossings(text, slices, 8)
+    assert {kind for kind, *_ in crossed} == {"all-reduce"}
+    entries = sum(size for _, size in shares(program, sizes)) + 3  # And three sums of losses.
+    sent = 2 * (slices - 1) / slices * 4 * entries
+    assert sum(size for _, size, _ in crossed) == sent
+    assert entries < sum(leaf.size for leaf in jax.tree.leaves(program.abstract_state.params)) / 1.9
+    assert float(step(program.initialize(), batch)[1]["slice_bytes"]) == sent
+    if "tensor" not in sizes:  # Inside a slice: what is split is gathered once, and nothing else.
+        inside = collectives(text)
+        assert inside.pop("all-gather") == bytes_with_letter(program, "D")
+        assert set(inside) == {"all-reduce"}
+
+
+def test_words_and_places_are_looked_up_where_their_tables_lie():
+    model = dataclasses.replace(
+        SMALL, num_kv_heads=2, positions="learned", tied_embeddings=False, scale_embeddings=True)
+    results = []
+    for sizes in (dict(slice=2, data=2, tensor=2), dict(data=1)):
+        program, step, batch, text = compiled(train_config("sgd"), sizes, model=model)
+        state, metrics = step(program.initialize(), batch)
+        results.append((float(metrics["loss"]), jax.device_get(state.params)))
+        rows_of_a_slice = f"[4,{BATCH.tokens_BT.shape[1]},{SMALL.model_dim}]"
+        assert f"{rows_of_a_slice}{{2,1,0}} all-gather" not in text
+    (loss, params), (loss_alone, params_alone) = results
+    np.testing.assert_allclose(loss, loss_alone, rtol=1e-6)
+    assert worst_error(params, params_alone) <= 1e-6
+
+
+def test_shares_that_do_not_divide_are_refused():
+    experiment = Experiment()
+    experiment.mesh = MeshConfig(slice=2, data=4)
+    experiment.model.model_dim = 258
+    with pytest.raises(ValueError, match="model.model_dim=258 .*mesh.data=4.*mesh.slice=2"):
+        experiment.validate_on(8)
+    with pytest.raises(ValueError, match="dim D of size 18.*mesh.data=4"):
+        start(train_config("sgd"), MeshConfig(slice=2, data=4),
+              model=dataclasses.replace(SMALL, model_dim=18))
+
+
+def test_a_slice_is_devices_in_a_row():
+    mesh = make_mesh(MeshConfig(slice=4, tensor=2))
+    assert [[device.id for device in each.flat] for each in mesh.devices] == [
+        [0, 1], [2, 3], [4, 5], [6, 7]]
+    with pytest.raises(ValueError, match="does not fit the 8 devices"):
+        make_mesh(MeshConfig(slice=3))
