@@ -19,6 +19,7 @@ from ml_collections import config_flags
 ROOT = pathlib.Path(__file__).resolve().parent
 USAGE = """usage: batiste VERB [--flags]
 
+  plan      --config=FILE --topology=TPU   memory, time and cost of every mesh, before a run
   prepare   --config=FILE --workdir=DIR    raw text to tokenized records
   train     --config=FILE --workdir=DIR    prepare, train, evaluate, sample; again: continue
   evaluate  --workdir=DIR                  loss, perplexity, bits per byte
@@ -80,6 +81,24 @@ def _define_train(values: flags.FlagValues, argv: list[str]) -> None:
         "resume", "auto", "auto: continue if there is a checkpoint; must: demand one; never: "
         "refuse to find one.", flag_values=values,
     )
+    flags.DEFINE_bool("force", False, "Train although the memory will not suffice.",
+                      flag_values=values)
+
+
+def _define_plan(values: flags.FlagValues, argv: list[str]) -> None:
+    _define_config(values, argv)
+    flags.DEFINE_string("topology", None, "TPUs, such as v5p:4x4x4.", flag_values=values)
+    flags.DEFINE_string("gpu", None, "GPUs, such as h200:8.", flag_values=values)
+    flags.DEFINE_bool("cpu", False, "The CPU of this machine, measured for 20 seconds.",
+                      flag_values=values)
+    flags.DEFINE_float("tokens", None, "Token budget; the config's steps, if left out.", 1.0,
+                       flag_values=values)
+    flags.DEFINE_float("price_per_chip_hour", None, "For the cost of the budget.", 0.0,
+                       flag_values=values)
+    flags.DEFINE_bool("compile", False, "Compile the best plan for the TPUs and compare.",
+                      flag_values=values)
+    flags.DEFINE_bool("apply", False, "Print only the overrides of the best plan, to paste.",
+                      flag_values=values)
 
 
 def _define_evaluate(values: flags.FlagValues, argv: list[str]) -> None:
@@ -139,7 +158,7 @@ def _train(values: flags.FlagValues) -> int:
     else:
         experiment = _experiment(values)
     prints = _connect(values)
-    result = main.train(experiment, workdir, values.resume)
+    result = main.train(experiment, workdir, values.resume, values.force)
     if result.validation is None:
         if prints:
             print(f"stopped by {result.reason} after step {result.step}, saved; the same command "
@@ -153,6 +172,25 @@ def _train(values: flags.FlagValues) -> int:
     report = pathlib.Path(workdir, "report.md")
     samples = re.search(r"^## Samples\n.*?(?=^## )", report.read_text(), re.S | re.M)
     print(f"\n{samples[0]}" if samples else "", f"report: {report}", sep="\n")
+    return 0
+
+
+def _plan(values: flags.FlagValues) -> int:
+    from batiste import forecast
+    from batiste.planning import Budget, gpu_machine, tpu_machine
+
+    experiment = _experiment(values)
+    places = [name for name in ("topology", "gpu", "cpu") if values[name].value]
+    if len(places) != 1:
+        raise ValueError(f"expected one of --topology, --gpu and --cpu, got {places or 'none'}")
+    machine = None
+    if not values.cpu:
+        machine = tpu_machine(values.topology) if values.topology else gpu_machine(values.gpu)
+    tokens, config = values.tokens, experiment.train
+    if tokens is None:
+        tokens = config.num_steps * config.batch_size * experiment.data.sequence_length
+    budget = Budget(tokens, values.price_per_chip_hour)
+    print(forecast.plan(experiment, machine, budget, values.compile, values.apply))
     return 0
 
 
@@ -192,6 +230,7 @@ def _generate(values: flags.FlagValues) -> int:
 
 
 VERBS: dict[str, tuple[Callable, Callable]] = {
+    "plan": (_define_plan, _plan),
     "prepare": (_define_prepare, _prepare),
     "train": (_define_train, _train),
     "evaluate": (_define_evaluate, _evaluate),
@@ -221,8 +260,8 @@ def _parse(define: Callable, argv: list[str]) -> flags.FlagValues:
         raise ValueError(f"unknown flag --{error.flagname}{hint} ({argv[0]} --help lists all)") from None
     except (flags.Error, LookupError, AttributeError, TypeError, ValueError, OSError) as error:
         raise ValueError(_explain(error, argv)) from None
-    for name in absent:
-        _set_none(_experiment(values), name)
+    for name, text in absent:
+        _set_none(_experiment(values), name, text)
     if values.help:
         print(f"{argv[0]} flags:\n{values.get_help()}")
         sys.exit(0)
@@ -231,26 +270,30 @@ def _parse(define: Callable, argv: list[str]) -> flags.FlagValues:
     return values
 
 
-def _split_none(argv: list[str]) -> tuple[list[str], list[str]]:
-    """Takes out --config.NAME=None, which config_flags reads as a number; returns those NAMEs."""
-    found = {argument: re.fullmatch(r"--?config\.([^=]+)=[Nn]one", argument) for argument in argv}
+def _split_none(argv: list[str]) -> tuple[list[str], list[tuple[str, str]]]:
+    """Takes out --config.NAME=None, which config_flags takes for a number; NAMEs, and as written."""
+    found = {argument: re.fullmatch(r"--?config\.([^=]+)=([Nn]one)", argument) for argument in argv}
     rest = [argument for argument in argv if not found[argument]]
-    return rest, [match[1] for match in found.values() if match]
+    return rest, [match.groups() for match in found.values() if match]
 
 
-def _set_none(experiment, name: str) -> None:
-    """Makes a field absent; ValueError where there is no such field, or it cannot be absent."""
+def _set_none(experiment, name: str, text: str) -> None:
+    """Makes a field absent, or a word "none" (model.remat has it among its choices).
+
+    Raises ValueError where there is no such field, or it can be neither.
+    """
     *path, last = re.findall(r"\w+", name)
     owner = experiment
     try:
         for part in path:
             owner = owner[int(part)] if part.isdigit() else getattr(owner, part)
-        optional = type(None) in typing.get_args(typing.get_type_hints(type(owner))[last])
+        hint = typing.get_type_hints(type(owner))[last]
     except (AttributeError, LookupError, TypeError):
         raise ValueError(_unknown_field(name)) from None
-    if not optional:
+    word = hint is str and text == "none"
+    if not word and type(None) not in typing.get_args(hint):
         raise ValueError(f"--config.{name}=None: expected a value, this field cannot be absent")
-    setattr(owner, last, None)
+    setattr(owner, last, text if word else None)
 
 
 def _find_config(argument: str) -> str:

@@ -16,6 +16,7 @@ from batiste.configs.experiment import Experiment, flatten, from_dict
 from batiste.data import Loader, Prepared, load_prepared
 from batiste.data import prepare as prepare_data
 from batiste.evaluation import Perplexity
+from batiste.forecast import check_memory
 from batiste.inference import SamplingConfig
 from batiste.sharding import (
     MeshConfig, Share, agree, check_connected, check_shared, is_first, restack, together,
@@ -65,13 +66,16 @@ def prepare(experiment: Experiment, workdir: str | os.PathLike) -> Prepared:
     return prepared
 
 
-def train(experiment: Experiment, workdir: str | os.PathLike, resume: str = "auto") -> Result:
+def train(
+    experiment: Experiment, workdir: str | os.PathLike, resume: str = "auto", force: bool = False
+) -> Result:
     """Prepares, trains, evaluates, samples, and writes it all under `workdir`.
 
     resume: "auto" continues from the newest checkpoint if there is one, "must" demands one,
-    "never" refuses to find one. Raises ValueError for a config that cannot run, or that differs
-    from the checkpoint's. Several processes all call this alike, after `batiste.sharding.connect`
-    or `jax.distributed.initialize`; the first writes.
+    "never" refuses to find one. force: trains although the memory will not suffice. Raises
+    ValueError for a config that cannot run, or that differs from the checkpoint's. Several processes
+    all call this alike, after `batiste.sharding.connect` or `jax.distributed.initialize`; the first
+    writes.
     """
     started = time.perf_counter()
     workdir = pathlib.Path(workdir)
@@ -79,6 +83,8 @@ def train(experiment: Experiment, workdir: str | os.PathLike, resume: str = "aut
     check_connected()
     flat = flatten(experiment)
     agree({"workdir": str(workdir), "resume": resume, **flat})
+    if not force:
+        check_memory(experiment)
     start, stored = _stored(workdir, experiment.train.checkpoint)
     check_mode(resume, start, str(workdir))
     if start is not None:

@@ -3,7 +3,8 @@
 from setuptools import setup
 
 ROOMS = (
-    "pallas_kernels", "sharding", "data", "models", "inference", "train", "evaluation", "configs",
+    "pallas_kernels", "sharding", "data", "models", "inference", "train", "evaluation",
+    "planning", "configs",
 )
 
 setup(

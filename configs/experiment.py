@@ -97,7 +97,8 @@ class Experiment:
         if self.data.sequence_length % parts:
             raise ValueError(
                 f"data.sequence_length={self.data.sequence_length} is not divisible by 2 * "
-                f"mesh.context={parts}, the chunks of a ring: choose a multiple of {parts}, {otherwise}"
+                f"mesh.context={parts}, the chunks of a ring: choose a multiple of {parts}, "
+                f"{otherwise}"
             )
         if self.model.dropout > 0:
             raise ValueError(

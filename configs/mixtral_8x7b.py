@@ -2,7 +2,7 @@
 
     batiste train --config=configs/mixtral_8x7b.py --workdir=runs/mixtral_8x7b
 
-For 64 accelerators of 80 GB or more (a TPU v5p 4x4x4) as data 8 x expert 8: 4,194,304 tokens a
+For 64 accelerators of 80 GB or more (a TPU v5p 4x4x4) as data 16 x expert 4: 4,194,304 tokens a
 batch, 257 billion (20 per parameter that a token meets, 12.9 billion; Hoffmann et al. 2022,
 arXiv:2203.15556) in all. Not yet run.
 
@@ -40,7 +40,7 @@ def get_config(arg: str | None = None) -> Experiment:
             sources=(SourceConfig(path="tfds:c4/en"),), validation_fraction=0.0005,
             tokenizer="bpe", vocab_size=32_000, sequence_length=8192,
         ),
-        mesh=MeshConfig(expert=8, zero=3),
+        mesh=MeshConfig(expert=4, zero=3),
         train=TrainConfig(
             num_steps=61_400, batch_size=512, accumulation=8,
             schedule=ScheduleConfig(learning_rate=3e-4, warmup_steps=2000),

@@ -1,4 +1,4 @@
-"""Attention over rows that devices share, by exchanging time for heads (Ulysses, arXiv:2309.14509)."""
+"""Attention over rows that devices share: time exchanged for heads (Ulysses, arXiv:2309.14509)."""
 
 import math
 from collections.abc import Callable, Mapping

@@ -83,7 +83,8 @@ def attention(
     if context_size() > 1:
         return _across_context(implementation, options, operands)
     attend = _decode if _can_decode(implementation, q_BTNH, k_BSKH, mask) else _flash
-    return _on_each_device(functools.partial(attend, implementation, options), operands, "BSKH")
+    kernel = functools.partial(attend, implementation, options)
+    return _on_each_device(kernel, operands, "BSKH")
 
 
 def _across_context(implementation: str, options: dict, operands: tuple):

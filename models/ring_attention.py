@@ -44,7 +44,9 @@ class Meeting(NamedTuple):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def ring_attention(options: Options, operands: Operands) -> tuple[jax.Array, jax.Array]:
-    """`reference_attention` over whole rows, out_BTNH and lse_BTN, called by each device with its share.
+    """`reference_attention` over whole rows, called by each device with its share.
+
+    Returns the share's out_BTNH in q's dtype and lse_BTN in fp32.
 
     operands: queries, keys and values of the device's two chunks; key segments of whole rows, in
     the order of `time_order`. Without dropout and block sparsity.
@@ -54,8 +56,9 @@ def ring_attention(options: Options, operands: Operands) -> tuple[jax.Array, jax
 
 def _forward(options, operands):
     B, T, N = operands.q_BTNH.shape[:3]
-    no_keys = -jnp.inf if operands.sinks_N is None else operands.sinks_N.astype(jnp.float32)[None, None]
-    total = jnp.zeros(operands.q_BTNH.shape, jnp.float32), jnp.broadcast_to(no_keys, (B, T, N))
+    sinks_N = jnp.full((N,), -jnp.inf) if operands.sinks_N is None else operands.sinks_N
+    no_keys_BTN = jnp.broadcast_to(sinks_N.astype(jnp.float32)[None, None], (B, T, N))
+    total = jnp.zeros(operands.q_BTNH.shape, jnp.float32), no_keys_BTN
     keys, steps = (operands.k_BSKH, operands.v_BSKH), _steps(operands.mask, T)
     for step, following in zip(steps, [*steps[1:], None]):
         keys_after = None if following is None else _pass_on(keys, following - step)
@@ -88,12 +91,15 @@ def _backward(options, saved, gradients):
         keys_after = own if following == home else _pass_on(keys, step - following)
         passed = dkv if at == 0 else _pass_on(dkv, at - step)
         meeting = _meeting(operands, -step)
-        from_loss = (_rows(x, meeting.queries, meeting.size) for x in (gradients[0], lse_BTN, delta_BTN))
+        from_loss = (
+            _rows(x, meeting.queries, meeting.size) for x in (gradients[0], lse_BTN, delta_BTN)
+        )
         piece = attend_piece_gradients(options, _rows_of(operands, keys, meeting), *from_loss)
         (dq_piece, *dkv_piece), (keys, passed) = _meanwhile(piece, (keys_after, passed))
         dq = _into_chunks(jnp.add, dq, dq_piece, meeting.queries)
         dkv = tuple(
-            _into_chunks(jnp.add, total, piece, meeting.keys) for total, piece in zip(passed, dkv_piece)
+            _into_chunks(jnp.add, total, piece, meeting.keys)
+            for total, piece in zip(passed, dkv_piece)
         )
         at = step
     dq, dk, dv = (x.astype(operands.q_BTNH.dtype) for x in (dq, *dkv))
@@ -159,8 +165,9 @@ def _meeting(operands: Operands, step: int) -> Meeting:
         changes["key_segments_BS"] = _rows(key_segments_BS, keys, size)
     if by_place:
         first_keys = [chunk_place(source, chunk, size) for chunk in keys]
-        ahead = [chunk_place(device, chunk, size) - first for chunk, first in zip(queries, first_keys)]
-        changes["query_offset_B"] = jnp.repeat(jnp.stack(ahead), B)
+        first_queries = [chunk_place(device, chunk, size) for chunk in queries]
+        ahead = jnp.stack(first_queries) - jnp.stack(first_keys)
+        changes["query_offset_B"] = jnp.repeat(ahead, B)
     if mask.prefix_B is not None:
         changes["prefix_B"] = jnp.concatenate([mask.prefix_B - first for first in first_keys])
     return Meeting(size, queries, keys, dataclasses.replace(rows, **changes))
@@ -169,7 +176,7 @@ def _meeting(operands: Operands, step: int) -> Meeting:
 def _pairs(mask: AttentionMask, at_home: bool, both: jax.Array) -> tuple:
     """Chunks of queries and of keys that may see each other.
 
-    both: 0 where chunks 0 see each other, 1 where chunks 1 do: the keys of an earlier, of a later device.
+    both: 0 where chunks 0 see each other, 1 where chunks 1 do (keys of an earlier, a later device).
     """
     if not mask.causal or mask.prefix_B is not None:
         return (0, 0), (0, 1), (1, 0), (1, 1)

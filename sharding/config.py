@@ -11,6 +11,8 @@ CONTEXT_EXCHANGES = ("ring", "all_to_all")
 class MeshConfig:
     """Sizes of the mesh axes; `data=None` takes all devices that the other axes leave.
 
+    `slice` counts TPU slices, or groups of devices with a slow network between them; what ZeRO
+    splits over `data` every slice has once.
     `zero` says what is sharded over `data`: 0 nothing, 1 optimizer state, 2 and gradients,
     3 and parameters (Rajbhandari et al. 2020, arXiv:1910.02054). `offload_optimizer` keeps the
     optimizer's state in the host's memory between updates (Ren et al. 2021, arXiv:2101.06840).
@@ -35,7 +37,7 @@ class MeshConfig:
     interleave: int = 1
 
     def validate(self) -> None:
-        """Raises ValueError for an impossible size, or sizes that do not go together."""
+        """Raises ValueError for an impossible size or choice."""
         for axis in AXES:
             size = getattr(self, axis)
             if size is not None and size < 1:
@@ -71,10 +73,11 @@ class MeshConfig:
         others = math.prod(getattr(self, axis) for axis in AXES if axis != "data")
         data = num_devices // others if self.data is None else self.data
         if data * others != num_devices:
-            asked = " x ".join(f"{axis} {getattr(self, axis)}" for axis in AXES)
+            sizes = {axis: getattr(self, axis) for axis in AXES}
+            asked = " x ".join(f"{axis} {size}" for axis, size in sizes.items() if size not in (1, None))
             raise ValueError(
                 f"mesh ({asked}) does not fit the {num_devices} devices here: leave mesh.data "
-                f"unset and choose mesh.tensor among the divisors of {num_devices}"
+                f"unset and let the other axes multiply to a divisor of {num_devices}"
             )
         return tuple(data if axis == "data" else getattr(self, axis) for axis in AXES)
 

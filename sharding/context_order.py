@@ -1,7 +1,7 @@
 """In which order the tokens of a row lie on the devices of `context`: known here and nowhere else.
 
-A causal query at the end of a row sees all keys, one at its beginning few. For a ring, a row is
-therefore cut into two chunks a device, and device i of C holds chunks i and 2 C - 1 - i ("zig-zag"),
+A causal query at the end of a row sees all keys, one at its beginning few. So for a ring, a row is
+cut into two chunks a device, and device i of C holds chunks i and 2 C - 1 - i ("zig-zag"),
 so that all have the same work:
 
     row      0  1  2  3  4  5        C = 3
@@ -30,8 +30,8 @@ def time_order(length: int) -> np.ndarray | None:
         return None
     if length % (2 * parts):
         raise ValueError(
-            f"rows of {length} tokens are not divisible by 2 * mesh.context={2 * parts}, the chunks "
-            "of a ring: choose sizes that divide, or mesh.context_exchange='all_to_all'"
+            f"rows of {length} tokens are not divisible by 2 * mesh.context={2 * parts}, the "
+            "chunks of a ring: choose sizes that divide, or mesh.context_exchange='all_to_all'"
         )
     chunks = np.arange(length, dtype=np.int32).reshape(2 * parts, -1)
     devices = np.arange(parts)
@@ -46,10 +46,16 @@ def chunk_place(device: jax.Array, chunk: jax.Array | int, size: int) -> jax.Arr
 def in_time_order(x: jax.Array | None) -> jax.Array | None:
     """Rows (B, T, ...) in the order of `time_order`; None stays None."""
     order = None if x is None else time_order(x.shape[1])
-    return x if order is None else jnp.take(x, order, axis=1)
+    return x if order is None else _reordered(x, order)
 
 
 def in_row_order(x: jax.Array) -> jax.Array:
     """Undoes `in_time_order`."""
     order = time_order(x.shape[1])
-    return x if order is None else jnp.take(x, np.argsort(order), axis=1)
+    return x if order is None else _reordered(x, np.argsort(order))
+
+
+def _reordered(x: jax.Array, order: np.ndarray) -> jax.Array:
+    """Time in this order, run by run: inside a slice, XLA's partitioner dies of a gather of it."""
+    runs = np.split(order, np.flatnonzero(np.diff(order) != 1) + 1)
+    return jnp.concatenate([x[:, run[0] : run[-1] + 1] for run in runs], axis=1)

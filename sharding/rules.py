@@ -74,11 +74,11 @@ def _automatic(partition: PartitionSpec) -> PartitionSpec:
 
 def axes_of(letters: str) -> tuple[str, ...]:
     """The mesh axes that dims with these letters are split over here; without a mesh, none."""
-    if jax.sharding.get_abstract_mesh().empty:
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
         return ()
-    axes = _automatic(spec(letters))
-    named = ((each,) if isinstance(each, str) else each or () for each in axes)
-    return tuple(name for names in named for name in names)
+    named = ((axes,) if isinstance(axes, str) else axes or () for axes in _automatic(spec(letters)))
+    return tuple(name for names in named for name in names if mesh.shape[name] > 1)
 
 
 def per_device(function: Callable, in_specs: Any, out_specs: Any) -> Callable:

@@ -80,7 +80,7 @@ def refusal(capsys, tmp_path, monkeypatch):
 @pytest.fixture
 def launched(monkeypatch, tmp_path):
     """Runs `batiste train` up to where training would begin; returns the experiment."""
-    def train(experiment, workdir, resume):
+    def train(experiment, workdir, resume, force):
         raise Launched(experiment)
 
     monkeypatch.setattr(main, "train", train)
@@ -164,8 +164,9 @@ def test_help_lists_the_flags_and_exits_with_0(verb, capsys):
         command_line.run(["batiste", verb, "--help"])
     assert exit.value.code == 0
     shown = capsys.readouterr().out
-    assert "--workdir" in shown
-    assert ("--config" in shown) == (verb in ("prepare", "train"))
+    assert ("--workdir" in shown) == (verb != "plan")
+    assert ("--topology" in shown) == (verb == "plan")
+    assert ("--config" in shown) == (verb in ("plan", "prepare", "train"))
     assert ("--prompt" in shown) == (verb == "generate")
     assert ("--distributed" in shown) == (verb != "prepare")
 
@@ -194,6 +195,8 @@ def test_help_lists_the_verbs_and_no_verb_is_a_mistake(arguments, code, capsys):
     (["--config.sample.top_p=None"], "sample.top_p", None),
     (["--config.sample.top_p=0.5"], "sample.top_p", 0.5),
     (["--config.train.optimizer.clip_norm=none"], "train.optimizer.clip_norm", None),
+    (["--config.model.remat=full", "--config.model.remat=none"], "model.remat", "none"),
+    (["--config.model.positions=none"], "model.positions", "none"),
     (["--config.train.stop.flops=1e15"], "train.stop.flops", 1e15),
     (["--config.mesh.data=4"], "mesh.data", 4),
     (["--config.sample.prompts=('a b','c')"], "sample.prompts", ("a b", "c")),

@@ -30,6 +30,7 @@ PRESETS = {
     "c4_1b": (1_100_048_384, 16),
     "llama3_1b": (1_235_814_400, 16),
     "llama3_8b": (8_030_261_248, 64),
+    "llama3_70b": (70_553_706_496, 1024),
     "mixtral_8x7b": (46_702_792_704, 64),
 }
 MOST_FIELDS = 150
@@ -88,7 +89,7 @@ class Launched(Exception):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_docstring_holds_the_command_that_launches_it(name, monkeypatch):
-    def launched(experiment, workdir, resume):
+    def launched(experiment, workdir, resume, force):
         raise Launched(experiment, workdir)
 
     monkeypatch.setattr(main, "train", launched)

@@ -1,7 +1,8 @@
-"""Attention of rows that devices share = attention of whole rows, for every mask, with its gradients."""
+"""Attention of rows that devices share is that of whole rows, gradients included: every mask."""
 
 import contextlib
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +11,13 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from batiste.models.attention_choice import attention
-from batiste.pallas_kernels import AttentionMask, BlockSparsity, certified, reference_attention
+from batiste.pallas_kernels import (
+    AttentionMask, BlockSparsity, Operands, Options, attend_piece, attend_piece_gradients,
+    certified, merge, of_loss, reference_attention,
+)
 from batiste.sharding import MeshConfig, in_row_order, in_time_order, laid_out, make_mesh
 from kernel_cases import make_options
+from kernel_checks import assert_close
 
 B, T, N, K, H = 2, 48, 8, 4, 6
 MASKS = [mask for mask in certified.MASKS if not {"sparse", "offset"} & set(mask)]
@@ -20,7 +25,7 @@ RING = MeshConfig(data=2, context=4)
 
 
 def make_mask(conditions: tuple[str, ...], window: int = 13) -> AttentionMask:
-    """Row 0 has three documents and 7 tokens of padding, row 1 three documents; chunks of RING have 6 tokens."""
+    """Three documents a row, and in row 0 padding; chunks of RING have 6 tokens."""
     ends = np.int32([[16, 33, 41], [3, 22, 48]])
     place = np.arange(T)[None, :, None]
     documents = 1 + (place >= ends[:, None]).sum(-1)
@@ -36,7 +41,7 @@ def make_mask(conditions: tuple[str, ...], window: int = 13) -> AttentionMask:
 
 
 def value_and_gradients(attend, options, dtype="float32"):
-    """out, lse and the gradients of q, k, v and the sinks, to be jitted; and what to call it with."""
+    """out, lse and the gradients of q, k, v and the sinks, jitted; and what to call it with."""
     keys = jax.random.split(jax.random.key(0), 5)
     q, g = (jax.random.normal(key, (B, T, N, H)) for key in keys[:2])
     k, v = (jax.random.normal(key, (B, T, K, H)) for key in keys[2:4])
@@ -72,9 +77,9 @@ def on(config: MeshConfig):
         yield
 
 
-def check(mesh_config, conditions, features=(), implementation="reference", tolerance=1e-6, **kinds):
-    """Equal to the reference on one device, relative to each result's largest entry; the HLO text."""
-    mask, options = make_mask(conditions, **kinds), make_options(features, N)
+def check(mesh_config, conditions, features=(), implementation="reference", window=13) -> str:
+    """Equal to the reference on one device, relative to each result's largest entry; the HLO."""
+    mask, options = make_mask(conditions, window), make_options(features, N)
     with on(mesh_config):
         shared, arguments = value_and_gradients(
             across_context(mask, options, implementation), options)
@@ -90,13 +95,14 @@ def check(mesh_config, conditions, features=(), implementation="reference", tole
             finite = np.isfinite(b)
             np.testing.assert_array_equal(a[~finite], b[~finite])
             error = np.abs(a[finite] - b[finite]).max() / np.abs(b[finite]).max()
-            assert error <= tolerance, (name, error)
+            assert error <= 1e-6, (name, error)
     return text
 
 
 # Where no place is asked for, keys are met in other pairs: without features too.
 PLACELESS = [mask for mask in MASKS if not {"window", "prefix"} & set(mask)]
-CASES = [(mask, ("soft_cap", "sinks", "alibi")) for mask in MASKS] + [(mask, ()) for mask in PLACELESS]
+FEATURES = ("soft_cap", "sinks", "alibi")
+CASES = [(mask, FEATURES) for mask in MASKS] + [(mask, ()) for mask in PLACELESS]
 
 
 @pytest.mark.parametrize("conditions,features", CASES, ids=lambda names: "+".join(names) or "none")
@@ -125,3 +131,40 @@ def test_heads_for_time_knows_every_mask_and_dropout(conditions, mesh):
     """Key heads that do not divide (2 over 4, 1 over 2) are sent as often as they are needed."""
     mesh = MeshConfig(context_exchange="all_to_all", **mesh)
     check(mesh, conditions, ("soft_cap", "sinks", "alibi", "dropout"))
+
+
+@pytest.mark.parametrize("chip", ["v6e", "hopper"])
+def test_a_kernels_pieces_make_the_whole(chip):
+    """What each device of a ring computes, by kernels: two chunks of keys, the second ahead."""
+    mask, options = make_mask(("causal", "window", "segments")), make_options(("soft_cap",), N)
+    half, interpret = T // 2, True
+    if chip == "v6e":
+        interpret = pltpu.InterpretParams(uninitialized_memory="nan")
+    fixed = Options(options["scale"], options["soft_cap"], 0.0, chip, interpret)
+
+    def pieces(q, k, v):
+        for start in (0, half):
+            part = dataclasses.replace(
+                mask, key_segments_BS=mask.key_segments_BS[:, start:start + half],
+                query_offset_B=jnp.full((B,), -start, jnp.int32))
+            keys = (x[:, start:start + half] for x in (k, v))
+            yield Operands(q, *keys, part, None, None, None)
+
+    @jax.jit
+    def merged(q, k, v, g):
+        one, other = (attend_piece(fixed, piece) for piece in pieces(q, k, v))
+        out, lse = merge(one, other)
+        of_all = of_loss(out, lse, (g, jnp.zeros_like(lse)))
+        parts = [attend_piece_gradients(fixed, piece, g, *of_all) for piece in pieces(q, k, v)]
+        (dq, dk, dv), (dq_other, dk_other, dv_other) = parts
+        join = functools.partial(jnp.concatenate, axis=1)
+        return out, lse, dq + dq_other, join([dk, dk_other]), join([dv, dv_other])
+
+    def whole(q, k, v, g):
+        results, back = jax.vjp(lambda *x: reference_attention(*x, mask, **options), q, k, v)
+        return *results, *back((g, jnp.zeros_like(results[1])))
+
+    keys = jax.random.split(jax.random.key(0), 4)
+    shapes = [(B, T, N, H), (B, T, K, H), (B, T, K, H), (B, T, N, H)]
+    arrays = [jax.random.normal(key, shape) for key, shape in zip(keys, shapes)]
+    assert_close(merged(*arrays), jax.jit(whole)(*arrays), 1e-5)

@@ -40,9 +40,9 @@ def three_steps(mesh_config, model, accumulation=1, devices=None):
     return np.array(history), by_depth(jax.device_get(state.params), mesh_config)
 
 
-def by_depth(params, mesh_config):
+def by_depth(params, mesh_config, num_layers=DEEP.num_layers):
     """Parameters with their layers in the order of the model."""
-    order = layer_order(DEEP.num_layers, mesh_config.stage, mesh_config.interleave)
+    order = layer_order(num_layers, mesh_config.stage, mesh_config.interleave)
     layers = jax.tree.map(lambda leaf: leaf[np.argsort(order)], params["layers"])
     return params | {"layers": layers}
 

@@ -177,7 +177,7 @@ def launch(verb: str, *flags: str, joined=by_flags) -> list[subprocess.Popen]:
 def ended(processes: list[subprocess.Popen], code: int = 0) -> list[str]:
     """What each printed, without gloo's chatter; all must end with `code`, and soon."""
     try:
-        outputs = [process.communicate(timeout=120)[0] for process in processes]
+        outputs = [process.communicate(timeout=300)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()

@@ -23,6 +23,7 @@ MAY_IMPORT = {
     "inference": {"pallas_kernels", "sharding", "models"},
     "train": {"pallas_kernels", "sharding", "models", "inference", "data"},
     "evaluation": {"pallas_kernels", "sharding", "models", "inference", "data", "train"},
+    "planning": {"sharding", "data", "models", "train"},
     "configs": {"pallas_kernels", "sharding", "models", "inference", "data", "train", "evaluation"},
 }
 PUBLIC_ONLY = [(path, room) for room in MAY_IMPORT for path in sorted((ROOT / room).glob("*.py"))]

@@ -49,6 +49,22 @@ def test_micro_batches_and_four_slices_equal_one_device():
     assert worst_error(params, params_alone) <= 1e-6
 
 
+@pytest.mark.parametrize("sizes,changes", [
+    (dict(slice=2, context=2, tensor=2), {}),
+    (dict(slice=2, expert=2, data=2, zero=3), dict(bias=False, num_experts=4)),
+], ids=str)
+def test_slices_of_rings_and_of_experts_equal_one_device(sizes, changes):
+    model, results = dataclasses.replace(WIDE, **changes), []
+    for each, devices in ((sizes, 8), (dict(data=1), 1)):
+        mesh, program, step = start(
+            train_config("sgd"), MeshConfig(**each), jax.devices()[:devices], model)
+        state, metrics = step(program.initialize(), place(mesh, BATCH, Batch(*("BT",) * 5)))
+        results.append((float(metrics["loss"]), jax.device_get(state.params)))
+    (loss, params), (loss_alone, params_alone) = results
+    np.testing.assert_allclose(loss, loss_alone, rtol=1e-6)
+    assert worst_error(params, params_alone) <= 1e-6
+
+
 def test_groups_are_read_in_every_notation():
     want = [[0, 4], [1, 5], [2, 6], [3, 7]]
     for text in ("replica_groups={{0,4},{1,5},{2,6},{3,7}}", "replica_groups=[4,2]<=[2,4]T(1,0)",

@@ -10,11 +10,13 @@ from batiste.train.objectives import causal_loss
 from batiste.train.state import Program
 
 
-def accumulate(program: Program, config: TrainConfig, params, batch, dropout_key, scale):
+def accumulate(program: Program, config: TrainConfig, params, batch, step, scale):
     """Gradients of the summed loss, and the summed Terms, over `accumulation` micro-batches.
 
-    scale: float16's loss scale, or None.
+    step: int32, the seed of dropout. scale: float16's loss scale, or None.
     """
+    dropout_key = _dropout_key(config, step)
+
     def scaled_loss(params, batch, key):
         model = nnx.merge(program.graphdef, params)
         with laid_out(program.layout):
@@ -40,3 +42,11 @@ def accumulate(program: Program, config: TrainConfig, params, batch, dropout_key
     shapes = jax.eval_shape(differentiate, params, *jax.tree.map(lambda x: x[0], micros))
     zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
     return jax.lax.scan(add, zero, micros)[0]
+
+
+def _dropout_key(config: TrainConfig, step: jax.Array) -> jax.Array:
+    """The key of a step; where slices compute by themselves, no two drop the same entries."""
+    key = jax.random.fold_in(jax.random.key(config.seed), step)
+    if "slice" in jax.sharding.get_abstract_mesh().manual_axes:
+        key = jax.random.fold_in(key, jax.lax.axis_index("slice"))
+    return key

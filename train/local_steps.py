@@ -30,9 +30,10 @@ from batiste.train.slices import all_gather_bytes, share, split_over_data, summe
 class LocalStepsConfig:
     """How slices take steps of their own; steps None: they sum gradients in every step instead.
 
-    steps: between exchanges; the last step of a run exchanges too. outer_learning_rate and
-    outer_momentum (Nesterov's): of the outer optimizer. compression: of what is exchanged (see
-    train/compression.py); kept_fraction: of the entries, by top_k.
+    steps: between exchanges; step train.num_steps exchanges too. Evaluation, generation and a run
+    that stops early see what the slices last agreed on. outer_learning_rate, outer_momentum
+    (Nesterov's): of the outer optimizer. compression: of what is exchanged (train/compression.py);
+    kept_fraction: of the entries, by top_k.
     """
 
     steps: int | None = None

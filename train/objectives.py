@@ -61,7 +61,8 @@ def token_losses(
 
 def causal_loss(model: Transformer, batch, dropout_key, config: ObjectiveConfig) -> Terms:
     """Next-token prediction over a Batch; with `loss_chunk` or `fused`, never all logits at once."""
-    batch = jax.tree.map(in_time_order, batch)
+    # Whole over `context`, so that each device takes what it needs of them and nothing is sent.
+    batch = jax.tree.map(lambda x_BT: constrain(in_time_order(x_BT), "BS"), batch)
     x_BTD, router = model.features(
         batch.tokens_BT, batch.positions_BT, batch.segments_BT, dropout_key
     )

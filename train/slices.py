@@ -26,14 +26,12 @@ def in_each_slice(function: Callable, in_specs: Any, out_specs: Any) -> Callable
 
 
 def sum_over_slices(gradients_of: Callable, letters: Any) -> Callable:
-    """`gradients_of` (params, batch, key, scale) of all rows; each slice computes with its own.
+    """`gradients_of` (params, batch, step, scale) of all rows; each slice computes with its own.
 
-    The gradients come back split over `data`. Each slice folds its number into the dropout key, so
-    that no two drop the same entries.
+    The gradients come back split over `data`.
     """
-    def of_this_slice(params, batch, key, scale):
-        key = jax.random.fold_in(key, jax.lax.axis_index("slice"))
-        gradients, terms = gradients_of(params, batch, key, scale)
+    def of_this_slice(params, batch, step, scale):
+        gradients, terms = gradients_of(params, batch, step, scale)
         return jax.lax.psum((split_over_data(gradients, letters), terms), "slice")
 
     own, shared = PartitionSpec("slice"), PartitionSpec()

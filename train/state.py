@@ -150,7 +150,7 @@ def _shardings(
         params=shardings(mesh, letters, zero=zero >= 3, each_slice=True),
         optimizer_state=_kept(
             shardings(mesh, inner, zero=zero >= 1, each_slice=True),
-            shapes.workers.optimizer_state, layout),
+            jax.eval_shape(optimizer.init, shapes.params), layout),
         loss_scale=jax.tree.map(
             lambda _: shardings(mesh, "", each_slice=True), shapes.workers.loss_scale),
         residual=None if shapes.workers.residual is None

@@ -62,8 +62,7 @@ def _common_step(program: Program, config: TrainConfig, mesh: jax.sharding.Mesh)
 
     def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         scale = None if state.loss_scale is None else state.loss_scale.scale
-        key = _dropout_key(config, state.step)
-        gradients, terms = gradients_of(state.params, batch, key, scale)
+        gradients, terms = gradients_of(state.params, batch, state.step, scale)
         new, metrics = _update(program, config, state, gradients, terms)
         if slices > 1:
             sums = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(terms))
@@ -87,8 +86,7 @@ def _local_step(program: Program, config: TrainConfig, mesh: jax.sharding.Mesh) 
         own = jax.tree.map(lambda leaf: leaf[0], workers)
         state = TrainState(step, own.params, own.optimizer_state, own.loss_scale)
         scale = None if own.loss_scale is None else own.loss_scale.scale
-        key = jax.random.fold_in(_dropout_key(config, step), jax.lax.axis_index("slice"))
-        gradients, terms = accumulate(program, config, own.params, batch, key, scale)
+        gradients, terms = accumulate(program, config, own.params, batch, step, scale)
         state, metrics = _update(program, config, state, gradients, terms)
         own = Workers(state.params, state.optimizer_state, state.loss_scale, own.residual)
         return jax.tree.map(lambda leaf: leaf[None], (own, metrics))
@@ -111,10 +109,6 @@ def _local_step(program: Program, config: TrainConfig, mesh: jax.sharding.Mesh) 
         return TrainState(done, params, outer_state, None, workers), metrics
 
     return step
-
-
-def _dropout_key(config: TrainConfig, step: jax.Array) -> jax.Array:
-    return jax.random.fold_in(jax.random.key(config.seed), step)
 
 
 def _update(

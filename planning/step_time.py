@@ -1,0 +1,184 @@
+"""How long a step takes: compute, what waits for memory, exposed communication, pipeline bubble.
+
+A model of the machine and not a measurement: peak rates from the table of devices, times what is
+reached of them in practice, which is stated here once. Only `--cpu` measures.
+"""
+
+import math
+from typing import NamedTuple
+
+from batiste.planning.memory import Account
+from batiste.planning.workload import Choice, Machine, Measured
+from batiste.train import flops_per_token
+
+# Of peak, in products with weights: what large products reach on TPUs and GPUs alike.
+MATMUL_EFFICIENCY = 0.8
+# Of what the matrix unit can do with the head dim: static schedules of our kernels on v5e and v6e,
+# forward and backward, the latter slower on the device by a quarter (benchmarks/README.md).
+ATTENTION_EFFICIENCY = 0.85
+# Of bandwidth, reached by copies.
+BANDWIDTH_EFFICIENCY = 0.9
+# What the compiler cannot hide even of communication that has work beside it.
+NEVER_HIDDEN = 0.1
+
+
+class StepTime(NamedTuple):
+    """Seconds of a step. exposed: by mesh axis, what of its communication nothing hides.
+
+    memory: elementwise work, norms, the optimizer. bubble: stages that wait for each other.
+    """
+
+    compute: float
+    memory: float
+    exposed: dict[str, float]
+    bubble: float
+
+    @property
+    def total(self) -> float:
+        """Seconds of a whole step."""
+        return self.compute + self.memory + sum(self.exposed.values()) + self.bubble
+
+
+class Flops(NamedTuple):
+    """Training FLOPs of a token, forward and backward, none of it twice."""
+
+    layers: float
+    head: float
+    attention: float
+
+    @property
+    def total(self) -> float:
+        """As in `train.flops_per_token`, which MFU is computed from."""
+        return sum(self)
+
+
+def flops_of(account: Account) -> Flops:
+    """The model's FLOPs of a token by part."""
+    workload, program = account.workload, account.program
+    params, letters = program.abstract_state.params, program.letters
+    total = flops_per_token(workload.model, params, letters, workload.length)
+    products = flops_per_token(workload.model, params, letters, 0)
+    head = 6.0 * workload.model.model_dim * workload.model.vocab_size
+    return Flops(products - head, head, total - products)
+
+
+def predict(account: Account, machine: Machine, choice: Choice) -> StepTime:
+    """Seconds of a step of this choice on this machine."""
+    if machine.measured is not None:
+        return _measured(account, machine.measured, choice)
+    tokens = account.workload.tokens_per_step / machine.num_devices
+    compute, attention = _compute(account, machine, choice, tokens)
+    memory = _memory(account, machine, choice)
+    exposed = _exposed(account, machine, choice, (compute, attention))
+    waiting = (choice.mesh.stage - 1) / choice.accumulation
+    return StepTime(compute, memory, exposed, bubble=waiting * (compute + memory))
+
+
+def _measured(account: Account, measured: Measured, choice: Choice) -> StepTime:
+    """Of a machine that was measured: layers, what is computed again in them, and the rest."""
+    again = account.recomputes(choice.policy).products
+    layers = account.workload.model.num_layers * measured.layer * (1 + again / 3)
+    return StepTime(account.workload.tokens_per_step * (layers + measured.rest), 0.0, {}, 0.0)
+
+
+def mfu(account: Account, machine: Machine, seconds: float) -> float:
+    """tokens/s x training FLOPs of a token / peak FLOP/s of all devices."""
+    peak = machine.device.flops["bfloat16"] * machine.num_devices
+    tokens_per_second = account.workload.tokens_per_step / seconds
+    return tokens_per_second * flops_of(account).total / peak
+
+
+def _compute(account: Account, machine: Machine, choice: Choice, tokens: float) -> tuple:
+    """Seconds in matrix units, and those of them in attention."""
+    flops, device, model = flops_of(account), machine.device, account.workload.model
+    again = account.recomputes(choice.policy)
+    # Forward 2 products, backward 5, one of them the forward's again; 2 more if recomputed.
+    attention = flops.attention / 12 * (14 + 4 * again.attention)
+    rate = device.flops["bfloat16"]
+    filled = min(1.0, model.head_dim / device.matrix_width)
+    attending = tokens * attention / (rate * ATTENTION_EFFICIENCY * filled)
+    products = product_flops(account, machine, choice)
+    return products / (rate * MATMUL_EFFICIENCY) + attending, attending
+
+
+def product_flops(account: Account, machine: Machine, choice: Choice) -> float:
+    """FLOPs of a device in products with weights, those that are done twice counted twice."""
+    flops, tokens = flops_of(account), account.workload.tokens_per_step / machine.num_devices
+    again = account.recomputes(choice.policy).products
+    chunked = account.workload.train.objective.loss_chunk is not None
+    return tokens * (flops.layers * (1 + again / 3) + flops.head * (1 + chunked / 3))
+
+
+def _memory(account: Account, machine: Machine, choice: Choice) -> float:
+    """Seconds at HBM bandwidth: each activation of a layer and each logit written and read once in
+    each direction, and the state once in the update."""
+    model, mesh = account.workload.model, choice.mesh
+    state = account.state(mesh)
+    layers = model.num_layers / mesh.stage
+    passes = 3 if choice.remat != "none" else 2
+    activations = passes * 2 * layers * account.work_bytes(choice)
+    activations += 2 * account.saved_bytes(choice)
+    logits = 2 * account.logits_bytes(choice) * account.chunks
+    update = 2 * (state.optimizer + state.offloaded + state.gradients + state.parameters)
+    moved = choice.accumulation * (activations + logits) + update
+    return moved / (machine.device.hbm_bandwidth * BANDWIDTH_EFFICIENCY)
+
+
+def _exposed(
+    account: Account, machine: Machine, choice: Choice, compute: tuple[float, float]
+) -> dict[str, float]:
+    """Seconds of communication that nothing hides, by axis; axes of one are left out."""
+    sent = bytes_sent(account, choice)
+    cover = {"data": compute[0], "context": compute[1]}
+    exposed = {}
+    for axis, size in sent.items():
+        if choice.sizes[axis] == 1:
+            continue
+        seconds = size / axis_bandwidth(machine, choice, axis)
+        exposed[axis] = max(NEVER_HIDDEN * seconds, seconds - cover.get(axis, 0.0))
+    return exposed
+
+
+def bytes_sent(account: Account, choice: Choice) -> dict[str, float]:
+    """Bytes that a device sends along each axis in a step."""
+    model, mesh, k = account.workload.model, choice.mesh, choice.accumulation
+    state, sizes = account.state(mesh), choice.sizes
+    item = 4 if model.dtype == "float32" else 2
+    layers = model.num_layers / mesh.stage
+    stream = account.tokens(choice) * model.model_dim * item
+    keys = account.tokens(choice) * model.num_kv_heads * model.head_dim * item / mesh.tensor
+    weights = state.layer * account.periods / mesh.stage + state.embedding + state.head
+    again = account.recomputes(choice.policy).products
+    # Weights in the compute dtype forward and backward; their gradients in fp32.
+    gathered = 2 * k * item / 4 if mesh.zero >= 3 else 1 if mesh.zero else 0
+    reduced = k * (1 if mesh.zero >= 2 else 2)
+    part = {axis: (size - 1) / size for axis, size in sizes.items()}
+    return {
+        "tensor": k * layers * stream * (8 + 3 * again) * part["tensor"],
+        "context": k * layers * keys * 2 * (3 + again) * (mesh.context - 1),
+        "expert": k * layers * stream * model.experts_per_token * (4 + 2 * again) * part["expert"],
+        "stage": k * 2 * stream / mesh.tensor,
+        "data": weights * (gathered + reduced) * part["data"],
+        "slice": 2 * weights / (mesh.data if mesh.zero >= 2 else 1) * part["slice"],
+    }
+
+
+def axis_bandwidth(machine: Machine, choice: Choice, axis: str) -> float:
+    """Bytes/s that a device can send along a mesh axis.
+
+    On a torus an axis has the links of as many dims as it takes to hold it. Behind a switch it has
+    all links, while it and the axes inside it fit into one machine.
+    """
+    device, sizes = machine.device, choice.sizes
+    if axis == "slice":
+        return device.network_bandwidth
+    if not device.torus_dims:
+        names = list(sizes)
+        inside = math.prod(sizes[name] for name in names[names.index(axis):])
+        return device.link_bandwidth if inside <= device.neighbours else device.network_bandwidth
+    held, dims = device.devices_per_chip, 0
+    for size in sorted(machine.topology, reverse=True):
+        if dims and held >= sizes[axis]:
+            break
+        held, dims = held * size, dims + 1
+    return device.link_bandwidth * dims / device.torus_dims

@@ -1,0 +1,359 @@
+"""The plan: its memory is that of real arrays and of the compiler, its table ranked and usable."""
+
+import contextlib
+import dataclasses
+import functools
+import io
+import math
+import re
+import shlex
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+from batiste import command_line, forecast, main
+from batiste.configs import llama3_8b, quickstart
+from batiste.models import Transformer, TransformerConfig
+from batiste.pallas_kernels import certified
+from batiste.planning import Account, Choice, Workload, fits, gpu_machine, machine_here, tpu_machine
+from batiste.planning.program_text import read_program
+from batiste.planning.saved import bytes_per_row, saved_arrays
+from batiste.planning.step_time import axis_bandwidth, flops_of, predict, product_flops
+from batiste.sharding import AXES, MeshConfig, make_mesh
+from batiste.sharding.devices import DEVICES, find_device, peak_flops
+from batiste.train import ObjectiveConfig, TrainConfig, make_program
+
+# Dims that tensor 4 and data 8 divide, all different: D 32, N 8, K 4, H 6, F 64, V 40.
+WIDE = TransformerConfig(
+    vocab_size=40, num_layers=5, model_dim=32, num_heads=8, num_kv_heads=4, head_dim=6, mlp_dim=64,
+    max_length=16, layer_pattern=("local", "global"), window=3,
+)
+ALONE = dict.fromkeys(AXES, 1)
+
+
+def workload(model: TransformerConfig = WIDE, batch_size: int = 16, **train) -> Workload:
+    """A workload of rows of 16 tokens."""
+    return Workload(model, TrainConfig(batch_size=batch_size, **train), 16)
+
+
+def mesh_config(**sizes: int) -> MeshConfig:
+    """A mesh config with `data` said."""
+    return MeshConfig(**{"data": 1} | sizes)
+
+
+@pytest.mark.parametrize("zero", range(4))
+@pytest.mark.parametrize("kind,data,tensor", [("adamw", 2, 4), ("adafactor", 8, 1), ("muon", 4, 2)])
+def test_predicted_state_is_what_a_real_state_takes(kind, data, tensor, zero):
+    train = TrainConfig(batch_size=16)
+    train.optimizer.kind = kind
+    config = mesh_config(data=data, tensor=tensor, zero=zero)
+    state = make_program(WIDE, train, make_mesh(config), config).initialize()
+
+    def held(tree):
+        return sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree))
+
+    predicted = Account(Workload(WIDE, train, 16)).state(config)
+    assert predicted.parameters == held(state.params)
+    assert predicted.optimizer == held(state.optimizer_state)
+
+
+@pytest.mark.parametrize("change", [
+    {}, {"activation": "geglu", "qk_norm": True},
+    {"norm": "layer", "bias": True, "positions": "none"},
+    {"layer_pattern": ("global",), "window": None}, {"norm_placement": "sandwich"},
+    {"num_kv_heads": 8}, {"num_kv_heads": 1, "dtype": "float32"}, {"num_experts": 6},
+], ids=str)
+@pytest.mark.parametrize("remat", ["none", "full", "names"])
+def test_what_is_said_to_be_kept_is_what_the_real_derivative_keeps(change, remat):
+    saved = ("query", "attended", "up") if remat == "names" else ()
+    model = dataclasses.replace(
+        WIDE, **{"dtype": "bfloat16", "remat": remat, "saved": saved} | change)
+    tokens_BT = jnp.zeros((3, 12), jnp.int32)
+    graphdef, params = nnx.split(nnx.eval_shape(lambda: Transformer(model, rngs=nnx.Rngs(0))))
+
+    def residuals(params):
+        def features(params):
+            return nnx.merge(graphdef, params).features(tokens_BT, tokens_BT, tokens_BT)
+
+        return jax.tree.leaves(jax.vjp(features, params)[1])
+
+    periods = model.num_layers // len(model.layer_pattern)
+    rows = (3, 3 * 12, 3 * 12 * model.experts_per_token)  # Of the batch, of tokens, for experts.
+    kept = [
+        leaf for leaf in jax.eval_shape(residuals, params)
+        if leaf.shape[:1] in [(n,) for n in rows] or leaf.shape[:2] in [(periods, n) for n in rows]
+    ]
+    predicted = sum(
+        3 * bytes_per_row(entry, model, 12, ALONE) * (periods if entry.per_layer else 1)
+        for entry in saved_arrays(model)
+    )
+    assert predicted == sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in kept) > 0
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("axis", ["tensor", "context", "data"])
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_a_larger_mesh_never_takes_more_activations(remat, axis, size):
+    account = Account(workload(dataclasses.replace(WIDE, dtype="bfloat16")))
+    one = account.moments(Choice(mesh_config(), remat, 1))
+    split = account.moments(Choice(mesh_config(**{axis: size}), remat, 1))
+    for before, after in zip(one, split, strict=True):
+        assert after.activations <= before.activations and after.logits <= before.logits
+    assert account.saved_bytes(Choice(mesh_config(**{axis: size}), remat, 1)) < (
+        account.saved_bytes(Choice(mesh_config(), remat, 1)))
+
+
+def test_rematerialization_accumulation_and_zero_never_take_more_memory():
+    account = Account(workload(batch_size=64))
+    remats = [
+        account.estimate(Choice(mesh_config(), remat, 1)) for remat in ("none", "dots", "full")
+    ]
+    assert remats[0].activations > remats[1].activations >= remats[2].activations
+    micro = [account.saved_bytes(Choice(mesh_config(), "full", k)) for k in (1, 2, 4)]
+    assert micro == [micro[0], micro[0] / 2, micro[0] / 4]
+    states = [account.state(mesh_config(data=4, zero=zero)) for zero in range(4)]
+    assert states[1].optimizer < states[0].optimizer / 3
+    assert states[2].gradients < states[1].gradients / 3
+    assert states[3].parameters < states[2].parameters / 3
+
+
+def test_a_shorter_chunk_of_the_loss_takes_fewer_logits():
+    sizes = []
+    for chunk in (None, 8, 4):
+        account = Account(workload(objective=ObjectiveConfig(loss_chunk=chunk)))
+        sizes.append(account.logits_bytes(Choice(mesh_config(), "full", 1)))
+    assert sizes[0] > sizes[1] == 2 * sizes[2]
+
+
+def test_time_has_the_flops_that_the_step_does():
+    account, machine = Account(workload()), tpu_machine("v5e:2x4")
+    none, full = (product_flops(account, machine, Choice(mesh_config(data=8), remat, 1))
+                  for remat in ("none", "full"))
+    flops = flops_of(account)
+    tokens = account.workload.tokens_per_step / 8
+    assert none == pytest.approx(tokens * (flops.layers + flops.head))
+    assert full == pytest.approx(tokens * (flops.layers * 4 / 3 + flops.head))
+    weights = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(
+        account.program.abstract_state.params["layers"]) if len(leaf.shape) > 2)
+    assert flops.layers == 6 * weights
+
+
+def test_communication_is_said_for_the_axes_that_have_it():
+    model = dataclasses.replace(WIDE, num_layers=4)
+    account, machine = Account(workload(model)), tpu_machine("v5p:2x2x2")
+    times = {
+        axis: predict(account, machine, Choice(mesh_config(**{"data": 4, axis: 2}), "full", 1))
+        for axis in ("tensor", "context", "stage")
+    }
+    for axis, time in times.items():
+        assert set(time.exposed) == {"data", axis} and min(time.exposed.values()) > 0
+        assert (time.bubble > 0) == (axis == "stage")
+        assert time.total == pytest.approx(
+            time.compute + time.memory + sum(time.exposed.values()) + time.bubble)
+
+
+def test_an_axis_has_the_links_of_the_dims_that_hold_it():
+    machine = tpu_machine("v5p:4x4x8")
+    links = machine.device.link_bandwidth / 3
+    for size, dims in ((2, 1), (8, 1), (16, 2), (128, 3)):
+        choice = Choice(mesh_config(data=128 // size, tensor=size), "full", 1)
+        assert axis_bandwidth(machine, choice, "tensor") == pytest.approx(dims * links)
+    gpus = gpu_machine("h100:16")
+    choice = Choice(mesh_config(data=4, tensor=4), "full", 1)
+    assert axis_bandwidth(gpus, choice, "tensor") == gpus.device.link_bandwidth
+    assert axis_bandwidth(gpus, choice, "data") == gpus.device.network_bandwidth
+
+
+PLAN = ("plan", "--config=configs/llama3_8b.py", "--topology=v5p:4x4x4")
+
+
+@functools.cache
+def run(*arguments: str) -> str:
+    """What `batiste plan` prints for 8B on 64 chips; asked once for all tests."""
+    printed = io.StringIO()
+    with pytest.raises(SystemExit) as exit, contextlib.redirect_stdout(printed):
+        command_line.run(["batiste", *PLAN, *arguments])
+    assert exit.value.code == 0
+    return printed.getvalue()
+
+
+PRICED = ("--price_per_chip_hour=2.5", "--tokens=1e12")
+
+
+def test_the_table_is_ranked_and_fits():
+    out = run(*PRICED)
+    head, *rows = [line.split() for line in out.split("\n\n")[1].splitlines()]
+    head = " ".join(head).replace("= GiB", "GiB").replace("= s", "s").split()
+    assert [row[0] for row in rows] == [str(rank) for rank in range(1, 11)]
+    column = {name: index for index, name in enumerate(head)}
+    seconds = [float(row[column["s"]]) for row in rows]
+    assert seconds == sorted(seconds)
+    for row in rows:
+        kinds = [float(row[column[kind]]) for kind in ("par", "gra", "opt", "act", "log", "col")]
+        assert sum(kinds) == pytest.approx(float(row[column["GiB"]]), abs=0.04)
+        assert float(row[column["GiB"]]) < 95.73
+        assert int(row[1]) * int(row[2]) == 64
+        assert int(row[column["micro"]]) * int(row[column["accum"]]) == 512
+        hours = 1e12 / (512 * 8192 / float(row[column["s"]])) / 3600 * 64
+        assert float(row[-2].replace(",", "")) == pytest.approx(hours, rel=1e-3)
+        assert float(row[-1].replace(",", "")) == pytest.approx(2.5 * hours, rel=1e-3)
+
+
+def test_the_rejected_name_a_reason_and_a_remedy_that_works():
+    rejected = run(*PRICED).split("would be faster, but do not fit:\n")[1].splitlines()
+    assert rejected
+    for line in rejected:
+        assert re.search(r"activations [\d.]+ GiB of [\d.]+ GiB > 95\.73 GiB: ", line), line
+        assert re.search(r": try (model\.remat|train\.accumulation|mesh\.\w+)=", line), line
+    experiment, machine = llama3_8b.get_config(), tpu_machine("v5p:4x4x4")
+    account = Account(Workload(dataclasses.replace(experiment.model, attention="v5p"),
+                               experiment.train, 8192))
+    assert not fits(account.estimate(Choice(mesh_config(data=64, zero=3), "none", 1)), machine)
+    assert fits(account.estimate(Choice(mesh_config(data=64, zero=3), "full", 1)), machine)
+
+
+def test_what_apply_prints_gives_the_best_plans_mesh_to_the_real_flags(monkeypatch, tmp_path):
+    row = run(*PRICED).split("\n\n")[1].splitlines()[1].split()
+    line = run("--apply")
+    got = []
+    monkeypatch.setattr(main, "train", lambda experiment, *_: got.append(experiment) or exit(7))
+    with pytest.raises(SystemExit, match="7"):
+        command_line.run(["batiste", "train", PLAN[1], f"--workdir={tmp_path}", *shlex.split(line)])
+    (experiment,) = got
+    assert [str(experiment.mesh.data), str(experiment.mesh.tensor), str(experiment.mesh.zero),
+            experiment.model.remat, str(experiment.train.accumulation)] == (
+                [*row[1:4], row[4].split(":")[0], row[6]])
+    assert row[4].startswith("names") and row[4].endswith(f":{len(experiment.model.saved)}")
+    assert experiment.train.batch_size == 512
+    experiment.validate_on(64)
+
+
+@pytest.mark.parametrize("arguments,parts", [
+    ((), ("--topology, --gpu and --cpu",)),
+    (("--topology=v5p:4x4x4", "--cpu"), ("one of --topology", "'topology', 'cpu'")),
+    (("--topology=v5q:4x4",), ("--topology=v5q:4x4", "v5p:4x4x4", "v6e")),
+    (("--topology=v5p:4x4",), ("v5p has 3 dims, got 2", "v5p:4x4x4")),
+    (("--topology=v6e:32x32",), ("1,024 chips", "v6e has 256")),
+    (("--topology=v5e",), ("--topology=v5e", "NAME:SHAPE")),
+    (("--gpu=h200",), ("--gpu=h200", "h200:8")),
+    (("--topology=v5e:7x1",), ("no mesh of 7 x v5e", "train.batch_size")),
+    (("--topology=v5e:2x2",), ("nothing fits on 4 x v5e", "closest")),
+    (("--gpu=h200:8", "--compile"), ("--compile", "only TPU")),
+])
+def test_a_plan_that_cannot_be_is_one_line(arguments, parts, capsys):
+    with pytest.raises(SystemExit) as exit:
+        command_line.run(["batiste", "plan", "--config=configs/llama3_8b.py", *arguments])
+    line = exit.value.code
+    assert line.startswith("error: ") and "\n" not in line
+    for part in parts:
+        assert part in line, line
+
+
+@pytest.fixture
+def little_memory(monkeypatch):
+    """This machine as if each device had 40 MB."""
+    real = machine_here()
+    device = real.device._replace(hbm_bytes=40e6)
+    monkeypatch.setattr(forecast, "machine_here", lambda: real._replace(device=device))
+
+
+TRAIN = ("train", "--config=configs/quickstart.py", "--config.train.batch_size=16")
+
+
+def test_a_run_that_cannot_fit_is_refused_with_its_memory_and_a_remedy(little_memory, tmp_path):
+    with pytest.raises(SystemExit) as exit:
+        command_line.run(["batiste", *TRAIN, f"--workdir={tmp_path}/x"])
+    first, *table, last = exit.value.code.splitlines()
+    assert first.startswith("error: this run does not fit on 8 x cpu")
+    assert {line.split()[0] for line in table[1:7]} == {
+        "parameters", "gradients", "optimizer", "activations", "logits", "collectives"}
+    assert re.search(r"> 0\.04 GiB: (try .*=|no single change).*--force", last)
+    assert not (tmp_path / "x").exists()
+
+
+def test_force_runs_what_would_be_refused(little_memory, tmp_path, monkeypatch):
+    monkeypatch.setattr(main, "prepare", lambda *_: exit(7))
+    with pytest.raises(SystemExit, match="7"):
+        command_line.run(["batiste", *TRAIN, f"--workdir={tmp_path}/x", "--force"])
+
+
+def test_a_run_that_fits_is_not_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(main, "prepare", lambda *_: exit(7))
+    with pytest.raises(SystemExit, match="7"):
+        command_line.run(["batiste", *TRAIN, f"--workdir={tmp_path}/x"])
+
+
+def test_fake_devices_share_the_memory_of_the_machine():
+    machine = machine_here()
+    assert machine.num_devices == 8
+    with open("/proc/meminfo") as lines:
+        kib = int(re.search(r"MemTotal:\s+(\d+)", lines.read())[1])
+    assert 8 * machine.device.hbm_bytes == pytest.approx(kib * 1024, rel=0.02)
+
+
+def test_each_tpu_of_the_table_has_its_own_kernels():
+    for device in DEVICES:
+        chip = certified.chip_of(device.kind)
+        assert chip == (device.name if device.torus_dims and device.name != "v4" else chip)
+        assert chip is not None or device.name == "v4"
+
+
+def test_the_table_of_devices_is_found_by_kind_and_consistent():
+    assert find_device("TPU v5 lite").name == "v5e" and find_device("TPU v5").name == "v5p"
+    assert peak_flops("TPU v6 lite") == 918e12 and peak_flops("cpu") is None
+    for device in DEVICES:
+        assert device.flops["bfloat16"] < device.flops.get("int8", math.inf) * 1.01
+        # Bytes per FLOP of all of them lie within a factor of four.
+        assert 1.5e-3 < device.hbm_bandwidth / device.flops["bfloat16"] < 7e-3
+
+
+def test_a_programs_text_is_read_with_its_loops():
+    mesh = jax.make_mesh((2, 4), ("data", "tensor"), (jax.sharding.AxisType.Auto,) * 2)
+    place = jax.sharding.NamedSharding
+
+    def step(x_BD, w_LDD):
+        def layer(x_BD, w_DD):
+            return jax.lax.with_sharding_constraint(
+                jnp.tanh(x_BD @ w_DD), place(mesh, jax.P("data", None))), None
+
+        return jax.lax.scan(layer, x_BD, w_LDD)[0]
+
+    x = jax.ShapeDtypeStruct((6, 64), "float32", sharding=place(mesh, jax.P("data", None)))
+    split = place(mesh, jax.P(None, None, "tensor"))
+    w = jax.ShapeDtypeStruct((5, 64, 64), "float32", sharding=split)
+    totals = read_program(jax.jit(step).lower(x, w).compile().as_text())
+    assert totals.flops == 5 * 2 * 3 * 64 * 16
+    assert totals.collectives == {"all-gather": 5 * 3 * 64 * 4}
+
+
+# Tokens enough that padding is little: about 0.4 GiB of activations.
+SMALL = TransformerConfig(
+    vocab_size=2048, num_layers=4, model_dim=512, num_heads=8, num_kv_heads=4, head_dim=128,
+    mlp_dim=1536, max_length=512, dtype="bfloat16", attention="v5e",
+)
+
+
+@pytest.mark.parametrize("remat,mesh", [
+    ("full", {"data": 4, "tensor": 2, "zero": 3}), ("none", {"data": 8, "zero": 1}),
+])
+def test_predicted_memory_is_the_compilers(remat, mesh):
+    pytest.importorskip("libtpu", reason="libtpu exists for Linux on x86-64 only")
+    from batiste.planning.compiled import compile_step
+
+    train = TrainConfig(batch_size=64, objective=ObjectiveConfig(loss_chunk=128))
+    given, choice = Workload(SMALL, train, 512), Choice(MeshConfig(**mesh), remat, 1)
+    compiled = compile_step(given, tpu_machine("v5e:2x4"), choice)
+    predicted = Account(given).estimate(choice).total
+    assert predicted == pytest.approx(compiled.peak_bytes, rel=0.25)
+    found = read_program(compiled.program.as_text())
+    expected = product_flops(Account(given), tpu_machine("v5e:2x4"), choice)
+    assert found.flops == pytest.approx(expected, rel=0.1)
+    assert found.collectives["all-gather"] > 0
+
+
+def test_the_quickstart_is_planned_as_it_is_configured():
+    experiment = quickstart.get_config()
+    choice = forecast.choice_of(experiment, 1)
+    assert choice == Choice(MeshConfig(data=1), "none", 1)
