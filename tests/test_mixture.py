@@ -212,7 +212,7 @@ def check_equal(params, params_alone):
     ):
         error = root_mean_square(mine - theirs) / max(root_mean_square(theirs), 0.01)
         errors[jax.tree_util.keystr(path)] = error
-    assert max(errors.values()) <= 1e-6, errors
+    assert all(error <= 1e-6 for error in errors.values()), errors
 
 
 @pytest.mark.parametrize("mesh_config", MESHES, ids=name_of)

@@ -130,6 +130,24 @@ def test_words_and_places_are_looked_up_where_their_tables_lie():
     assert worst_error(params, params_alone) <= 1e-6
 
 
+@pytest.mark.parametrize("zero", [0, 1])
+def test_gradients_of_micro_batches_are_summed_over_data_once(zero):
+    """Scattered at the end of the step, and gathered again as gradients or as parameters."""
+    program, _, _, text = compiled(train_config("sgd", accumulation=2), dict(data=4, tensor=2), zero)
+    names, leaves = jax.tree.leaves(program.letters), jax.tree.leaves(program.abstract_state.params)
+    sizes = [leaf.size * 4 // (2 if set(name) & set("NKFV") else 1)
+             for name, leaf in zip(names, leaves)]
+    split = sum(size for name, size in zip(names, sizes) if "D" in name)
+    over_data = collectives("\n".join(
+        line for line in text.splitlines()
+        if "replica_groups" in line and replica_groups(line) == [[0, 2, 4, 6], [1, 3, 5, 7]]
+    ))
+    assert over_data["reduce-scatter"] == split // 4
+    assert over_data["all-gather"] == split
+    assert over_data.pop("all-reduce") == sum(sizes) - split + 3 * 4  # And three sums of losses.
+    assert set(over_data) == {"reduce-scatter", "all-gather"}
+
+
 def test_shares_that_do_not_divide_are_refused():
     experiment = Experiment()
     experiment.mesh = MeshConfig(slice=2, data=4)
