@@ -89,7 +89,7 @@ def _define_plan(values: flags.FlagValues, argv: list[str]) -> None:
     _define_config(values, argv)
     flags.DEFINE_string("topology", None, "TPUs, such as v5p:4x4x4.", flag_values=values)
     flags.DEFINE_string("gpu", None, "GPUs, such as h200:8.", flag_values=values)
-    flags.DEFINE_bool("cpu", False, "The CPU of this machine, measured for 20 seconds.",
+    flags.DEFINE_bool("cpu", False, "The CPU of this machine, measured for 12 seconds.",
                       flag_values=values)
     flags.DEFINE_float("tokens", None, "Token budget; the config's steps, if left out.", 1.0,
                        flag_values=values)

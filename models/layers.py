@@ -14,6 +14,10 @@ from batiste.models.config import TransformerConfig
 from batiste.models.parameter import matrix, vector
 from batiste.sharding import axes_of, constrain, per_device, spec
 
+# The name of what leaves a product with weights: inside a custom gradient no policy of
+# rematerialization sees the product itself.
+PRODUCT = "product"
+
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def project(
@@ -48,7 +52,7 @@ def _sum_dtype(x: jax.Array) -> Any:
 
 
 def _project_forward(x, w, dims, dtype):
-    return project(x, w, dims, dtype), (x, w)
+    return checkpoint_name(project(x, w, dims, dtype), PRODUCT), (x, w)
 
 
 def _project_backward(dims, dtype, saved, gradient):

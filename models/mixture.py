@@ -10,10 +10,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from batiste.models import dispatch
 from batiste.models.config import TransformerConfig
-from batiste.models.layers import activate, residual_gain
+from batiste.models.layers import PRODUCT, activate, residual_gain
 from batiste.models.parameter import matrix, vector
 from batiste.models.router import RouterSums, route
 from batiste.sharding import per_device, spec
@@ -131,9 +132,11 @@ def _grouped_backward(saved, gradient):
     return gradient_x, gradient_w.astype(w.dtype), None
 
 
-grouped_project.defvjp(
-    lambda x, w, load_E: (grouped_project(x, w, load_E), (x, w, load_E)), _grouped_backward
-)
+def _grouped_forward(x, w, load_E):
+    return checkpoint_name(grouped_project(x, w, load_E), PRODUCT), (x, w, load_E)
+
+
+grouped_project.defvjp(_grouped_forward, _grouped_backward)
 
 
 def rebalanced(params: Any, load_LE: jax.Array, rate: float) -> Any:

@@ -14,7 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 from batiste.models.attention import Attention, LayerCache
 from batiste.models.attention_choice import OneOf, fused_losses
 from batiste.models.config import TransformerConfig
-from batiste.models.layers import FeedForward, Norm, dropout, lookup, project
+from batiste.models.layers import PRODUCT, FeedForward, Norm, dropout, lookup, project
 from batiste.models.mixture import Mixture
 from batiste.models.parameter import gathered, matrix
 from batiste.models.pipeline import LAYER_INPUT, Layers, pipelined
@@ -34,7 +34,10 @@ def remat_policy(config: TransformerConfig) -> Callable:
             names_which_can_be_saved=config.saved, names_which_can_be_offloaded=config.offloaded,
             offload_src="device", offload_dst=HOST_MEMORY,
         )
-    return policies.dots_saveable if config.remat == "dots" else policies.nothing_saveable
+    if config.remat == "dots":
+        named = policies.save_only_these_names(PRODUCT)
+        return policies.save_from_both_policies(policies.dots_saveable, named)
+    return policies.nothing_saveable
 
 
 class Cache(NamedTuple):

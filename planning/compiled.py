@@ -2,9 +2,11 @@
 
 import math
 import os
+import pathlib
 import re
+import tempfile
 import time
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -13,6 +15,7 @@ from jax.sharding import NamedSharding
 
 from batiste.data import Batch
 from batiste.models import resolve_attention
+from batiste.planning.buffers import writing_to
 from batiste.planning.memory import GIB, Account
 from batiste.planning.program_text import read_program
 from batiste.planning.report import aligned, describe
@@ -23,11 +26,16 @@ from batiste.train import make_program, make_train_step
 
 
 class Compiled(NamedTuple):
-    """peak_bytes: on each device, None where the compiler refused: then it wanted `refused`."""
+    """What the compiler found for each device.
+
+    peak_bytes: of HBM; None where it refused: then it wanted `refused`. flops: by its own count.
+    text: the optimized program.
+    """
 
     peak_bytes: int | None
-    refused: str | None
-    program: Any
+    refused: str | None = None
+    flops: float = math.nan
+    text: str = ""
 
 
 def lower_step(workload: Workload, machine: Machine, choice: Choice) -> jax.stages.Lowered:
@@ -52,14 +60,23 @@ def lower_step(workload: Workload, machine: Machine, choice: Choice) -> jax.stag
 def compile_step(workload: Workload, machine: Machine, choice: Choice) -> Compiled:
     """Compiles it; a step that does not fit is refused by the compiler, which is an answer too."""
     lowered = lower_step(workload, machine, choice)
-    try:
-        program = lowered.compile()
-    except jax.errors.JaxRuntimeError as error:
-        wanted = re.search(r"\(([\d.]+[KMG])\) exceeds available HBM", str(error))
-        if wanted is None:
-            raise
-        return Compiled(None, wanted[1], None)
-    return Compiled(program.memory_analysis().peak_memory_in_bytes, None, program)
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            program = lowered.compile(writing_to(folder))
+        except jax.errors.JaxRuntimeError as error:
+            return Compiled(None, refused_bytes(error))
+        (text,) = pathlib.Path(folder).glob("*.after_optimizations.txt")
+        flops = program.cost_analysis().get("flops", math.nan)
+        peak = program.memory_analysis().peak_memory_in_bytes
+        return Compiled(peak, None, flops, text.read_text())
+
+
+def refused_bytes(error: jax.errors.JaxRuntimeError) -> str:
+    """How much a program wants that the compiler refuses for it; any other error is raised again."""
+    wanted = re.search(r"\(([\d.]+[KMG])\) exceeds available HBM", str(error))
+    if wanted is None:
+        raise error
+    return wanted[1]
 
 
 def _topology_devices(machine: Machine) -> list:
@@ -80,21 +97,20 @@ def comparison(account: Account, machine: Machine, choice: Choice) -> str:
     """Compiles a choice and says what the compiler found beside what was predicted."""
     started = time.perf_counter()
     compiled = compile_step(account.workload, machine, choice)
-    memory, seconds = account.estimate(choice), time.perf_counter() - started
+    seconds = time.perf_counter() - started
     head = f"compiled for {machine} in {seconds:.0f} s: {describe(choice)}"
+    peak = f"{account.estimate(choice).total / GIB:.2f} GiB"
     rows = [["", "predicted", "compiler"]]
-    peak = f"{memory.total / GIB:.2f} GiB"
-    if compiled.program is None:
+    if compiled.peak_bytes is None:
         rows.append(["peak HBM", peak, f"refused, wants {compiled.refused}"])
         return "\n".join([head, *aligned(rows)])
     rows.append(["peak HBM", peak, f"{compiled.peak_bytes / GIB:.2f} GiB"])
-    found = read_program(compiled.program.as_text())
+    total = flops_of(account).total * account.workload.tokens_per_step / machine.num_devices
+    rows.append(["FLOPs, attention too (compiler: loops once, no kernels)", f"{total:.4g}",
+                 f"{compiled.flops:.4g}"])
+    found = read_program(compiled.text)
     rows.append(["FLOPs of products, a device", f"{product_flops(account, machine, choice):.4g}",
                  f"{found.flops:.4g}"])
-    total = flops_of(account).total * account.workload.tokens_per_step / machine.num_devices
-    once = compiled.program.cost_analysis().get("flops", math.nan)
-    rows.append(["FLOPs, attention too (compiler: loops once, no kernels)", f"{total:.4g}",
-                 f"{once:.4g}"])
     sent = sum(bytes_sent(account, choice).values())
     moved = sum(found.collectives.values())
     rows.append(["collectives, bytes a device", f"{sent:.4g}", f"{moved:.4g}"])

@@ -1,33 +1,30 @@
 """Bytes on each device at the fullest moments of a training step, without compiling it.
 
-State comes from `make_program` itself, what is kept for the backward pass from the model's own
-derivative (planning/saved.py). What is left is an account of what is alive at four moments; its
-numbers of bytes per token were found by compiling for TPUs (docs/plan.md has the errors).
+State comes from `make_program` itself (planning/state.py), what is kept for the backward pass from
+the model's own derivative (planning/saved.py), what is at work in a layer from planning/work.py. What
+is left is an account of what is alive at four moments, found by reading what the TPU's compiler
+holds at its peak (docs/plan.md has the errors).
 """
 
 import dataclasses
 import functools
-import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import jax
-from jax.sharding import AbstractMesh, PartitionSpec
-
-from batiste.planning.saved import bytes_per_row, expert_rows, saved_arrays
+from batiste.planning.saved import bytes_per_row, saved_arrays
+from batiste.planning.state import StateBytes, program_of, state_bytes
+from batiste.planning.work import work_of_token
 from batiste.planning.workload import Choice, Policy, Workload
-from batiste.sharding import AXES, HOST_MEMORY, MeshConfig, spec
-from batiste.train import Program, make_program
+from batiste.sharding import AXES, MeshConfig
+from batiste.train import Program
 
 GIB = 2**30
-# Kernels pad the last dim of an array to the 128 lanes of a vector register.
-LANES = 128
 
 
 class Memory(NamedTuple):
     """Bytes per device by kind, at the moment when their sum is largest; that moment's name.
 
-    activations: kept for the backward pass, and at work in it. collectives: weights gathered whole,
-    and their gradients before they are scattered.
+    activations: kept for the backward pass, and at work in it. collectives: copies of weights, in
+    the compute dtype or gathered whole, and their gradients before they are scattered.
     """
 
     parameters: float
@@ -42,24 +39,6 @@ class Memory(NamedTuple):
     def total(self) -> float:
         """The peak, in bytes."""
         return sum(self[:-1])
-
-
-class StateBytes(NamedTuple):
-    """Bytes per device of what the step updates, and of one weight-shaped tree whole over `data`.
-
-    offloaded: what of the optimizer's state the host keeps between updates.
-    layer: the weights of one repetition of the layer pattern; whole over `data`, as are embedding
-    and head (both 0 and the same array when they are tied).
-    """
-
-    parameters: float
-    optimizer: float
-    offloaded: float
-    gradients: float
-    layer: float
-    embedding: float
-    head: float
-    largest: float
 
 
 class Recomputes(NamedTuple):
@@ -86,42 +65,74 @@ class Account:
 
     def moments(self, choice: Choice) -> list[Memory]:
         """When the loss is computed, a layer differentiated, the embedding, the update made."""
-        state = self.state(choice.mesh)
+        state, mesh = self.state(choice.mesh), choice.mesh
+        item = self.item
+        gathers, pipelined = mesh.zero >= 3, mesh.stage > 1
         saved = self.saved_bytes(choice)
-        several = choice.accumulation > 1
-        gathers = choice.mesh.zero >= 3
-        # Weights do not change between micro-batches: what is made of them before use stays. Copies
-        # in the compute dtype, and embedding and head, if they are gathered.
-        item = 4 if self.workload.model.dtype == "float32" else 2
-        kept = 0.0
-        if several:
-            kept += state.parameters * item / 4 if item < 4 else 0.0
-            kept += (state.embedding + state.head) * item / 4 if gathers else 0.0
-        sum_so_far = state.gradients if several else 0.0
-        Moment = functools.partial(Memory, state.parameters, optimizer=state.optimizer)
-        whole_state = state.optimizer + state.offloaded  # Fetched from the host for the update.
+        kept = self.kept_weights(choice)
+        sum_so_far = state.gradients if choice.accumulation > 1 else 0.0
+        Moment = functools.partial(Memory, state.parameters, optimizer=state.optimizer, logits=0.0)
         head = state.head or state.embedding
-        features = 4 * self.tokens(choice) * self.workload.model.model_dim
-        held = max(kept, head if gathers else 0.0)
+        stream = self.tokens(choice) * self.workload.model.model_dim
+        gathered = head * item / 4 if gathers and choice.accumulation == 1 else 0.0
         loss = Moment(
-            gradients=sum_so_far + head, activations=saved + features,
-            logits=self.logits_bytes(choice), collectives=held + head / 2, moment="loss",
-        )
+            gradients=sum_so_far + head, activations=saved + 4 * stream,
+            collectives=kept + gathered, moment="loss",
+        )._replace(logits=self.logits_bytes(choice))
         # A layer's weights in the compute dtype, the next one's where they are gathered ahead; and
         # the gradients of the layer, in fp32.
         in_flight = state.layer * (item / 4 * (2 if gathers else 1) + 1)
+        # A pipeline sums gradients over its ticks; what was kept of one tick is copied out, and what
+        # enters or leaves it waits for all micro-batches.
+        ticks = state.gradients if pipelined else 0.0
+        ends = saved / choice.ticks + 2 * item * stream / mesh.tensor if pipelined else 0.0
         layers = Moment(
-            gradients=sum_so_far + state.gradients, activations=saved + self.work_bytes(choice),
-            logits=0.0, collectives=kept + in_flight, moment="layers",
+            gradients=sum_so_far + state.gradients + ticks,
+            activations=saved + self.work_bytes(choice) + ends, collectives=kept + in_flight,
+            moment="layers",
+        )
+        # The gradient of the lookup, and its sum over the devices that share the batch.
+        embedding = Moment(
+            gradients=sum_so_far + state.gradients, activations=2 * item * stream / mesh.tensor,
+            collectives=self.doubled(choice) + 2 * state.embedding, moment="embedding",
         )
         update = Moment(
-            gradients=state.gradients, activations=0.0, logits=0.0, collectives=state.largest,
-            moment="update",
-        )._replace(optimizer=whole_state)
-        return [loss, layers, update]
+            gradients=state.gradients, activations=0.0,
+            collectives=self.doubled(choice) + state.largest, moment="update",
+        )._replace(optimizer=state.optimizer + state.offloaded)  # Fetched from the host.
+        return [loss, layers, embedding, update]
+
+    @property
+    def item(self) -> int:
+        """Bytes of a number in the compute dtype."""
+        return 4 if self.workload.model.dtype == "float32" else 2
+
+    def doubled(self, choice: Choice) -> float:
+        """Parameters that exist twice: ZeRO-1 and 2 gather the new ones, and the compiler reads the
+        old ones, whose buffers these take, from a copy that it makes when the step begins."""
+        splits = choice.mesh.zero in (1, 2) and choice.mesh.data > 1
+        return self.state(choice.mesh).parameters if splits else 0.0
+
+    def kept_weights(self, choice: Choice) -> float:
+        """Copies of weights that are alive from the first layer forward to the last backward.
+
+        The compiler casts stacked weights before the loop over layers, and gathers all that a stage
+        has before the loop over ticks. Weights do not change between
+        micro-batches, so embedding and head, if they are gathered, then stay gathered: the lookup
+        reads fp32, unless the head, which reads the compute dtype, shares its table.
+        """
+        state, mesh = self.state(choice.mesh), choice.mesh
+        kept = self.doubled(choice) + (state.parameters * self.item / 4 if self.item < 4 else 0.0)
+        if mesh.zero >= 3 and mesh.stage > 1:
+            kept += state.layer * self.periods / mesh.stage * self.item / 4
+        if mesh.zero < 3 or choice.accumulation == 1:
+            return kept
+        tied = state.head == 0
+        return kept + (2 * state.embedding if tied else state.head) * self.item / 4 + (
+            0.0 if tied else state.embedding)
 
     def tokens(self, choice: Choice) -> float:
-        """Tokens of a micro-batch that a device works on."""
+        """Tokens of an accumulation step that a device works on, in all micro-batches."""
         rows = self.workload.train.batch_size / choice.accumulation / choice.batch_parts
         return rows * self.workload.length / choice.mesh.context
 
@@ -134,6 +145,8 @@ class Account:
         """What the forward pass keeps for the backward pass."""
         sizes = choice.sizes
         rows = self.workload.train.batch_size / choice.accumulation / choice.batch_parts
+        # A pipeline keeps what each tick works on, that of waiting stages too.
+        rows *= choice.ticks / (choice.mesh.micro_batches * choice.mesh.interleave)
         kept = rows * self._rows(choice.policy, tuple(sizes.items()))
         if choice.remat == "none" and choice.mesh.zero >= 3:
             # Without rematerialization a layer's weights are kept as they were used: whole.
@@ -164,6 +177,8 @@ class Account:
             kept = {*policy.saved, *policy.offloaded}
             products = {"up", "gate"} if self.workload.model.gated else {"up"}
             return Recomputes(not products <= kept, "attended" not in kept)
+        if policy.remat == "dots":  # What attention's products leave is not saved.
+            return Recomputes(False, True)
         letters = "".join(entry.letters for entry in self.saved(policy) if entry.per_layer)
         return Recomputes("F" not in letters, not set(letters) & set("NKG"))
 
@@ -181,93 +196,24 @@ class Account:
         )
 
     def logits_bytes(self, choice: Choice) -> float:
-        """Logits of a chunk in fp32 and a quarter of that for their gradient on its way."""
+        """Logits of a chunk in fp32 and their gradient in the compute dtype."""
         model, objective = self.workload.model, self.workload.train.objective
         if objective.fused:
             return 0.0
         sizes = choice.sizes
         logits = self.tokens(choice) / self.chunks * model.vocab_size
-        bytes_each = 5 if objective.loss_chunk else 10  # Not recomputed: logits and softmax stay.
+        # Not recomputed: logits and softmax stay.
+        bytes_each = 4 + self.item + (0 if objective.loss_chunk else 4)
         return bytes_each * logits / (sizes["stage"] * sizes["tensor"])
 
     def work_bytes(self, choice: Choice) -> float:
-        """What a layer has alive in its backward pass, in its feed-forward or in its attention."""
-        model, tensor = self.workload.model, choice.mesh.tensor
-        item = 4 if model.dtype == "float32" else 2
-        padding = -(-model.head_dim // LANES) * LANES / model.head_dim
-        heads = model.num_heads * model.head_dim / tensor
-        keys = model.num_kv_heads * model.head_dim / tensor
-        recomputes = choice.remat != "none"
-        # Feed-forward: each projection and its gradient, x in, its gradient, x itself in fp32; and
-        # what attention's backward pass will need, if it was recomputed.
-        rows = expert_rows(model, choice.mesh.expert)
-        shared = model.shared_experts if model.num_experts else 0
-        projections = (2 if model.gated else 1) * (rows + shared)
-        feed_forward = projections * (2 if recomputes else 1) * item * model.mlp_dim / tensor
-        if model.num_experts is not None:
-            # To the experts and back, and the gradients of both.
-            feed_forward += 4 * item * rows * model.model_dim
-        feed_forward += (2 * item + 5 / tensor) * model.model_dim
-        feed_forward += recomputes * item * 2 * (heads + keys * padding)
-        if model.attention == "reference":
-            probabilities = 3 * 4 * model.num_heads / tensor * self.workload.length
-            attention = item * 3 * (heads + keys) + probabilities
-        else:
-            # Queries, outputs and gradients as they are and in the kernels' layouts, which pad
-            # half of them; dq, dk and dv leave the kernel in fp32.
-            attention = heads * (item * (4 + 2 * padding) + 4)
-            attention += keys * (item * (1 + 2 * padding) + 8 * padding)
-        attention += 2 * model.model_dim / tensor
-        return self.tokens(choice) * max(feed_forward, attention)
+        """What a layer has alive in its backward pass, of one micro-batch."""
+        tokens = self.tokens(choice) / choice.mesh.micro_batches
+        return tokens * work_of_token(self.workload.model, self.workload.length, choice)
 
     def _program(self, zero: int, offloads: bool) -> Program:
-        """The program on a mesh of one: shapes, and specs that hold for every mesh."""
-        mesh = AbstractMesh((1,) * len(AXES), AXES)
-        layout = MeshConfig(data=1, zero=zero, offload_optimizer=offloads)
-        return make_program(self.workload.model, self.workload.train, mesh, layout)
+        return program_of(self.workload.model, self.workload.train, zero, offloads)
 
     def _state_of(self, zero: int, offloads: bool, shape: tuple[int, ...]) -> StateBytes:
-        program, mesh = self._programs(zero, offloads), AbstractMesh(shape, AXES)
-        state = program.abstract_state
-        gradients, pattern = [], len(self.workload.model.layer_pattern)
-        whole = {"layer": 0.0, "VD": 0.0, "DV": 0.0}
-        leaves = jax.tree.leaves(state.params), jax.tree.leaves(program.letters)
-        for leaf, name in zip(*leaves, strict=True):
-            gradients.append(_leaf_bytes(mesh, leaf, spec(name, zero=zero >= 2)))
-            size = _leaf_bytes(mesh, leaf, spec(name))
-            if name.startswith("L"):
-                periods = leaf.shape[0] / pattern / dict(zip(AXES, shape))["stage"]
-                whole["layer"] += size / periods
-            elif name in whole:
-                whole[name] += size
-        return StateBytes(
-            parameters=_tree_bytes(mesh, state.params),
-            optimizer=_kept_bytes(mesh, state.optimizer_state, on_host=False),
-            offloaded=_kept_bytes(mesh, state.optimizer_state, on_host=True),
-            gradients=sum(gradients), layer=whole["layer"], embedding=whole["VD"],
-            head=whole["DV"], largest=max(gradients),
-        )
-
-
-def _tree_bytes(mesh: AbstractMesh, tree: Any) -> float:
-    """Bytes per device of a tree placed by its own specs."""
-    return sum(_leaf_bytes(mesh, leaf, leaf.sharding.spec) for leaf in jax.tree.leaves(tree))
-
-
-def _kept_bytes(mesh: AbstractMesh, tree: Any, on_host: bool) -> float:
-    """Bytes per device of the leaves that live on the host, or of those that do not."""
-    leaves = jax.tree.leaves(tree)
-    kept = [leaf for leaf in leaves if (leaf.sharding.memory_kind == HOST_MEMORY) == on_host]
-    return _tree_bytes(mesh, kept)
-
-
-def _leaf_bytes(mesh: AbstractMesh, leaf: Any, partition: PartitionSpec) -> float:
-    size = float(math.prod(leaf.shape) * leaf.dtype.itemsize)
-    for dim, axes in zip(leaf.shape, partition):
-        names = () if axes is None else (axes,) if isinstance(axes, str) else axes
-        parts = math.prod(mesh.shape[name] for name in names)
-        if dim % parts:
-            given = " * ".join(f"mesh.{name}={mesh.shape[name]}" for name in names)
-            raise ValueError(f"a weight of shape {leaf.shape}: {dim} is not divisible by {given}")
-        size /= parts
-    return size
+        pattern = len(self.workload.model.layer_pattern)
+        return state_bytes(self._programs(zero, offloads), pattern, zero, shape)

@@ -91,8 +91,10 @@ def memory_block(memory: Memory, machine: Machine) -> str:
 def describe(choice: Choice) -> str:
     """A choice in words."""
     sizes = " x ".join(f"{axis} {size}" for axis, size in choice.sizes.items() if size > 1)
-    return (f"{sizes or 'one device'}, zero {choice.mesh.zero}, remat {_policy(choice)}, "
-            f"accumulation {choice.accumulation}")
+    flow = f" {_flow(choice)}" if choice.mesh.stage > 1 else ""
+    exchange = f" {choice.mesh.context_exchange}" if choice.mesh.context > 1 else ""
+    return (f"{sizes or 'one device'}{flow}{exchange}, zero {choice.mesh.zero}, remat "
+            f"{_policy(choice)}, accumulation {choice.accumulation}")
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -108,14 +110,24 @@ def _policy(choice: Choice) -> str:
     return f"names:{len(choice.saved)}" if choice.remat == "names" else choice.remat
 
 
+def _flow(choice: Choice) -> str:
+    """Micro-batches that flow through the stages, and how often each."""
+    return f"{choice.mesh.micro_batches}x{choice.mesh.interleave}"
+
+
 def _axes(plans: Sequence[Plan]) -> list[str]:
     """Axes that any of the plans uses."""
     return [axis for axis in AXES if any(plan.choice.sizes[axis] > 1 for plan in plans)]
 
 
+def _extra_head(axes: Sequence[str]) -> list[str]:
+    """Columns that only pipelines and split rows need."""
+    return ["flow"] * ("stage" in axes) + ["exchange"] * ("context" in axes)
+
+
 def _head(plans: Sequence[Plan], budget: Budget) -> list[str]:
     axes = _axes(plans)
-    head = ["#", *axes, "zero", "remat", "micro", "accum", *(kind[:3] for kind in KINDS), "= GiB",
+    head = ["#", *axes, *_extra_head(axes), "zero", "remat", "micro", "accum", *(kind[:3] for kind in KINDS), "= GiB",
             "com", "mem", *axes, "bub", "= s", "MFU", "tokens/s", "days", "chip-hours"]
     return head if budget.price_per_chip_hour is None else [*head, "cost"]
 
@@ -124,9 +136,14 @@ def _cells(account: Account, machine: Machine, plan: Plan, plans: Sequence[Plan]
     choice, time, axes = plan.choice, plan.time, _axes(plans)
     micro = account.workload.train.batch_size // choice.accumulation
     exposed = (time.exposed.get(axis, 0.0) for axis in axes)
+    columns = {
+        "flow": _flow(choice) if choice.mesh.stage > 1 else "-",
+        "exchange": choice.mesh.context_exchange if choice.mesh.context > 1 else "-",
+    }
+    extra = (columns[name] for name in _extra_head(axes))
     seconds = (time.compute, time.memory, *exposed, time.bubble)
     return [
-        *(str(choice.sizes[axis]) for axis in axes), str(choice.mesh.zero), _policy(choice),
+        *(str(choice.sizes[axis]) for axis in axes), *extra, str(choice.mesh.zero), _policy(choice),
         str(micro), str(choice.accumulation), *(f"{getattr(plan.memory, kind) / GIB:.2f}" for kind in KINDS),
         f"{plan.memory.total / GIB:.2f}", *(f"{value:.3g}" for value in seconds),
         f"{time.total:.4g}", f"{mfu(account, machine, time.total):.1%}",

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from batiste.planning.memory import GIB, Account, Memory
 from batiste.planning.step_time import StepTime, predict
 from batiste.planning.workload import Choice, Machine, Policy
-from batiste.sharding import AXES, MeshConfig
+from batiste.sharding import AXES, CONTEXT_EXCHANGES, MeshConfig
 
 # What the account may be short of the compiler's peak (docs/plan.md has the errors).
 RESERVE = 0.05
@@ -41,7 +41,8 @@ def search(account: Account, machine: Machine, check: Check) -> list[Plan]:
     check: raises ValueError for a choice that cannot run, as an experiment's `validate_on` does.
     """
     plans = []
-    for mesh, policy in itertools.product(_meshes(machine.num_devices), _policies(account)):
+    meshes = list(_meshes(machine.num_devices, account.workload.model.num_layers))
+    for mesh, policy in itertools.product(meshes, _policies(account)):
         whole = Choice(mesh, policy.remat, 1, policy.saved)
         plans += _with_accumulation(account, machine, whole, check)
     if not plans:
@@ -109,7 +110,7 @@ def _with_accumulation(
     """The plan with the fewest micro-batches, and that with the fewest that fits, if another."""
     first = None
     batch = account.workload.train.batch_size
-    rows = whole.batch_parts
+    rows = whole.batch_parts * whole.mesh.micro_batches
     for k in (k for k in range(1, batch // rows + 1) if batch % (rows * k) == 0):
         choice = whole._replace(accumulation=k)
         if first is None:
@@ -126,8 +127,9 @@ def _with_accumulation(
     return [] if first is None else [first]
 
 
-def _meshes(num_devices: int) -> Iterator[MeshConfig]:
-    """All meshes of so many devices, with every ZeRO level that splits anything."""
+def _meshes(num_devices: int, num_layers: int) -> Iterator[MeshConfig]:
+    """All meshes of so many devices, with every ZeRO level that splits anything, and with what
+    flows through stages or around a ring."""
     inner = [axis for axis in AXES if axis not in ("slice", "data")]
     for sizes in itertools.product(_divisors(num_devices), repeat=len(inner)):
         data = num_devices
@@ -136,8 +138,25 @@ def _meshes(num_devices: int) -> Iterator[MeshConfig]:
             if rest:
                 break
         else:
-            for zero in range(4) if data > 1 else (0,):
-                yield MeshConfig(data=data, zero=zero, **dict(zip(inner, sizes)))
+            named = dict(zip(inner, sizes))
+            exchanges = CONTEXT_EXCHANGES if named["context"] > 1 else CONTEXT_EXCHANGES[:1]
+            for zero, exchange, (micro_batches, interleave) in itertools.product(
+                range(4) if data > 1 else (0,), exchanges, _flows(named["stage"], num_layers)
+            ):
+                yield MeshConfig(
+                    data=data, zero=zero, context_exchange=exchange, micro_batches=micro_batches,
+                    interleave=interleave, **named,
+                )
+
+
+def _flows(stages: int, num_layers: int) -> Iterator[tuple[int, int]]:
+    """Micro-batches and rounds of a pipeline: two to eight micro-batches for each stage."""
+    if stages == 1:
+        yield 1, 1
+    elif num_layers % stages == 0:
+        for several, rounds in itertools.product((2, 4, 8), (1, 2, 4)):
+            if num_layers % (stages * rounds) == 0:
+                yield several * stages, rounds
 
 
 def _policies(account: Account) -> list[Policy]:

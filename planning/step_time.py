@@ -4,6 +4,7 @@ A model of the machine and not a measurement: peak rates from the table of devic
 reached of them in practice, which is stated here once. Only `--cpu` measures.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -52,6 +53,7 @@ class Flops(NamedTuple):
         return sum(self)
 
 
+@functools.lru_cache(maxsize=4)
 def flops_of(account: Account) -> Flops:
     """The model's FLOPs of a token by part."""
     workload, program = account.workload, account.program
@@ -70,7 +72,10 @@ def predict(account: Account, machine: Machine, choice: Choice) -> StepTime:
     compute, attention = _compute(account, machine, choice, tokens)
     memory = _memory(account, machine, choice)
     exposed = _exposed(account, machine, choice, (compute, attention))
-    waiting = (choice.mesh.stage - 1) / choice.accumulation
+    # Of ticks M R + S - 1 a stage waits S - 1; embedding and head are not on a stage.
+    flops, waits = flops_of(account), choice.mesh.stage - 1
+    in_layers = 1 - flops.head / flops.total
+    waiting = waits / (choice.ticks - waits) * in_layers
     return StepTime(compute, memory, exposed, bubble=waiting * (compute + memory))
 
 
@@ -114,7 +119,7 @@ def _memory(account: Account, machine: Machine, choice: Choice) -> float:
     each direction, and the state once in the update."""
     model, mesh = account.workload.model, choice.mesh
     state = account.state(mesh)
-    layers = model.num_layers / mesh.stage
+    layers = model.num_layers / mesh.stage * mesh.micro_batches
     passes = 3 if choice.remat != "none" else 2
     activations = passes * 2 * layers * account.work_bytes(choice)
     activations += 2 * account.saved_bytes(choice)
@@ -129,7 +134,8 @@ def _exposed(
 ) -> dict[str, float]:
     """Seconds of communication that nothing hides, by axis; axes of one are left out."""
     sent = bytes_sent(account, choice)
-    cover = {"data": compute[0], "context": compute[1]}
+    ring = choice.mesh.context_exchange == "ring"
+    cover = {"data": compute[0], "context": compute[1] if ring else 0.0}
     exposed = {}
     for axis, size in sent.items():
         if choice.sizes[axis] == 1:
@@ -142,25 +148,48 @@ def _exposed(
 def bytes_sent(account: Account, choice: Choice) -> dict[str, float]:
     """Bytes that a device sends along each axis in a step."""
     model, mesh, k = account.workload.model, choice.mesh, choice.accumulation
-    state, sizes = account.state(mesh), choice.sizes
-    item = 4 if model.dtype == "float32" else 2
-    layers = model.num_layers / mesh.stage
+    layers, item = model.num_layers / mesh.stage, account.item
+    part = {axis: (size - 1) / size for axis, size in choice.sizes.items()}
     stream = account.tokens(choice) * model.model_dim * item
-    keys = account.tokens(choice) * model.num_kv_heads * model.head_dim * item / mesh.tensor
-    weights = state.layer * account.periods / mesh.stage + state.embedding + state.head
     again = account.recomputes(choice.policy).products
-    # Weights in the compute dtype forward and backward; their gradients in fp32.
-    gathered = 2 * k * item / 4 if mesh.zero >= 3 else 1 if mesh.zero else 0
-    reduced = k * (1 if mesh.zero >= 2 else 2)
-    part = {axis: (size - 1) / size for axis, size in sizes.items()}
+    # A tick sends a micro-batch on, forward and backward; embedding and head are sums over stages.
+    flowing = 2 * choice.ticks / mesh.micro_batches + 4 * 2 * part["stage"]
     return {
         "tensor": k * layers * stream * (8 + 3 * again) * part["tensor"],
-        "context": k * layers * keys * 2 * (3 + again) * (mesh.context - 1),
+        "context": k * layers * _attention_sent(account, choice),
         "expert": k * layers * stream * model.experts_per_token * (4 + 2 * again) * part["expert"],
-        "stage": k * 2 * stream / mesh.tensor,
-        "data": weights * (gathered + reduced) * part["data"],
-        "slice": 2 * weights / (mesh.data if mesh.zero >= 2 else 1) * part["slice"],
+        "stage": k * flowing * stream / mesh.tensor,
+        "data": _weights_sent(account, choice) * part["data"],
+        "slice": 2 * account.state(mesh).gradients * part["slice"],
     }
+
+
+def _weights_sent(account: Account, choice: Choice) -> float:
+    """Bytes of weights gathered and gradients reduced in a step, on a ring of very many devices.
+
+    In the compute dtype forward and backward, their gradients in fp32. A pipeline does so at every
+    tick, with what it then works on.
+    """
+    mesh, state = choice.mesh, account.state(choice.mesh)
+    layers = state.layer * account.periods / mesh.stage
+    ends = state.embedding + state.head
+    if mesh.zero >= 2:  # The head is gathered, and its gradient reduced, for each chunk of logits.
+        ends = state.embedding + (state.head or state.embedding) * account.chunks
+    ticks = choice.ticks / mesh.interleave if mesh.stage > 1 else 1
+    each = (2 * account.item / 4 if mesh.zero >= 3 else 0) + (1 if mesh.zero >= 2 else 2)
+    once = 1 if mesh.zero in (1, 2) else 0
+    return choice.accumulation * each * (layers * ticks + ends) + once * (layers + ends)
+
+
+def _attention_sent(account: Account, choice: Choice) -> float:
+    """Bytes that attention in one layer sends along `context`, forward and backward."""
+    model, mesh = account.workload.model, choice.mesh
+    head = account.tokens(choice) * model.head_dim * account.item / mesh.tensor
+    again = account.recomputes(choice.policy).attention
+    if mesh.context_exchange == "ring":
+        return 2 * model.num_kv_heads * head * (3 + again) * (mesh.context - 1)
+    moved = 2 * (model.num_heads + model.num_kv_heads) * head * (2 + again)
+    return moved * (mesh.context - 1) / mesh.context
 
 
 def axis_bandwidth(machine: Machine, choice: Choice, axis: str) -> float:

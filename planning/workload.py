@@ -95,6 +95,11 @@ class Choice(NamedTuple):
         return {axis: getattr(self.mesh, axis) for axis in AXES}
 
     @property
+    def ticks(self) -> int:
+        """Chunks of layers that a stage works on, and waits for, in an accumulation step."""
+        return self.mesh.micro_batches * self.mesh.interleave + self.mesh.stage - 1
+
+    @property
     def batch_parts(self) -> int:
         """How many devices (along axes that split it) share the rows of a micro-batch."""
         return self.mesh.slice * self.mesh.data * self.mesh.expert

@@ -1,7 +1,7 @@
 """Meshes, the alphabet, and the one table that turns letters into shardings."""
 
 from batiste.sharding.alphabet import ALPHABET, check_letters
-from batiste.sharding.config import AXES, MeshConfig
+from batiste.sharding.config import AXES, CONTEXT_EXCHANGES, MeshConfig
 from batiste.sharding.connect import connect
 from batiste.sharding.context_order import (
     chunk_place, context_size, in_row_order, in_time_order, time_order,
@@ -18,10 +18,10 @@ from batiste.sharding.share import Share, replicate
 from batiste.sharding.stages import layer_order, restack, restacked
 
 __all__ = [
-    "ALPHABET", "AXES", "HOST_MEMORY", "RULES", "MeshConfig", "Share", "agree", "axes_of",
-    "check_connected", "check_divisible", "check_host_memory", "check_letters", "check_shared",
-    "chunk_place", "compiler_options", "connect", "constrain", "context_size", "gather",
-    "in_row_order", "in_time_order", "is_first", "laid_out", "layer_order", "layout", "make_mesh",
-    "make_mesh_like", "per_device", "place", "replicate", "restack", "restacked", "shardings",
-    "spec", "time_order", "together",
+    "ALPHABET", "AXES", "CONTEXT_EXCHANGES", "HOST_MEMORY", "RULES", "MeshConfig", "Share", "agree",
+    "axes_of", "check_connected", "check_divisible", "check_host_memory", "check_letters",
+    "check_shared", "chunk_place", "compiler_options", "connect", "constrain", "context_size",
+    "gather", "in_row_order", "in_time_order", "is_first", "laid_out", "layer_order", "layout",
+    "make_mesh", "make_mesh_like", "per_device", "place", "replicate", "restack", "restacked",
+    "shardings", "spec", "time_order", "together",
 ]

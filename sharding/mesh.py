@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-from jax.experimental.mesh_utils import create_hybrid_device_mesh
+from jax.experimental.mesh_utils import create_device_mesh, create_hybrid_device_mesh
 from jax.sharding import AxisType, Mesh
 
 from batiste.sharding.config import AXES, MeshConfig
@@ -23,18 +23,18 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     shape = config.shape(len(devices))
     axis_types = (AxisType.Auto,) * len(AXES)
     there = _num_tpu_slices(devices)
+    # Where no dims of the torus multiply to an axis (2 or 8 in 4x4x4), a dim is split between axes.
     if there == 1:
-        return jax.make_mesh(shape, AXES, axis_types, devices=devices)
+        arranged = create_device_mesh(shape, devices, allow_split_physical_axes=True)
+        return Mesh(arranged, AXES, axis_types=axis_types)
     if there != config.slice:
         raise ValueError(
             f"mesh.slice={config.slice}, but the {len(devices)} devices are of {there} TPU slices: "
             f"set mesh.slice={there}"
         )
-    # A v5e is laid out as jax.make_mesh would: its wiring has no axis of its own for each of ours.
-    split = devices[0].device_kind in ("TPU v5 lite", "TPU v5e")
     others = (1,) * (len(AXES) - 1)
     arranged = create_hybrid_device_mesh(
-        (1, *shape[1:]), (there, *others), devices, allow_split_physical_axes=split
+        (1, *shape[1:]), (there, *others), devices, allow_split_physical_axes=True
     )
     return Mesh(arranged, AXES, axis_types=axis_types)
 

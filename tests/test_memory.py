@@ -4,14 +4,16 @@ import dataclasses
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from test_sharding import BATCH, WIDE, start, train_config
 from test_tpu import MODEL as TPU_MODEL
 from test_tpu import compile_step
 
 from batiste.data import Batch
-from batiste.models import TransformerConfig
+from batiste.models import Transformer, TransformerConfig
 from batiste.sharding import HOST_MEMORY, MeshConfig, check_host_memory, make_mesh, place
 
 POLICIES = {
@@ -37,6 +39,30 @@ def test_rematerialization_changes_no_number(policy):
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), got.params, want.params
     )
+
+
+def count_products(remat: str, **change) -> int:
+    """Products in the jaxpr of a gradient, grouped ones included."""
+    model = dataclasses.replace(WIDE, remat=remat, **change)
+    tokens_BT = jnp.zeros((2, 6), jnp.int32)
+    graphdef, params = nnx.split(nnx.eval_shape(lambda: Transformer(model, rngs=nnx.Rngs(0))))
+
+    def total(params):
+        return nnx.merge(graphdef, params).features(tokens_BT, tokens_BT, tokens_BT)[0].sum()
+
+    return len(re.findall(r"dot_general\w*\[", str(jax.make_jaxpr(jax.grad(total))(params))))
+
+
+@pytest.mark.parametrize("change,weights", [
+    # Query, key, value, out, up, gate. No gradient needs what leaves down.
+    ({}, 6),
+    # Instead of up and gate: the router, and all three of the experts, whose weighted sum follows.
+    ({"num_experts": 4, "bias": False}, 8),
+], ids=["dense", "experts"])
+def test_dots_computes_no_product_with_weights_again(change, weights):
+    none, dots, full = (count_products(remat, **change) for remat in ("none", "dots", "full"))
+    attention = 2  # Scores, and values mixed by them.
+    assert dots == none + attention and full == none + attention + weights
 
 
 def test_an_offloaded_optimizer_is_on_the_host_and_changes_no_bit():

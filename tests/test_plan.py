@@ -17,7 +17,9 @@ from batiste import command_line, forecast, main
 from batiste.configs import llama3_8b, quickstart
 from batiste.models import Transformer, TransformerConfig
 from batiste.pallas_kernels import certified
-from batiste.planning import Account, Choice, Workload, fits, gpu_machine, machine_here, tpu_machine
+from batiste.planning import (
+    Account, Choice, Workload, fits, gpu_machine, machine_here, search, tpu_machine,
+)
 from batiste.planning.program_text import read_program
 from batiste.planning.saved import bytes_per_row, saved_arrays
 from batiste.planning.step_time import axis_bandwidth, flops_of, predict, product_flops
@@ -154,6 +156,51 @@ def test_communication_is_said_for_the_axes_that_have_it():
             time.compute + time.memory + sum(time.exposed.values()) + time.bubble)
 
 
+def test_a_pipeline_waits_for_its_first_and_last_ticks():
+    account = Account(workload(dataclasses.replace(WIDE, num_layers=8, window=3), batch_size=64))
+    machine = tpu_machine("v5p:2x2x2")
+    flops, times = flops_of(account), {}
+    for micro_batches, interleave in ((1, 1), (4, 1), (16, 1), (4, 4)):
+        mesh = mesh_config(data=2, stage=4, micro_batches=micro_batches, interleave=interleave)
+        time = times[micro_batches, interleave] = predict(account, machine, Choice(mesh, "full", 1))
+        busy = (time.compute + time.memory) * (1 - flops.head / flops.total)
+        ticks = micro_batches * interleave + 3
+        assert time.bubble / (time.bubble + busy) == pytest.approx(3 / ticks)
+    # Whoever goes around four times sends four times as often.
+    assert times[4, 4].exposed["stage"] > times[4, 1].exposed["stage"]
+    # Gradients are summed at every tick: as often as not with a fourth of the layers.
+    assert times[4, 4].exposed["data"] < times[4, 1].exposed["data"] < times[16, 1].exposed["data"]
+
+
+def test_a_stage_keeps_what_each_of_its_ticks_works_on():
+    account = Account(workload(dataclasses.replace(WIDE, num_layers=8, dtype="bfloat16"), 64))
+    whole = account.saved_bytes(Choice(mesh_config(data=2), "full", 1))
+    x_bytes = 32 * 16 * 32 * 2  # Rows of a device, T, D, bfloat16: before the first layer.
+    for micro_batches, interleave in ((2, 1), (8, 1), (8, 2)):
+        mesh = mesh_config(data=2, stage=4, micro_batches=micro_batches, interleave=interleave)
+        work = micro_batches * interleave
+        kept = account.saved_bytes(Choice(mesh, "full", 1))
+        assert kept == pytest.approx(whole / 4 * (work + 3) / work, abs=2 * x_bytes)
+        assert account.work_bytes(Choice(mesh, "full", 1)) == pytest.approx(
+            account.work_bytes(Choice(mesh_config(data=2), "full", 1)) / micro_batches)
+    stages = account.state(mesh_config(data=2, stage=4))
+    assert stages.embedding == account.state(mesh_config(data=2)).embedding / 4
+
+
+def test_every_mesh_of_the_search_runs():
+    experiment, machine = llama3_8b.get_config(), tpu_machine("v5p:2x2x4")
+    account = Account(Workload(dataclasses.replace(experiment.model, attention="v5p"),
+                               experiment.train, 8192))
+    plans = search(account, machine, forecast._checker(experiment, machine))
+    flows, exchanges = set(), set()
+    for plan in plans[:: len(plans) // 200]:
+        forecast._checker(experiment, machine)(plan.choice)
+        flows.add((plan.choice.mesh.micro_batches > 1, plan.choice.mesh.interleave > 1))
+        exchanges.add(plan.choice.mesh.context_exchange)
+    assert flows == {(False, False), (True, False), (True, True)}
+    assert exchanges == {"ring", "all_to_all"}
+
+
 def test_an_axis_has_the_links_of_the_dims_that_hold_it():
     machine = tpu_machine("v5p:4x4x8")
     links = machine.device.link_bandwidth / 3
@@ -187,14 +234,15 @@ def test_the_table_is_ranked_and_fits():
     head, *rows = [line.split() for line in out.split("\n\n")[1].splitlines()]
     head = " ".join(head).replace("= GiB", "GiB").replace("= s", "s").split()
     assert [row[0] for row in rows] == [str(rank) for rank in range(1, 11)]
-    column = {name: index for index, name in enumerate(head)}
+    column = {name: head.index(name) for name in head}  # An axis has its size first, then its seconds.
     seconds = [float(row[column["s"]]) for row in rows]
     assert seconds == sorted(seconds)
     for row in rows:
         kinds = [float(row[column[kind]]) for kind in ("par", "gra", "opt", "act", "log", "col")]
         assert sum(kinds) == pytest.approx(float(row[column["GiB"]]), abs=0.04)
         assert float(row[column["GiB"]]) < 95.73
-        assert int(row[1]) * int(row[2]) == 64
+        sizes = [int(row[column[axis]]) for axis in AXES if axis in column]
+        assert math.prod(sizes) == 64 and len(sizes) > 1
         assert int(row[column["micro"]]) * int(row[column["accum"]]) == 512
         hours = 1e12 / (512 * 8192 / float(row[column["s"]])) / 3600 * 64
         assert float(row[-2].replace(",", "")) == pytest.approx(hours, rel=1e-3)
@@ -215,17 +263,20 @@ def test_the_rejected_name_a_reason_and_a_remedy_that_works():
 
 
 def test_what_apply_prints_gives_the_best_plans_mesh_to_the_real_flags(monkeypatch, tmp_path):
-    row = run(*PRICED).split("\n\n")[1].splitlines()[1].split()
+    head, row = (line.split() for line in run(*PRICED).split("\n\n")[1].splitlines()[:2])
+    row = dict(zip(head[::-1], row[::-1])) | dict(zip(head[: head.index("accum") + 1], row))
     line = run("--apply")
     got = []
     monkeypatch.setattr(main, "train", lambda experiment, *_: got.append(experiment) or exit(7))
     with pytest.raises(SystemExit, match="7"):
         command_line.run(["batiste", "train", PLAN[1], f"--workdir={tmp_path}", *shlex.split(line)])
     (experiment,) = got
-    assert [str(experiment.mesh.data), str(experiment.mesh.tensor), str(experiment.mesh.zero),
-            experiment.model.remat, str(experiment.train.accumulation)] == (
-                [*row[1:4], row[4].split(":")[0], row[6]])
-    assert row[4].startswith("names") and row[4].endswith(f":{len(experiment.model.saved)}")
+    mesh, model = experiment.mesh, experiment.model
+    sizes = {axis: str(getattr(mesh, axis)) for axis in AXES}
+    assert {axis: row.get(axis, "1") for axis in AXES} == sizes
+    assert (row["zero"], row["accum"]) == (str(mesh.zero), str(experiment.train.accumulation))
+    policy = f"names:{len(model.saved)}" if model.remat == "names" else model.remat
+    assert row["remat"] == policy != "full"
     assert experiment.train.batch_size == 512
     experiment.validate_on(64)
 
@@ -335,22 +386,40 @@ SMALL = TransformerConfig(
 )
 
 
-@pytest.mark.parametrize("remat,mesh", [
-    ("full", {"data": 4, "tensor": 2, "zero": 3}), ("none", {"data": 8, "zero": 1}),
-])
-def test_predicted_memory_is_the_compilers(remat, mesh):
+def small(mesh: MeshConfig, remat: str) -> tuple[Workload, Choice]:
+    """What is compiled here."""
+    train = TrainConfig(batch_size=64, objective=ObjectiveConfig(loss_chunk=128))
+    return Workload(SMALL, train, 512), Choice(mesh, remat, 1)
+
+
+def test_predicted_memory_and_flops_are_the_compilers():
     pytest.importorskip("libtpu", reason="libtpu exists for Linux on x86-64 only")
     from batiste.planning.compiled import compile_step
 
-    train = TrainConfig(batch_size=64, objective=ObjectiveConfig(loss_chunk=128))
-    given, choice = Workload(SMALL, train, 512), Choice(MeshConfig(**mesh), remat, 1)
+    given, choice = small(mesh_config(data=4, tensor=2, zero=3), "full")
     compiled = compile_step(given, tpu_machine("v5e:2x4"), choice)
     predicted = Account(given).estimate(choice).total
     assert predicted == pytest.approx(compiled.peak_bytes, rel=0.25)
-    found = read_program(compiled.program.as_text())
+    found = read_program(compiled.text)
     expected = product_flops(Account(given), tpu_machine("v5e:2x4"), choice)
     assert found.flops == pytest.approx(expected, rel=0.1)
     assert found.collectives["all-gather"] > 0
+
+
+def test_the_compilers_buffers_are_read_as_it_counts_them(tmp_path):
+    pytest.importorskip("libtpu", reason="libtpu exists for Linux on x86-64 only")
+    from batiste.planning.buffers import is_accepted, read_buffers, writing_to
+    from batiste.planning.compiled import lower_step
+
+    mesh = mesh_config(data=4, stage=2, zero=1, micro_batches=4)
+    given, choice = small(mesh, "full")
+    assert not is_accepted(tmp_path)
+    lowered = lower_step(given, tpu_machine("v5e:2x4"), choice)
+    peak = lowered.compile(writing_to(str(tmp_path))).memory_analysis().peak_memory_in_bytes
+    buffers = read_buffers(tmp_path)
+    assert is_accepted(tmp_path) and buffers.peak == pytest.approx(peak, rel=1e-3)
+    assert buffers.peak <= buffers.reserved < 1.5 * buffers.peak
+    assert Account(given).estimate(choice).total == pytest.approx(peak, rel=0.25)
 
 
 def test_the_quickstart_is_planned_as_it_is_configured():
