@@ -76,10 +76,7 @@ def check(name, mesh_config, config=None):
 @pytest.mark.parametrize("name,mesh", [
     ("plain", dict(context=8)), ("gemma", dict(context=4, tensor=2)),
     ("alibi", dict(data=2, context=2, tensor=2)), ("learned", dict(data=2, context=4, zero=3)),
-    ("gemma", dict(data=2, context=2, tensor=2, zero=3)),
-    ("plain", dict(exchange="all_to_all", context=8)),
     ("gemma", dict(exchange="all_to_all", context=4, tensor=2)),
-    ("alibi", dict(exchange="all_to_all", data=2, context=2, tensor=2)),
     ("learned", dict(exchange="all_to_all", data=2, context=4, zero=3)),
 ], ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value.values())))
 def test_shared_rows_equal_whole_rows(name, mesh):
