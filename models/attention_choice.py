@@ -23,6 +23,11 @@ class OneOf(NamedTuple):
     masks: tuple[AttentionMask, ...]
     index: jax.Array
 
+    @property
+    def query_segments_BT(self) -> jax.Array | None:
+        """The same for all of them."""
+        return self.masks[0].query_segments_BT
+
 
 def resolve_attention(
     config: TransformerConfig, device_kind: str, axis_sizes: Mapping[str, int]

@@ -87,25 +87,60 @@ def _weight_gradient(x: jax.Array, gradient: jax.Array, rows: tuple, dims: tuple
 project.defvjp(_project_forward, _project_backward)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def lookup(table: jax.Array, places_BT: jax.Array, letters: str) -> jax.Array:
     """The rows of a table ("VD" or "TD", by `letters`) at these places, in its dtype.
 
-    Said device by device, the gradient by transposition: inside one of several slices XLA's
-    partitioner dies of the lookup, and gathers the activations of all devices for its gradient.
+    It and its gradient are said device by device: inside one of several slices XLA's partitioner
+    dies of the lookup, and gathers the activations of all devices for its gradient.
     """
-    # A table of places is whole over `context`, which splits the rows of the batch.
-    axes = tuple(axis for axis in axes_of(letters) if axis not in axes_of("BT"))
+    axes, table_spec = _table_axes(letters)
 
     def of_this_device(table: jax.Array, places_BT: jax.Array) -> jax.Array:
         if not axes:
             return table[places_BT]
-        here_BT = places_BT - jax.lax.axis_index(axes) * table.shape[0]
-        is_here_BT = (here_BT >= 0) & (here_BT < table.shape[0])
-        rows_BTD = jnp.where(is_here_BT[..., None], table[jnp.where(is_here_BT, here_BT, 0)], 0)
-        return jax.lax.psum(rows_BTD, axes)
+        here_BT, is_here_BT = _places_here(places_BT, axes, table.shape[0])
+        return jax.lax.psum(jnp.where(is_here_BT[..., None], table[here_BT], 0), axes)
 
-    specs = (PartitionSpec(axes or None, None), spec("BT")), spec("BTD")
-    return per_device(of_this_device, *specs)(table, places_BT)
+    return per_device(of_this_device, (table_spec, spec("BT")), spec("BTD"))(table, places_BT)
+
+
+def _lookup_backward(letters, saved, gradient_BTD):
+    """Each device adds up the rows that it has, then all that share its part of the table do."""
+    places_BT, size = saved
+    axes, table_spec = _table_axes(letters)
+    row_axes = axes_of("BT")
+
+    def of_this_device(places_BT: jax.Array, gradient_BTD: jax.Array) -> jax.Array:
+        rows = size // math.prod(jax.lax.axis_size(axis) for axis in axes)
+        sums = jnp.zeros((rows, gradient_BTD.shape[-1]), gradient_BTD.dtype)
+        if axes:
+            places_BT, is_here_BT = _places_here(places_BT, axes, rows)
+            gradient_BTD = jnp.where(is_here_BT[..., None], gradient_BTD, 0)
+        return jax.lax.psum(sums.at[places_BT].add(gradient_BTD), row_axes)
+
+    specs = (spec("BT"), spec("BTD")), table_spec
+    return per_device(of_this_device, *specs)(places_BT, gradient_BTD), None
+
+
+def _table_axes(letters: str) -> tuple[tuple[str, ...], PartitionSpec]:
+    """What splits the rows of a table that is looked up; one of places is whole over `context`."""
+    axes = tuple(axis for axis in axes_of(letters) if axis not in axes_of("BT"))
+    return axes, PartitionSpec(axes or None, None)
+
+
+def _places_here(places_BT: jax.Array, axes: tuple[str, ...], rows: int) -> tuple:
+    """Places in this device's part of a table, 0 where they are in another's; which are here."""
+    here_BT = places_BT - jax.lax.axis_index(axes) * rows
+    is_here_BT = (here_BT >= 0) & (here_BT < rows)
+    return jnp.where(is_here_BT, here_BT, 0), is_here_BT
+
+
+lookup.defvjp(
+    lambda table, places_BT, letters: (
+        lookup(table, places_BT, letters), (places_BT, table.shape[0])),
+    _lookup_backward,
+)
 
 
 def add_bias(x: jax.Array, bias: nnx.Param | None) -> jax.Array:

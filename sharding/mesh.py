@@ -76,4 +76,6 @@ def compiler_options(device: jax.Device, letters_tree: Any) -> dict[str, bool] |
     matrix: 275 GFLOP instead of 34 for 8,192 rows and 8 experts.
     """
     experts = any("E" in letters for letters in jax.tree.leaves(letters_tree))
-    return {"xla_tpu_enable_ragged_dot_kernel": True} if experts and device.platform == "tpu" else None
+    if not experts or device.platform != "tpu":
+        return None
+    return {"xla_tpu_enable_ragged_dot_kernel": True}

@@ -73,7 +73,7 @@ def _automatic(partition: PartitionSpec) -> PartitionSpec:
 
 
 def axes_of(letters: str) -> tuple[str, ...]:
-    """The mesh axes that dims with these letters are split over here; without a mesh, none."""
+    """The mesh axes that split these letters and are not yet split over; without a mesh, none."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return ()

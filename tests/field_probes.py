@@ -22,7 +22,7 @@ from batiste.configs.experiment import Experiment
 from batiste.data import Batch, Loader
 from batiste.evaluation import make_row_losses
 from batiste.models import Transformer
-from batiste.sharding import MeshConfig, laid_out, make_mesh, time_order
+from batiste.sharding import MeshConfig, laid_out, make_mesh, place, time_order
 from batiste.train import TrainConfig, make_program, make_train_step
 from batiste.train.local_steps import make_exchange
 from batiste.train.metrics import read_metrics
@@ -96,8 +96,8 @@ def start(experiment: Experiment, _):
 def two_steps(experiment: Experiment, _):
     """The training state after two real steps, and the metrics of the second."""
     with jax.disable_jit():
-        program, _, step = _program(experiment)
-        batch = jax.tree.map(jnp.asarray, BATCH)
+        program, mesh, step = _program(experiment)
+        batch = place(mesh, BATCH, Batch(*("BS",) * 5))
         return step(step(program.initialize(), batch)[0], batch)
 
 

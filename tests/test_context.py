@@ -70,16 +70,13 @@ def check(name, mesh_config, config=None):
         # What begins at 0 moves by sums that cancel: below 0.01 the absolute error counts.
         lambda a, b: root_mean_square(a - b) / max(root_mean_square(b), 0.01), params, params_alone)
     worst = max(jax.tree_util.tree_leaves_with_path(errors), key=lambda leaf: leaf[1])
-    assert worst[1] <= 1e-6, worst
+    assert all(error <= 1e-6 for error in jax.tree.leaves(errors)), worst
 
 
 @pytest.mark.parametrize("name,mesh", [
     ("plain", dict(context=8)), ("gemma", dict(context=4, tensor=2)),
     ("alibi", dict(data=2, context=2, tensor=2)), ("learned", dict(data=2, context=4, zero=3)),
-    ("gemma", dict(data=2, context=2, tensor=2, zero=3)),
-    ("plain", dict(exchange="all_to_all", context=8)),
     ("gemma", dict(exchange="all_to_all", context=4, tensor=2)),
-    ("alibi", dict(exchange="all_to_all", data=2, context=2, tensor=2)),
     ("learned", dict(exchange="all_to_all", data=2, context=4, zero=3)),
 ], ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value.values())))
 def test_shared_rows_equal_whole_rows(name, mesh):

@@ -57,7 +57,7 @@ def largest_error(mine, theirs) -> float:
     """Of all parameters, relative to the size of each (to 0.01 for biases, which begin at 0)."""
     errors = jax.tree.map(
         lambda a, b: root_mean_square(a - b) / max(root_mean_square(b), 0.01), mine, theirs)
-    return max(jax.tree.leaves(errors))
+    return float(np.max(jax.tree.leaves(errors)))  # Python's max passes over what is NaN.
 
 
 def check_equal(mine, theirs):
@@ -73,16 +73,12 @@ def check_equal(mine, theirs):
 
 CASES = {
     "as many micro-batches as stages": (dict(stage=4, micro_batches=4), {}),
-    "more than stages": (dict(stage=2, data=1, tensor=4, micro_batches=8), {}),
+    "more than stages": (dict(stage=2, data=1, tensor=4, micro_batches=8, zero=2), {}),
     "fewer, and not a divisor": (dict(stage=4, tensor=2, micro_batches=2), {}),
-    "zero 0": (dict(stage=2, tensor=2, micro_batches=4, zero=0), {}),
-    "zero 1": (dict(stage=2, tensor=2, micro_batches=4, zero=1), {}),
-    "zero 2": (dict(stage=2, tensor=2, micro_batches=4, zero=2), {}),
     "zero 3": (dict(stage=2, tensor=2, micro_batches=4, zero=3), {}),
     "interleave 3": (dict(stage=2, tensor=2, micro_batches=4, interleave=3, zero=1), {}),
     "interleave 2, zero 3, remat": (
         dict(stage=2, tensor=2, micro_batches=2, interleave=2, zero=3), dict(remat="full")),
-    "interleave 2, remat dots": (dict(stage=2, micro_batches=2, interleave=2), dict(remat="dots")),
     "the same pattern in every chunk": (
         dict(stage=4, tensor=2, micro_batches=4),
         dict(layer_pattern=("local", "global", "global"), **LOCAL)),
@@ -95,12 +91,6 @@ CASES = {
     "sandwich": (
         dict(stage=2, micro_batches=2),
         dict(norm_placement="sandwich", scale_embeddings=True)),
-    "context, a pattern across chunks": (
-        dict(stage=2, context=2, micro_batches=2, interleave=2),
-        dict(layer_pattern=("global", "local", "local", "global"), **LOCAL)),
-    "experts": (
-        dict(stage=2, data=1, expert=2, tensor=2, micro_batches=4, interleave=2),
-        dict(bias=False, num_experts=4, experts_per_token=2, router_bias=True)),
 }
 
 

@@ -91,8 +91,7 @@ def test_float16_compiles_too():
 def test_experts_exchange_only_what_there_is_and_multiply_nothing_twice():
     """On v6e, where XLA left to itself multiplies each row by every expert's matrix."""
     model = dataclasses.replace(
-        MODEL, num_layers=1, num_experts=8, remat="none", attention="v6e", tied_embeddings=False,
-    )
+        MODEL, num_layers=1, num_experts=8, remat="none", attention="v6e", tied_embeddings=False)
     _, lowered = lower_step("v6e:2x2", MeshConfig(data=2, expert=2, zero=3), model)
     text = lowered.as_text()
     # There and back, forward and backward; nothing is padded to a dense all-to-all.

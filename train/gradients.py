@@ -47,6 +47,8 @@ def accumulate(program: Program, config: TrainConfig, params, batch, step, scale
 def _dropout_key(config: TrainConfig, step: jax.Array) -> jax.Array:
     """The key of a step; where slices compute by themselves, no two drop the same entries."""
     key = jax.random.fold_in(jax.random.key(config.seed), step)
-    if "slice" in jax.sharding.get_abstract_mesh().manual_axes:
-        key = jax.random.fold_in(key, jax.lax.axis_index("slice"))
+    manual = jax.sharding.get_abstract_mesh().manual_axes
+    for axis in ("slice", "data"):
+        if axis in manual:
+            key = jax.random.fold_in(key, jax.lax.axis_index(axis))
     return key

@@ -1,10 +1,11 @@
-"""Several slices, one step: gradients are summed inside a slice, then between slices in shares.
+"""When gradients are summed over devices: once a step, in shares, inside a slice before between slices.
 
-Inside a slice the sum leaves each device of `data` with a share (D is split, as ZeRO splits it),
-only that share travels over the slow network, and the slice gathers again what its ZeRO level wants
+The sum over `data` leaves each device with a share (D is split, as ZeRO splits it), only that share
+travels over the slow network between slices, and the slice gathers again what its ZeRO level wants
 whole.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from batiste.sharding import constrain, spec
+from batiste.sharding import constrain, per_device, spec
 
 
 def in_each_slice(function: Callable, in_specs: Any, out_specs: Any) -> Callable:
@@ -25,17 +26,45 @@ def in_each_slice(function: Callable, in_specs: Any, out_specs: Any) -> Callable
     )
 
 
-def sum_over_slices(gradients_of: Callable, letters: Any) -> Callable:
-    """`gradients_of` (params, batch, step, scale) of all rows; each slice computes with its own.
+def summed_once(gradients_of: Callable, letters: Any, axes: tuple[str, ...]) -> Callable:
+    """`gradients_of` (params, batch, step, scale) of all rows, summed over `axes` at the end.
 
-    The gradients come back split over `data`.
+    axes: among "slice" and "data", in this order. Each part of them computes with its own rows, so
+    that micro-batches add up where they are. Left to the compiler, every micro-batch of every
+    accumulation step, and every tick of a pipeline, sums its gradients over `data` again.
     """
-    def of_this_slice(params, batch, step, scale):
+    def of_this_part(params, batch, step, scale):
         gradients, terms = gradients_of(params, batch, step, scale)
-        return jax.lax.psum((split_over_data(gradients, letters), terms), "slice")
+        if "data" not in axes:
+            gradients = split_over_data(gradients, letters)
+        split = jax.tree.map(functools.partial(spec, zero="data" not in axes), letters)
+        # Device by device: XLA would make gradients whole over `tensor` before it scatters them.
+        add = per_device(lambda tree: jax.tree.map(functools.partial(_summed, axes), tree, letters),
+                         (split,), split)
+        return add(gradients), jax.lax.psum(terms, axes)
 
-    own, shared = PartitionSpec("slice"), PartitionSpec()
-    return in_each_slice(of_this_slice, (shared, own, shared, shared), shared)
+    rows, shared = PartitionSpec(axes), PartitionSpec()
+    call = jax.shard_map(
+        of_this_part, in_specs=(shared, rows, shared, shared),
+        out_specs=(jax.tree.map(functools.partial(_left_split, axes), letters), shared),
+        axis_names=set(axes), check_vma=False,
+    )
+    return call
+
+
+def _left_split(axes: tuple[str, ...], letters: str) -> PartitionSpec:
+    """How `_summed` leaves a gradient over those axes."""
+    scattered = "data" in axes and "D" in letters
+    return PartitionSpec(*("data" if letter == "D" else None for letter in letters) if scattered else ())
+
+
+def _summed(axes: tuple[str, ...], gradient: jax.Array, letters: str) -> jax.Array:
+    if "data" in axes and "D" in letters:
+        gradient = jax.lax.psum_scatter(
+            gradient, "data", scatter_dimension=letters.index("D"), tiled=True)
+    elif "data" in axes:
+        gradient = jax.lax.psum(gradient, "data")
+    return jax.lax.psum(gradient, "slice") if "slice" in axes else gradient
 
 
 def split_over_data(tree: Any, letters: Any) -> Any:

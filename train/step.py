@@ -16,7 +16,7 @@ from batiste.train.gradients import accumulate
 from batiste.train.local_steps import Workers, exchanged_bytes, make_exchange
 from batiste.train.objectives import RouterTerms, Terms
 from batiste.train.precision import adjust, all_finite, keep_if, unscale
-from batiste.train.slices import all_reduce_bytes, in_each_slice, sum_over_slices, summed_bytes
+from batiste.train.slices import all_reduce_bytes, in_each_slice, summed_bytes, summed_once
 from batiste.train.state import Program, TrainState
 
 Metrics = dict[str, jax.Array]
@@ -56,8 +56,10 @@ def _common_step(program: Program, config: TrainConfig, mesh: jax.sharding.Mesh)
     """A step that all devices take together, by the gradients of the whole batch."""
     gradients_of = functools.partial(accumulate, program, config)
     slices = mesh.shape["slice"]
+    axes = _summed_once_over(program, config, mesh)
+    if axes:
+        gradients_of = summed_once(gradients_of, program.letters, axes)
     if slices > 1:
-        gradients_of = sum_over_slices(gradients_of, program.letters)
         gradient_bytes = summed_bytes(mesh, program.letters, program.abstract_state.params)
 
     def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
@@ -70,6 +72,25 @@ def _common_step(program: Program, config: TrainConfig, mesh: jax.sharding.Mesh)
         return new, metrics
 
     return step
+
+
+def _summed_once_over(
+    program: Program, config: TrainConfig, mesh: jax.sharding.Mesh
+) -> tuple[str, ...]:
+    """The axes over which gradients are summed at the end of a step and not as they come.
+
+    `data` where a step has several sums to make, and every device holds whole gradients anyway:
+    ZeRO-2 and 3 sum each layer's as it comes because there is no room for all.
+    """
+    layout, data = program.layout, mesh.shape["data"]
+    several = config.accumulation * layout.micro_batches > 1
+    names, leaves = jax.tree.leaves(program.letters), jax.tree.leaves(program.abstract_state.params)
+    divides = all(
+        leaf.shape[name.index("D")] % data == 0
+        for name, leaf in zip(names, leaves, strict=True) if "D" in name
+    )
+    wanted = {"slice": True, "data": layout.zero < 2 and several and divides}
+    return tuple(axis for axis, sums in wanted.items() if sums and mesh.shape[axis] > 1)
 
 
 def _local_step(program: Program, config: TrainConfig, mesh: jax.sharding.Mesh) -> Callable:
@@ -120,7 +141,7 @@ def _update(
         gradients = unscale(gradients, state.loss_scale)
     gradients = jax.tree.map(
         lambda gradient, letters: constrain(
-            gradient / tokens, letters, zero=program.layout.zero >= 2),
+            gradient / tokens, letters, zero=program.layout.zero >= 1),
         gradients, program.letters,
     )
     updates, optimizer_state = program.optimizer.update(
