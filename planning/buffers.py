@@ -9,7 +9,9 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 ALLOCATION = re.compile(r"allocation \d+: size (\d+),(.*)")
-VALUE = re.compile(r" value: <\d+ (\S+?)(\{[\d,]*\})?(?: \(phi\))? @(\d+)> \(size=(\d+),offset=(\d+)\)")
+VALUE = re.compile(
+    r" value: <\d+ (\S+?)(\{[\d,]*\})?(?: \(phi\))? @(\d+)> \(size=(\d+),offset=(\d+)\)"
+)
 LIFE = re.compile(r"^    (\S+?)(\{[\d,]*\})?:(\d+)-(\d+)$", re.M)
 HBM = 0
 

@@ -72,7 +72,7 @@ def compile_step(workload: Workload, machine: Machine, choice: Choice) -> Compil
 
 
 def refused_bytes(error: jax.errors.JaxRuntimeError) -> str:
-    """How much a program wants that the compiler refuses for it; any other error is raised again."""
+    """How much a program wants and is refused; any other error is raised again."""
     wanted = re.search(r"\(([\d.]+[KMG])\) exceeds available HBM", str(error))
     if wanted is None:
         raise error

@@ -1,9 +1,9 @@
 """Bytes on each device at the fullest moments of a training step, without compiling it.
 
 State comes from `make_program` itself (planning/state.py), what is kept for the backward pass from
-the model's own derivative (planning/saved.py), what is at work in a layer from planning/work.py. What
-is left is an account of what is alive at four moments, found by reading what the TPU's compiler
-holds at its peak (docs/plan.md has the errors).
+the model's own derivative (planning/saved.py), what is at work in a layer from planning/work.py.
+What is left is an account of what is alive at four moments, found by reading what the TPU's
+compiler holds at its peak (docs/plan.md has the errors).
 """
 
 import dataclasses
@@ -82,8 +82,8 @@ class Account:
         # A layer's weights in the compute dtype, the next one's where they are gathered ahead; and
         # the gradients of the layer, in fp32.
         in_flight = state.layer * (item / 4 * (2 if gathers else 1) + 1)
-        # A pipeline sums gradients over its ticks; what was kept of one tick is copied out, and what
-        # enters or leaves it waits for all micro-batches.
+        # A pipeline sums gradients over its ticks; what was kept of one tick is copied out, and
+        # what enters or leaves it waits for all micro-batches.
         ticks = state.gradients if pipelined else 0.0
         ends = saved / choice.ticks + 2 * item * stream / mesh.tensor if pipelined else 0.0
         layers = Moment(

@@ -127,8 +127,8 @@ def _extra_head(axes: Sequence[str]) -> list[str]:
 
 def _head(plans: Sequence[Plan], budget: Budget) -> list[str]:
     axes = _axes(plans)
-    head = ["#", *axes, *_extra_head(axes), "zero", "remat", "micro", "accum", *(kind[:3] for kind in KINDS), "= GiB",
-            "com", "mem", *axes, "bub", "= s", "MFU", "tokens/s", "days", "chip-hours"]
+    head = ["#", *axes, *_extra_head(axes), "zero", "remat", "micro", "accum",
+            *(kind[:3] for kind in KINDS), "= GiB", "com", "mem", *axes, "bub", "= s", "MFU", "tokens/s", "days", "chip-hours"]
     return head if budget.price_per_chip_hour is None else [*head, "cost"]
 
 
@@ -144,7 +144,8 @@ def _cells(account: Account, machine: Machine, plan: Plan, plans: Sequence[Plan]
     seconds = (time.compute, time.memory, *exposed, time.bubble)
     return [
         *(str(choice.sizes[axis]) for axis in axes), *extra, str(choice.mesh.zero), _policy(choice),
-        str(micro), str(choice.accumulation), *(f"{getattr(plan.memory, kind) / GIB:.2f}" for kind in KINDS),
+        str(micro), str(choice.accumulation),
+        *(f"{getattr(plan.memory, kind) / GIB:.2f}" for kind in KINDS),
         f"{plan.memory.total / GIB:.2f}", *(f"{value:.3g}" for value in seconds),
         f"{time.total:.4g}", f"{mfu(account, machine, time.total):.1%}",
     ]

@@ -234,7 +234,7 @@ def test_the_table_is_ranked_and_fits():
     head, *rows = [line.split() for line in out.split("\n\n")[1].splitlines()]
     head = " ".join(head).replace("= GiB", "GiB").replace("= s", "s").split()
     assert [row[0] for row in rows] == [str(rank) for rank in range(1, 11)]
-    column = {name: head.index(name) for name in head}  # An axis has its size first, then its seconds.
+    column = {name: head.index(name) for name in head}  # Of an axis: first its size.
     seconds = [float(row[column["s"]]) for row in rows]
     assert seconds == sorted(seconds)
     for row in rows:
