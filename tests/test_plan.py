@@ -72,12 +72,12 @@ def test_what_is_said_to_be_kept_is_what_the_real_derivative_keeps(change, remat
     saved = ("query", "attended", "up") if remat == "names" else ()
     model = dataclasses.replace(
         WIDE, **{"dtype": "bfloat16", "remat": remat, "saved": saved} | change)
-    tokens_BT = jnp.zeros((3, 12), jnp.int32)
+    tokens_BT, segments_BT = jnp.zeros((3, 12), jnp.int32), jnp.ones((3, 12), jnp.int32)
     graphdef, params = nnx.split(nnx.eval_shape(lambda: Transformer(model, rngs=nnx.Rngs(0))))
 
     def residuals(params):
         def features(params):
-            return nnx.merge(graphdef, params).features(tokens_BT, tokens_BT, tokens_BT)
+            return nnx.merge(graphdef, params).features(tokens_BT, segments_BT, segments_BT)
 
         return jax.tree.leaves(jax.vjp(features, params)[1])
 
