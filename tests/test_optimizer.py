@@ -290,7 +290,8 @@ def test_letters_of_the_wrong_rank_are_refused_with_the_path_of_the_parameter():
 
 def test_adafactor_refuses_so_many_layers_that_it_would_factor_across_them():
     params = {"norm": jnp.ones((FACTOR_MINIMUM, 4))}
-    with pytest.raises(ValueError, match=r"train\.optimizer\.kind.*128 stacked layers \(and experts\), got 128"):
+    message = r"train\.optimizer\.kind.*128 stacked layers \(and experts\), got 128"
+    with pytest.raises(ValueError, match=message):
         updates_of(OptimizerConfig(kind="adafactor"), params, [params], {"norm": "LD"})
 
 
