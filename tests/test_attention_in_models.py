@@ -30,7 +30,7 @@ def interpreted():
 def models(model_config):
     """The same weights with the reference and with a TPU's kernels; local and global layers."""
     config = dataclasses.replace(
-        model_config, num_layers=2, layer_pattern=("local", "global"), window=5, head_dim=64,
+        model_config, vocab_size=38, num_layers=2, layer_pattern=("local", "global"), window=5, head_dim=64,
         attention_soft_cap=2.0, attention_sinks=True,
     )
     reference = Transformer(config, rngs=nnx.Rngs(3))
