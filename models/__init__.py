@@ -2,12 +2,13 @@
 
 from batiste.models.attention_choice import resolve_attention
 from batiste.models.config import TransformerConfig
+from batiste.models.layer_sums import AttentionSums, LayerSums
 from batiste.models.mixture import rebalanced
 from batiste.models.parameter import letters_tree
 from batiste.models.router import RouterSums
 from batiste.models.transformer import Cache, Transformer
 
 __all__ = [
-    "Cache", "RouterSums", "Transformer", "TransformerConfig", "letters_tree", "rebalanced",
-    "resolve_attention",
+    "AttentionSums", "Cache", "LayerSums", "RouterSums", "Transformer", "TransformerConfig",
+    "letters_tree", "rebalanced", "resolve_attention",
 ]

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from batiste.train.health import HealthConfig
 from batiste.train.local_steps import LocalStepsConfig
 from batiste.train.optimizer import OptimizerConfig
 from batiste.train.precision import LossScaleConfig
@@ -67,6 +68,12 @@ class TrainConfig:
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
     stop: StopConfig = dataclasses.field(default_factory=StopConfig)
+    health: HealthConfig = dataclasses.field(default_factory=HealthConfig)
+
+    @property
+    def measures(self) -> bool:
+        """Whether steps compute statistics of their health; local steps do not."""
+        return self.health.every is not None and self.local.steps is None
 
     def validate(self) -> None:
         """Raises ValueError, naming the field and a fix, for a run that cannot be."""
@@ -74,6 +81,7 @@ class TrainConfig:
         make_schedule(self.schedule, self.num_steps)
         self.loss_scale.validate()
         self.local.validate()
+        self.health.validate()
         positive = {
             "num_steps": self.num_steps, "batch_size": self.batch_size,
             "accumulation": self.accumulation, "objective.loss_chunk": self.objective.loss_chunk,

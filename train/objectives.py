@@ -1,11 +1,11 @@
 """Losses as (sum, denominator) pairs, so that they add up over micro-batches; nobody divides here."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from batiste.models import RouterSums, Transformer
+from batiste.models import LayerSums, RouterSums, Transformer
 from batiste.sharding import constrain, in_time_order
 from batiste.train.config import ObjectiveConfig
 
@@ -26,13 +26,16 @@ class Terms(NamedTuple):
 
     loss: what is minimized, label smoothing, z-loss and the router's losses included.
     cross_entropy: in nats. tokens: the sum of the loss weights, the denominator of both.
-    router: None without experts.
+    router: None without experts. layers: what they sum up of each row, if they are measured.
+    health: what train/health_statistics.py makes of all this.
     """
 
     loss_B: jax.Array
     cross_entropy_B: jax.Array
     tokens_B: jax.Array
     router: RouterTerms | None = None
+    layers: LayerSums | None = None
+    health: Any = None
 
 
 def token_losses(
@@ -59,12 +62,17 @@ def token_losses(
     return loss_BT, cross_entropy_BT
 
 
-def causal_loss(model: Transformer, batch, dropout_key, config: ObjectiveConfig) -> Terms:
-    """Next-token prediction over a Batch; with `loss_chunk` or `fused`, never all logits at once."""
+def causal_loss(
+    model: Transformer, batch, dropout_key, config: ObjectiveConfig, measured: bool = False
+) -> Terms:
+    """Next-token prediction over a Batch; with `loss_chunk` or `fused`, never all logits at once.
+
+    measured: whether the layers sum up what they do.
+    """
     # Whole over `context`, so that each device takes what it needs of them and nothing is sent.
     batch = jax.tree.map(lambda x_BT: constrain(in_time_order(x_BT), "BS"), batch)
-    x_BTD, router = model.features(
-        batch.tokens_BT, batch.positions_BT, batch.segments_BT, dropout_key
+    x_BTD, output = model.features(
+        batch.tokens_BT, batch.positions_BT, batch.segments_BT, dropout_key, measured
     )
 
     def terms(x_BTD, targets_BT, weights_BT):
@@ -79,7 +87,9 @@ def causal_loss(model: Transformer, batch, dropout_key, config: ObjectiveConfig)
     else:
         arrays = (constrain(x_BTD, "BTD"), batch.targets_BT, batch.weights_BT)
         total = _chunked(terms, arrays, config.loss_chunk)
-    return total if router is None else _with_router(total, router, config)
+    if output.router is not None:
+        total = _with_router(total, output.router, config)
+    return total._replace(layers=output.sums)
 
 
 def _with_router(terms: Terms, router: RouterSums, config: ObjectiveConfig) -> Terms:
