@@ -6,6 +6,7 @@
 
 from batiste.data.config import DataConfig, SourceConfig
 from batiste.data.loader import Loader
+from batiste.data.order import position
 from batiste.data.packing import Batch
 from batiste.data.prepare import prepare
 from batiste.data.prepared import Prepared, load_prepared
@@ -13,5 +14,5 @@ from batiste.data.tokenizer import Tokenizer, load_tokenizer
 
 __all__ = [
     "Batch", "DataConfig", "Loader", "Prepared", "SourceConfig", "Tokenizer",
-    "load_prepared", "load_tokenizer", "prepare",
+    "load_prepared", "load_tokenizer", "position", "prepare",
 ]

@@ -30,15 +30,16 @@ def read_metrics(workdir: str | os.PathLike) -> list[dict[str, Any]]:
     Raises:
         ValueError: any other line is not a record.
     """
-    return [record for record in _read_all(workdir) if record["kind"] != HEALTH]
+    return [record for record in read_all(workdir) if record["kind"] != HEALTH]
 
 
 def read_health(workdir: str | os.PathLike) -> list[dict[str, Any]]:
     """Returns the records of kind "health" likewise; ValueError as in `read_metrics`."""
-    return [record for record in _read_all(workdir) if record["kind"] == HEALTH]
+    return [record for record in read_all(workdir) if record["kind"] == HEALTH]
 
 
-def _read_all(workdir: str | os.PathLike) -> list[dict[str, Any]]:
+def read_all(workdir: str | os.PathLike) -> list[dict[str, Any]]:
+    """Returns the records of every kind."""
     path = pathlib.Path(workdir, METRICS_FILE)
     if not path.exists():
         return []
@@ -50,8 +51,11 @@ def _read_all(workdir: str | os.PathLike) -> list[dict[str, Any]]:
 def _decode(line: bytes, place: str) -> dict[str, Any]:
     try:
         record = json.loads(line)
-        return {"step": record.pop("step"), "kind": record.pop("kind"),
-                **_each(float, record)}
+        step, kind = record.pop("step"), record.pop("kind")
+        if kind == HEALTH:
+            return {"step": step, "kind": kind, **_each(float, record)}
+        return {"step": step, "kind": kind,
+                **{name: float(value) for name, value in record.items()}}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{place}: expected a JSON object with step, kind and numbers, got "
                          f"{line[:80]!r}; remove the line to continue") from error
@@ -93,7 +97,7 @@ class MetricsWriter:
         workdir.mkdir(parents=True, exist_ok=True)
         path = workdir / METRICS_FILE
         temporary = path.with_suffix(".tmp")
-        kept = [record for record in _read_all(workdir) if record["step"] <= steps_done]
+        kept = [record for record in read_all(workdir) if record["step"] <= steps_done]
         with open(temporary, "w", encoding="utf-8") as file:
             file.writelines(map(_encode, kept))
             file.flush()

@@ -6,12 +6,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import PartitionSpec
 
 from batiste.models import rebalanced
-from batiste.sharding import HOST_MEMORY, compiler_options, constrain
+from batiste.sharding import HOST_MEMORY, compiler_options, constrain, layer_order
 from batiste.train.config import TrainConfig
+from batiste.train.faults import faulty_gradients, faulty_params, faulty_updates, parse_fault
 from batiste.train.gradients import accumulate
 from batiste.train.health_statistics import health_statistics
 from batiste.train.local_steps import Workers, exchanged_bytes, make_exchange
@@ -69,7 +71,10 @@ def _common_step(program: Program, config: TrainConfig, mesh: jax.sharding.Mesh)
 
     def step(state: TrainState, batch: Any, factor: Any) -> tuple[TrainState, Metrics]:
         scale = None if state.loss_scale is None else state.loss_scale.scale
-        gradients, terms = gradients_of(state.params, batch, state.step, scale)
+        fault, places = parse_fault(config.faults), _places(program)
+        params = faulty_params(fault, state.params, state.step + 1, places)
+        gradients, terms = gradients_of(params, batch, state.step, scale)
+        gradients = faulty_gradients(fault, gradients, state.step + 1, places)
         new, metrics = _update(program, config, state, gradients, (terms, factor))
         if slices > 1:
             sums = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(terms))
@@ -156,6 +161,8 @@ def _update(
     updates, optimizer_state = program.optimizer.update(
         gradients, state.optimizer_state, state.params
     )
+    updates = faulty_updates(
+        parse_fault(config.faults), updates, state.step + 1, _places(program))
     metrics = {
         "loss": terms.loss_B / tokens,
         "cross_entropy": terms.cross_entropy_B / tokens,
@@ -183,6 +190,12 @@ def _update(
         new = TrainState(new.step, *kept, None)
         metrics["skipped"] = 1 - finite.astype(jnp.float32)
     return new, metrics
+
+
+def _places(program: Program) -> np.ndarray:
+    """Where the layer of each depth is stored."""
+    layers, layout = jax.tree.leaves(program.abstract_state.params["layers"]), program.layout
+    return np.argsort(layer_order(layers[0].shape[0], layout.stage, layout.interleave))
 
 
 def _on_device(program: Program, state: TrainState) -> TrainState:
