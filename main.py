@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import pathlib
@@ -10,20 +11,23 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from batiste.assembly import Assembly, assemble
 from batiste.configs.experiment import Experiment, flatten, from_dict
-from batiste.data import Loader, Prepared, load_prepared
+from batiste.data import Loader, Prepared, load_prepared, position
 from batiste.data import prepare as prepare_data
 from batiste.evaluation import Perplexity
 from batiste.forecast import check_memory
 from batiste.inference import SamplingConfig
 from batiste.sharding import (
-    MeshConfig, Share, agree, check_connected, check_shared, is_first, restack, together,
+    MeshConfig, Share, agree, check_connected, check_shared, is_first, replicate, restack,
+    together,
 )
 from batiste.train import (
-    Checkpoints, Ledger, MetricsWriter, Records, Run, check_mode, check_same, fit, from_checkpoint,
-    make_train_step,
+    Checkpoints, Decision, Ledger, MetricsWriter, Monitor, Records, RollBack, Run, Watched,
+    check_mode, check_same, decide, decided, decisions_of, faulty_batches, fit, from_checkpoint,
+    make_train_step, parse_fault, roll_back, skipped, start_of, steered,
 )
 from batiste.train.checkpoint import CHECKPOINT_FOLDER
 from batiste.train.config import CheckpointConfig
@@ -33,7 +37,7 @@ PREPARE_SECONDS = 2 * 3600  # Longer work than that is for `batiste prepare`, on
 # These change where or how a step is computed and recorded, not what it computes.
 FREE_TO_CHANGE = (
     "mesh.", "sample.", "train.checkpoint.", "train.evaluation.", "train.stop.", "model.remat",
-    "model.saved", "model.offloaded", "model.scan_unroll",
+    "model.saved", "model.offloaded", "model.scan_unroll", "train.health.", "train.faults",
 )
 
 
@@ -56,8 +60,10 @@ def prepare(experiment: Experiment, workdir: str | os.PathLike) -> Prepared:
         return str(prepare_data(experiment.data, pathlib.Path(workdir, "data")).directory)
 
     directory = together("prepare the data", make if is_first() else str, PREPARE_SECONDS)[0]
-    together("read what process 0 prepared", lambda: load_prepared(directory).fingerprint)
-    prepared = load_prepared(directory)
+    read: list[Prepared] = []
+    together("read what process 0 prepared",
+             lambda: read.append(load_prepared(directory)) or read[0].fingerprint)
+    prepared = read[0]
     if prepared.tokenizer.vocab_size > experiment.model.vocab_size:
         raise ValueError(
             f"model.vocab_size={experiment.model.vocab_size}, but the tokenizer has "
@@ -166,7 +172,51 @@ def _stored(workdir: pathlib.Path, config: CheckpointConfig) -> tuple[int | None
 def _fit(
     assembly: Assembly, checkpoints: Checkpoints, ledger: Ledger, meta: dict[str, Any], start: int | None
 ) -> tuple[Any, str]:
-    """Trains from the checkpoint of step `start`, or from nothing; the state, and why it ended."""
+    """Trains from the checkpoint of step `start`, or from nothing; the state, and why it ended.
+
+    What was decided about the run before holds, also what the checkpoint does not know yet.
+    """
+    train = assembly.experiment.train
+    known, everything = decisions_of(meta), _decided(assembly.workdir)
+    meta["decisions"] = [dataclasses.asdict(decision) for decision in everything]
+    before, start = start, start_of(start, known, everything)
+    if start != before:
+        meta = _rewound(checkpoints, meta, start)
+    train_step = make_train_step(assembly.program, train, assembly.mesh)
+    while True:
+        try:
+            return _fit_from(assembly, checkpoints, ledger, meta, start, train_step)
+        except RollBack as asked:
+            checkpoints.wait()
+            decision = roll_back(
+                asked.finding, checkpoints.steps, decisions_of(meta), train.health.roll_back)
+            decide(decision, meta, ledger)
+            start = decision.to or None
+            meta = _rewound(checkpoints, meta, start)
+
+
+def _decided(workdir: pathlib.Path) -> list[Decision]:
+    """The decisions in the ledger, as the first process reads it."""
+    def read() -> str:
+        return json.dumps([dataclasses.asdict(decision) for decision in decided(workdir)])
+
+    return decisions_of({"decisions": json.loads(together(
+        "read what was decided", read if is_first() else str)[0])})
+
+
+def _rewound(checkpoints: Checkpoints, meta: dict[str, Any], start: int | None) -> dict[str, Any]:
+    """Forgets what was saved after `start`; the meta of a run that continues there."""
+    checkpoints.forget_after(start or 0)
+    stored = {} if start is None else checkpoints.meta(start)
+    return {"validation": [], **stored} | {
+        name: meta[name] for name in ("config", "data", "decisions")}
+
+
+def _fit_from(
+    assembly: Assembly, checkpoints: Checkpoints, ledger: Ledger, meta: dict[str, Any],
+    start: int | None, train_step: Callable,
+) -> tuple[Any, str]:
+    """The same, until the monitor asks to go back, which is a RollBack."""
     experiment = assembly.experiment
     if start is None:
         state = assembly.program.initialize()
@@ -178,12 +228,29 @@ def _fit(
     ledger.lap("initialize")
     loader = Loader(assembly.prepared, "train", experiment.train.batch_size, experiment.data.seed)
     share = Share(assembly.mesh, experiment.train.batch_size)
-    batches = loader.iterate(start or 0, share.rows)
+    windows = skipped(decisions_of(meta))
+    batches = loader.iterate(start or 0, share.rows, windows)
+    places = (position(step, windows) for step in itertools.count(start or 0))
+    faulty = faulty_batches(
+        parse_fault(experiment.train.faults), zip(places, batches),
+        assembly.prepared.tokenizer.vocab_size)
+    placed = map(share.place, faulty)
     progress, last_step = assembly.progress()
+    monitor = None
+    if experiment.train.measures:
+        monitor = Monitor(experiment.train, Watched(
+            meta, ledger, meta["config"], progress.note,
+            lambda step: loader.records(position(step - 1, windows))))
+        monitor.remember(assembly.workdir, start or 0)
+        placed = monitor.watch(placed)
     metrics = MetricsWriter(assembly.workdir if is_first() else None, start or 0)
+    if monitor is not None or decisions_of(meta):
+        train_step = steered(
+            train_step, meta, lambda factor: replicate(assembly.mesh, np.float32(factor)),
+            start or 0)
     run = Run(
-        train_step=make_train_step(assembly.program, experiment.train, assembly.mesh),
-        batches=map(share.place, batches),
+        train_step=train_step,
+        batches=placed,
         evaluate=lambda state: assembly.measure(
             state.params, experiment.train.evaluation.max_batches
         ).loss,
@@ -191,7 +258,7 @@ def _fit(
     )
     try:
         return fit(experiment.train, state, run,
-                   Records(checkpoints, metrics, progress, ledger, meta))
+                   Records(checkpoints, metrics, progress, ledger, meta, monitor))
     finally:
         batches.close()
         metrics.close()

@@ -4,13 +4,13 @@ from batiste.train.checkpoint import Checkpoints
 from batiste.train.config import ObjectiveConfig, TrainConfig
 from batiste.train.flops import flops_per_token, total_peak_flops
 from batiste.train.decisions import (
-    Decision, RollBack, decided, roll_back, skipped, start_of,
+    Decision, RollBack, decide, decided, decisions_of, roll_back, skipped, start_of, steered,
 )
 from batiste.train.faults import faulty_batches, parse_fault
 from batiste.train.ledger import Ledger
 from batiste.train.loop import Records, Run, fit
 from batiste.train.metrics import MetricsWriter, Progress, mfu_formula_line
-from batiste.train.monitor import Monitor, Watched, decide
+from batiste.train.monitor import Monitor, Watched
 from batiste.train.objectives import causal_loss
 from batiste.train.report import ReportFacts, write_report
 from batiste.train.resume import RESUME_MODES, check_mode, check_same
@@ -21,7 +21,7 @@ __all__ = [
     "Checkpoints", "Decision", "Ledger", "MetricsWriter", "Monitor", "ObjectiveConfig",
     "Program", "Progress", "RESUME_MODES", "Records", "ReportFacts", "RollBack", "Run",
     "TrainConfig", "TrainState", "Watched", "causal_loss", "check_mode", "check_same", "decide",
-    "decided", "faulty_batches", "fit", "flops_per_token", "from_checkpoint", "make_program",
-    "make_train_step", "mfu_formula_line", "parse_fault", "roll_back", "skipped", "start_of",
+    "decided", "decisions_of", "faulty_batches", "fit", "flops_per_token", "from_checkpoint", "make_program",
+    "make_train_step", "mfu_formula_line", "parse_fault", "roll_back", "skipped", "start_of", "steered",
     "total_peak_flops", "write_report",
 ]

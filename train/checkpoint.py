@@ -56,6 +56,17 @@ class Checkpoints:
         """The newest committed step, None if there is none."""
         return self._manager.latest_step()
 
+    @property
+    def steps(self) -> list[int]:
+        """The committed steps."""
+        return sorted(self._manager.all_steps())
+
+    def forget_after(self, step: int) -> None:
+        """Deletes the committed states of later steps."""
+        with jax.transfer_guard("allow"):
+            for later in [saved for saved in self.steps if saved > step]:
+                self._manager.delete(later)
+
     def save(self, step: int, state: TrainState, meta: dict[str, Any]) -> None:
         """Starts saving; returns when the arrays are copied and the step may donate them."""
         args = ocp.args.Composite(

@@ -7,12 +7,14 @@ a run that is killed after a decision and continued comes to the same batches an
 import dataclasses
 import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
+
+import jax
 
 from batiste.data import position
 from batiste.train.findings import Finding
-from batiste.train.ledger import LEDGER_FILE
+from batiste.train.ledger import LEDGER_FILE, Ledger
 
 FACTOR = 0.5  # What `lower` multiplies the learning rate by.
 MOST = 3  # Roll-backs for one class to one step, before the run gives up.
@@ -50,6 +52,18 @@ class RollBack(Exception):
         self.finding = finding
 
 
+def decisions_of(meta: dict[str, Any]) -> list[Decision]:
+    """The decisions in the meta of a run; none in one from before there were any."""
+    return [Decision.of(fields) for fields in meta.get("decisions", ())]
+
+
+def decide(decision: Decision, meta: dict[str, Any], ledger: Ledger) -> None:
+    """Writes a decision down before anything follows of it."""
+    fields = dataclasses.asdict(decision)
+    ledger.write("decision", **fields)
+    meta["decisions"].append(fields)
+
+
 def learning_rate_factor(decisions: Sequence[Decision], step: int) -> float:
     """What multiplies the learning rate of step `step`, counted from 1."""
     lowered = [d for d in decisions if d.action == "lower" and step >= d.since]
@@ -59,6 +73,26 @@ def learning_rate_factor(decisions: Sequence[Decision], step: int) -> float:
 def skipped(decisions: Sequence[Decision]) -> list[tuple[int, int]]:
     """The positions that are not read."""
     return [decision.skip for decision in decisions if decision.skip is not None]
+
+
+def steered(
+    train_step: Callable, meta: dict[str, Any], place: Callable[[float], jax.Array], step: int
+) -> Callable:
+    """`train_step` with the learning rate that was decided; its first call is of step + 1.
+
+    place: puts a number on the mesh.
+    """
+    factor, placed = None, None
+
+    def steer(state: Any, batch: Any) -> tuple[Any, dict[str, Any]]:
+        nonlocal factor, placed, step
+        step += 1
+        now = learning_rate_factor(decisions_of(meta), step)
+        if now != factor:
+            factor, placed = now, place(now)
+        return train_step(state, batch, placed)
+
+    return steer
 
 
 def lower(finding: Finding) -> Decision:

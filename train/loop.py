@@ -112,7 +112,7 @@ def _record(records: Records, step: int, metrics: dict[str, jax.Array]) -> None:
         values["tokens_per_second"] = rate
     records.metrics.write(step, "train", **values)
     if records.monitor is not None:
-        records.monitor.look(step, metrics["health"], values)
+        records.monitor.look(records.metrics, step, metrics["health"], values)
     elif not math.isfinite(values["loss"]) and "loss_scale" not in values:
         records.checkpoints.wait()
         raise ValueError(

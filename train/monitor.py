@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from batiste.train.config import TrainConfig
-from batiste.train.decisions import Decision, RollBack, learning_rate_factor, lower
+from batiste.train.decisions import RollBack, decide, decisions_of, lower
 from batiste.train.detector import Detector
 from batiste.train.findings import Finding
 from batiste.train.health_record import health_record
@@ -25,13 +25,12 @@ LOOK_BACK = 4  # Windows of records that a continued run looks at again.
 class Watched:
     """What a Monitor writes to, and knows of the run.
 
-    decisions: grows. settings: the flat config. note: says a line on the terminal. examples: step ->
+    meta: of the run; its decisions grow. settings: the flat config. note: says a line on the terminal. examples: step ->
     numbers of the records in its batch, by row.
     """
 
-    metrics: MetricsWriter
+    meta: dict[str, Any]
     ledger: Ledger
-    decisions: list[Decision]
     settings: dict[str, Any]
     note: Callable[[str], None]
     examples: Callable[[int], Sequence[int]]
@@ -70,21 +69,10 @@ class Monitor:
             self._waited += time.perf_counter() - started
             yield batch
 
-    def steer(self, train_step: Callable, place: Callable[[float], jax.Array], step: int) -> Callable:
-        """`train_step` with the learning rate that was decided; its first call is of step + 1."""
-        factor, placed = None, None
-
-        def steered(state: Any, batch: Any) -> tuple[Any, dict[str, Any]]:
-            nonlocal factor, placed, step
-            step += 1
-            now = learning_rate_factor(self._watched.decisions, step)
-            if now != factor:
-                factor, placed = now, place(now)
-            return train_step(state, batch, placed)
-
-        return steered
-
-    def look(self, step: int, statistics: HealthStatistics, metrics: dict[str, float]) -> None:
+    def look(
+        self, writer: MetricsWriter, step: int, statistics: HealthStatistics,
+        metrics: dict[str, float],
+    ) -> None:
         """Records a step that is done, and acts on what is found.
 
         Raises RollBack, or ValueError where the policy is to stop.
@@ -96,7 +84,7 @@ class Monitor:
         if step % self._config.every and not self._skips:
             return
         record = health_record(jax.device_get(statistics), metrics, seconds, waited)
-        self._watched.metrics.write_health(step, record)
+        writer.write_health(step, record)
         # float16 finds its loss scale by overflowing now and then, and skips by itself.
         if not ("loss_scale" in metrics and self._skips):
             self._act(self._detector.observe({"step": step, **record}))
@@ -114,18 +102,12 @@ class Monitor:
         for finding in findings:
             policy = getattr(self._config.policies, finding.kind)
             known = any((decision.kind, decision.step) == (finding.kind, finding.step)
-                        for decision in self._watched.decisions)
+                        for decision in decisions_of(self._watched.meta))
             self._watched.ledger.write("finding", policy=policy, **dataclasses.asdict(finding))
             self._watched.note(f"{finding.line()} [{policy}]")
             if policy == "stop":
                 raise ValueError(f"{finding.line()} (train.health.policies.{finding.kind}='stop')")
             if policy == "lower" and not known:
-                decide(lower(finding), self._watched.decisions, self._watched.ledger)
+                decide(lower(finding), self._watched.meta, self._watched.ledger)
             if policy == "roll_back" and not known:
                 raise RollBack(finding)
-
-
-def decide(decision: Decision, decisions: list[Decision], ledger: Ledger) -> None:
-    """Writes a decision down before anything follows of it."""
-    ledger.write("decision", **dataclasses.asdict(decision))
-    decisions.append(decision)
