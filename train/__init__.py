@@ -6,6 +6,7 @@ from batiste.train.flops import flops_per_token, total_peak_flops
 from batiste.train.decisions import (
     Decision, RollBack, decide, decided, decisions_of, roll_back, skipped, start_of, steered,
 )
+from batiste.train.diagnosis import diagnose, diagnosis
 from batiste.train.faults import faulty_batches, parse_fault
 from batiste.train.ledger import Ledger
 from batiste.train.loop import Records, Run, fit
@@ -21,7 +22,7 @@ __all__ = [
     "Checkpoints", "Decision", "Ledger", "MetricsWriter", "Monitor", "ObjectiveConfig",
     "Program", "Progress", "RESUME_MODES", "Records", "ReportFacts", "RollBack", "Run",
     "TrainConfig", "TrainState", "Watched", "causal_loss", "check_mode", "check_same", "decide",
-    "decided", "decisions_of", "faulty_batches", "fit", "flops_per_token", "from_checkpoint", "make_program",
+    "decided", "decisions_of", "diagnose", "diagnosis", "faulty_batches", "fit", "flops_per_token", "from_checkpoint", "make_program",
     "make_train_step", "mfu_formula_line", "parse_fault", "roll_back", "skipped", "start_of", "steered",
     "total_peak_flops", "write_report",
 ]

@@ -45,7 +45,7 @@ class Detector:
         self._losses = LossRules(window, settings["train.num_steps"] // every)
         self._clock = ClockRules(window)
         self._looks = 0
-        self._said: dict[str, int] = {}
+        self._seen: dict[tuple[str, int | None], int] = {}
 
     def observe(self, record: dict[str, Any]) -> list[Finding]:
         """Findings of one record (train/health_record.py), the most fundamental first."""
@@ -70,18 +70,17 @@ class Detector:
         return self._new(step, self._losses.validation(loss))
 
     def _new(self, step: int, symptoms: list[Symptom]) -> list[Finding]:
-        """Those that no finding explains and that were not said within a window."""
+        """Those that no finding explains, and that were not there within a window."""
         findings = []
         for symptom in symptoms:
             explained = any(
                 symptom.kind in EXPLAINS.get(kind, ()) and self._looks - look < SOON
-                for kind, look in self._said.items())
-            again = self._looks - self._said.get(symptom.kind, -self._window) < self._window
-            if symptom.kind in self._said and again:
-                self._said[symptom.kind] = max(self._said[symptom.kind], self._looks - SOON)
-                continue
-            if not explained:
-                self._said[symptom.kind] = self._looks
+                for (kind, _), look in self._seen.items())
+            place = symptom.kind, symptom.layer
+            lasts = self._looks - self._seen.get(place, -self._window) < self._window
+            if lasts or not explained:
+                self._seen[place] = self._looks
+            if not lasts and not explained:
                 findings.append(self._finding(step, symptom))
         return findings
 

@@ -1,12 +1,13 @@
 """A finding: what is wrong with a run, since when and where, why perhaps, and what to do."""
 
 import dataclasses
+import math
 from typing import Any
 
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """One thing that is wrong; JSON by `dataclasses.asdict`.
+    """One thing that is wrong.
 
     kind: one of health.CLASSES. layer: the first in forward order for what activations do, in
     backward order for gradients, by depth from 0; None where it is no single layer's. parameter: its
@@ -32,11 +33,18 @@ class Finding:
         return (f"{self.kind} at step {self.step:,}{' in ' if where else ''}{', '.join(where)}: "
                 f"{evidence}. {self.cause} Try: {self.remedy}")
 
+    def event(self) -> dict[str, Any]:
+        """The fields of a ledger's event, in strict JSON: what is not finite is text."""
+        evidence = {name: value if math.isfinite(value) else str(value)
+                    for name, value in self.evidence.items()}
+        return dataclasses.asdict(self) | {"evidence": evidence}
+
     @classmethod
     def from_event(cls, event: dict[str, Any]) -> "Finding":
         """The finding of a ledger's event."""
         fields = {field.name: event[field.name] for field in dataclasses.fields(cls)}
-        return cls(**fields | {"examples": tuple(fields["examples"])})
+        evidence = {name: float(value) for name, value in event["evidence"].items()}
+        return cls(**fields | {"examples": tuple(event["examples"]), "evidence": evidence})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +82,7 @@ def explain(symptom: Symptom, settings: dict[str, Any]) -> tuple[str, str]:
         "balance": "--config.train.objective.balance_loss="
                    f"{max(0.01, 2 * settings['train.objective.balance_loss']):g}",
         "policy": f"--config.train.health.policies.{symptom.kind}",
-        "group": symptom.parameter or "the parameters",
+        "group": symptom.parameter or "all parameters",
     }
     return cause.format(**values), remedy.format(**values)
 
@@ -84,7 +92,7 @@ CAUSES: dict[str, Any] = {
         "activation": ("The forward pass overflowed in this layer.",
                        "{half_rate}, or --config.model.qk_norm=True in a new run"),
         "gradient": ("The backward pass overflowed, first at this parameter.",
-                     "{clip}; {policy}=roll_back where it goes on"),
+                     "{half_rate}; {policy}=roll_back if it comes again"),
         "loss": ("The loss overflowed after the last layer.",
                  "{half_rate}, or --config.train.objective.z_loss=1e-4"),
     },
@@ -114,7 +122,7 @@ CAUSES: dict[str, Any] = {
                   "{rate} is perhaps a typing error.", "{less_rate}"),
         "huge": ("From the start, steps are as large as the parameters: the learning rate of "
                  "{rate} is perhaps a typing error.", "{less_rate} or {warmup}"),
-        "frozen": ("The gradient is there, and {group} does not move.",
+        "frozen": ("The gradient is there, and this does not move: {group}.",
                    "look for a multiplier of 0 among --config.train.optimizer.*_multiplier, or a "
                    "--config.train.faults that was left on"),
     },

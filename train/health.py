@@ -29,7 +29,6 @@ class PoliciesConfig:
     data_fault: str = "log"
     plateau: str = "log"
     overfitting: str = "log"
-    slow_input: str = "log"
 
     def validate(self) -> None:
         """Raises ValueError, naming the field, for a policy that cannot be."""
@@ -42,15 +41,10 @@ class PoliciesConfig:
                     f"{name}='skip': a {field.name} is known after the update is made; choose one of "
                     f"{', '.join(policy for policy in POLICIES if policy != 'skip')}"
                 )
-        # The clock of each process is its own, so that they could not act alike.
-        if self.slow_input != "log":
-            raise ValueError(
-                f"train.health.policies.slow_input={self.slow_input!r}: every process has a clock of "
-                "its own, and all must act alike; choose 'log'"
-            )
 
 
-CLASSES = tuple(field.name for field in dataclasses.fields(PoliciesConfig))
+# A slow machine is said and nothing else: each process has a clock of its own, and all act alike.
+CLASSES = (*(field.name for field in dataclasses.fields(PoliciesConfig)), "slow_input")
 
 
 @dataclasses.dataclass

@@ -65,8 +65,8 @@ class LayerRules:
                     ("rms", "largest", "entropy", "dead", "logit", "router_load", "router_idle")
                     if name in record}
         symptoms = [
-            *self._activations(by_layer), *self._gradients(where, gradient, matrix),
-            *self._updates(record, where, ratio), *self._units(by_layer),
+            *self._activations(by_layer), *self._units(by_layer),
+            *self._gradients(where, gradient, matrix), *self._updates(record, where, ratio),
             *self._attention(by_layer), *self._router(by_layer),
         ]
         self._push("gradient_norm", _decades(_without_tables(where, gradient)))

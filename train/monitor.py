@@ -43,6 +43,7 @@ class Monitor:
     def __init__(self, config: TrainConfig, watched: Watched):
         self._config, self._watched = config.health, watched
         self._detector = Detector(watched.settings, watched.examples)
+        self._policies = dataclasses.asdict(config.health.policies) | {"slow_input": "log"}
         self._waited, self._since, self._skips = 0.0, time.perf_counter(), 0
 
     def remember(self, workdir: pathlib.Path, step: int) -> None:
@@ -100,10 +101,10 @@ class Monitor:
 
     def _act(self, findings: list[Finding]) -> None:
         for finding in findings:
-            policy = getattr(self._config.policies, finding.kind)
+            policy = self._policies[finding.kind]
             known = any((decision.kind, decision.step) == (finding.kind, finding.step)
                         for decision in decisions_of(self._watched.meta))
-            self._watched.ledger.write("finding", policy=policy, **dataclasses.asdict(finding))
+            self._watched.ledger.write("finding", policy=policy, **finding.event())
             self._watched.note(f"{finding.line()} [{policy}]")
             if policy == "stop":
                 raise ValueError(f"{finding.line()} (train.health.policies.{finding.kind}='stop')")
