@@ -43,6 +43,10 @@ def test_a_fault_is_found_where_it_is(fault):
     assert remedy in first.remedy and first.evidence
     if kind == "data_fault":
         assert set(first.examples) == set(range(100 * BEGUN, 100 * BEGUN + ROWS))
+    if kind == "not_finite":  # The step was not taken, and nobody can tell from the next one.
+        healthy = stream(None)
+        assert stream(f"{fault}:step={BEGUN}")[BEGUN]["loss"] == pytest.approx(
+            healthy[BEGUN]["loss"], rel=0.05)
     # What follows of it is not said again; a learning rate of a hundred times ruins more than that.
     assert not others or fault == "learning_rate", [finding.line() for finding in others]
 

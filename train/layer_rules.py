@@ -51,7 +51,7 @@ class LayerRules:
     def __init__(self, window: int, settings: dict[str, Any]):
         self._settings, self._runs = settings, Runs()
         self._series = {name: Series(window) for name in (
-            "gradient_norm", "gradient", "ratio", "rms", "largest", "entropy", "dead")}
+            "gradient_norm", "gradient", "ratio", "rms", "largest", "dead")}
 
     def look(self, record: dict[str, Any]) -> list[Symptom]:
         """Symptoms of one record, all of whose numbers are finite."""
@@ -74,9 +74,6 @@ class LayerRules:
         self._push("ratio", _decades(np.where(np.isnan(ratio), 1, ratio)))
         for name in ("rms", "largest"):
             self._push(name, _decades(by_layer[name]))
-        for name in ("entropy", "dead"):
-            if name in by_layer:
-                self._push(name, by_layer[name])
         return symptoms
 
     def _push(self, name: str, values: np.ndarray) -> None:
@@ -149,10 +146,13 @@ class LayerRules:
             return []
         dead_L = by_layer["dead"]
         usual_L = self._series["dead"].median if self._known("dead") else np.zeros(len(dead_L))
-        lasting = self._runs.add("dead", (dead_L >= DEAD) & (dead_L - usual_L >= DEAD_GROWTH))
-        if not (lasting >= IN_A_ROW).any():
+        dying_L = (dead_L >= DEAD) & (dead_L - usual_L >= DEAD_GROWTH)
+        # What was usual before stays so, however long it lasts.
+        self._push("dead", np.where(dying_L, usual_L, dead_L))
+        lasting = self._runs.add("dead", dying_L) >= IN_A_ROW
+        if not lasting.any():
             return []
-        layer = int(np.argmax(lasting >= IN_A_ROW))
+        layer = int(np.argmax(lasting))
         evidence = {"dead fraction": dead_L[layer], "before": usual_L[layer]}
         return [Symptom("dead_units", evidence, layer, "layers.feed_forward")]
 
