@@ -118,9 +118,10 @@ def watched(experiment: Experiment, _):
 
     looks, norms = [], {"layers.up_DF": np.ones(2), "head_DV": np.float32(1)}
     layers = dict.fromkeys(("rms_L", "largest_L", "entropy_L", "logit_L", "dead_L"), np.ones(2))
+    updates = {name: norm / 100 for name, norm in norms.items()}
     statistics = HealthStatistics(
-        norms, norms, norms, **layers, router_load_L=None, router_idle_L=None,
-        loss_B=np.ones(8), checksum_B=np.arange(8))
+        norms, norms, updates, **layers | {"dead_L": np.zeros(2)}, router_load_L=None,
+        router_idle_L=None, loss_B=np.ones(8), checksum_B=np.arange(8))
     metrics = {"loss": 1.0, "gradient_norm": 1.0, "learning_rate": 1.0}
     writer = SimpleNamespace(write_health=lambda step, record: looks.append(step))
     one = monitor()

@@ -82,15 +82,16 @@ def _norms(program: Program, trees: tuple[Any, Any, Any]) -> list[dict[str, jax.
     split = tuple(
         [spec(leaf, zero=program.layout.zero >= level) for leaf in letters] for level in (1, 3, 1))
 
+    # Nothing has to be summed over what splits no parameter; slices never do.
+    axes = tuple(sorted({axis for specs in split for partition in specs for axis in _axes(partition)}))
+
     def of_this_device(trees):
-        mesh = jax.sharding.get_abstract_mesh()
         parts = [
-            _squares(leaf, (name, partition, num_layers))
+            _squares(leaf, name, _replicas(partition, axes), num_layers)
             for leaves, partitions in zip(trees, split, strict=True)
             for leaf, name, partition in zip(leaves, letters, partitions, strict=True)
         ]
         total = jnp.concatenate(parts)
-        axes = tuple(axis for axis in mesh.axis_names if mesh.shape[axis] > 1)
         return jnp.sqrt(jax.lax.psum(total, axes) if axes else total)
 
     leaves = tuple(jax.tree.leaves(tree) for tree in trees)
@@ -106,16 +107,22 @@ def _norms(program: Program, trees: tuple[Any, Any, Any]) -> list[dict[str, jax.
     ]
 
 
-def _squares(leaf: jax.Array, how: tuple[str, PartitionSpec, int]) -> jax.Array:
+def _axes(partition: PartitionSpec) -> list[str]:
+    """The mesh axes that it names."""
+    return [axis for axes in partition if axes
+            for axis in ((axes,) if isinstance(axes, str) else axes)]
+
+
+def _replicas(partition: PartitionSpec, axes: tuple[str, ...]) -> int:
+    """Devices along `axes` that have the same part of an array."""
+    return math.prod(jax.lax.axis_size(axis) for axis in axes if axis not in _axes(partition))
+
+
+def _squares(leaf: jax.Array, letters: str, replicas: int, num_layers: int) -> jax.Array:
     """This device's part of the sum of squares, of each layer; replicas share it."""
-    letters, partition, num_layers = how
-    mesh = jax.sharding.get_abstract_mesh()
-    named = [axis for axes in partition if axes
-             for axis in ((axes,) if isinstance(axes, str) else axes)]
-    replicas = math.prod(mesh.shape[axis] for axis in mesh.axis_names if axis not in named)
     square = jnp.square(leaf.astype(jnp.float32))
     if letters[:1] != "L":
         return square.sum()[None] / replicas
     square_L = square.sum(axis=tuple(range(1, leaf.ndim))) / replicas
-    start = jax.lax.axis_index("stage") * len(square_L) if mesh.shape["stage"] > 1 else 0
+    start = 0 if len(square_L) == num_layers else jax.lax.axis_index("stage") * len(square_L)
     return jax.lax.dynamic_update_slice(jnp.zeros(num_layers), square_L, (start,))

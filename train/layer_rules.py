@@ -50,16 +50,22 @@ class LayerRules:
 
     def __init__(self, window: int, settings: dict[str, Any]):
         self._settings, self._runs = settings, Runs()
+        self._where: list[tuple[str, int | None]] | None = None
         self._series = {name: Series(window) for name in (
             "gradient_norm", "gradient", "ratio", "rms", "largest", "dead")}
 
     def look(self, record: dict[str, Any]) -> list[Symptom]:
         """Symptoms of one record, all of whose numbers are finite."""
-        where = places(record["gradient"])
+        if self._where is None:
+            self._where = places(record["gradient"])
+            self._groups = np.array([parameter_group(letters_of(name)) for name, _ in self._where])
+            self._meant = np.array([
+                self._settings[f"train.optimizer.{group}_multiplier"] > 0 for group in self._groups])
+        where = self._where
         gradient, parameter, update = (
             np.array([_at(record[kind], place) for place in where])
             for kind in ("gradient", "parameter", "update"))
-        matrix = np.array([parameter_group(letters_of(name)) != "vector" for name, _ in where])
+        matrix = self._groups != "vector"
         ratio = np.where(matrix & (parameter > 0), update / np.maximum(parameter, 1e-30), np.nan)
         by_layer = {name: np.array(record[name]) for name in
                     ("rms", "largest", "entropy", "dead", "logit", "router_load", "router_idle")
@@ -69,7 +75,7 @@ class LayerRules:
             *self._gradients(where, gradient, matrix), *self._updates(record, where, ratio),
             *self._attention(by_layer), *self._router(by_layer),
         ]
-        self._push("gradient_norm", _decades(_without_tables(where, gradient)))
+        self._push("gradient_norm", _decades(self._without_tables(gradient)))
         self._push("gradient", _decades(gradient))
         self._push("ratio", _decades(np.where(np.isnan(ratio), 1, ratio)))
         for name in ("rms", "largest"):
@@ -87,6 +93,10 @@ class LayerRules:
         series, now = self._series[name], _decades(values)
         return np.where(series.z(now, SPREAD) > FAR, 10 ** (now - series.median), 1.0)
 
+    def _without_tables(self, gradient: np.ndarray) -> np.ndarray:
+        """The norm of all but embeddings, whose own a rare token multiplies by 50 in healthy runs."""
+        return np.sqrt(np.square(gradient[self._groups != "embedding"]).sum())
+
     def _activations(self, by_layer) -> list[Symptom]:
         if not self._known("rms"):
             return []
@@ -103,7 +113,7 @@ class LayerRules:
         if not self._known("gradient"):
             return []
         found = []
-        norm = _without_tables(where, gradient)
+        norm = self._without_tables(gradient)
         times = float(self._times("gradient_norm", norm))
         if times >= TIMES:
             begun = np.nonzero(self._times("gradient", gradient) >= BEGUN)[0]
@@ -122,10 +132,7 @@ class LayerRules:
 
     def _updates(self, record, where, ratio) -> list[Symptom]:
         """What is out of range; learning rates of 0 and groups that are frozen on purpose are not."""
-        meant = np.array([
-            self._settings[f"train.optimizer.{parameter_group(letters_of(name))}_multiplier"] > 0
-            for name, _ in where])
-        still = (ratio < 1e-9) & meant & (record["learning_rate"] > 0)
+        still = (ratio < 1e-9) & self._meant & (record["learning_rate"] > 0)
         found = []
         frozen = self._runs.add("frozen", still) >= IN_A_ROW
         if frozen.any():
@@ -189,12 +196,6 @@ class LayerRules:
 def _at(norms: dict[str, Any], place: tuple[str, int | None]) -> float:
     name, layer = place
     return norms[name] if layer is None else norms[name][layer]
-
-
-def _without_tables(where, gradient: np.ndarray) -> np.ndarray:
-    """The norm of all but the embeddings, whose own a rare token multiplies by 50 in healthy runs."""
-    inside = [parameter_group(letters_of(name)) != "embedding" for name, _ in where]
-    return np.sqrt(np.square(gradient[inside]).sum())
 
 
 def _decades(values: np.ndarray) -> np.ndarray:
