@@ -9,6 +9,7 @@ import pytest
 
 from batiste import command_line, main
 from batiste.configs.experiment import Experiment
+from batiste.verbs import LAUNCHER_COUNTS, VERBS
 
 CONFIG = "--config=configs/quickstart.py"
 ROOT = pathlib.Path(__file__).parents[1]
@@ -144,7 +145,7 @@ def test_processes_that_cannot_be_joined_are_refused(
         assert part in line, line
 
 
-@pytest.mark.parametrize("variable", command_line.LAUNCHER_COUNTS)
+@pytest.mark.parametrize("variable", LAUNCHER_COUNTS)
 def test_several_processes_that_a_launcher_started_are_one_run_or_said_not_to_be(
     variable, launched, monkeypatch
 ):
@@ -158,7 +159,7 @@ def test_several_processes_that_a_launcher_started_are_one_run_or_said_not_to_be
         assert part in exit.value.code
 
 
-@pytest.mark.parametrize("verb", command_line.VERBS)
+@pytest.mark.parametrize("verb", VERBS)
 def test_help_lists_the_flags_and_exits_with_0(verb, capsys):
     with pytest.raises(SystemExit) as exit:
         command_line.run(["batiste", verb, "--help"])
@@ -177,7 +178,7 @@ def test_help_lists_the_verbs_and_no_verb_is_a_mistake(arguments, code, capsys):
         command_line.run(["batiste", *arguments])
     assert exit.value.code == code
     shown = capsys.readouterr().out
-    assert all(f"\n  {verb} " in shown for verb in command_line.VERBS)
+    assert all(f"\n  {verb} " in shown for verb in VERBS)
 
 
 @pytest.mark.parametrize("arguments,name,value", [
