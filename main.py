@@ -5,7 +5,6 @@ import dataclasses
 import json
 import os
 import pathlib
-import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -22,8 +21,8 @@ from batiste.sharding import (
     MeshConfig, Share, agree, check_connected, check_shared, is_first, restack, together,
 )
 from batiste.train import (
-    Checkpoints, Ledger, MetricsWriter, Records, Run, check_mode, check_same, fit, from_checkpoint,
-    make_train_step,
+    Checkpoints, Ledger, MetricsWriter, Records, Run, check_mode, check_same, compilation_booked,
+    fit, from_checkpoint, make_train_step,
 )
 from batiste.train.checkpoint import CHECKPOINT_FOLDER
 from batiste.train.config import CheckpointConfig
@@ -67,18 +66,28 @@ def prepare(experiment: Experiment, workdir: str | os.PathLike) -> Prepared:
 
 
 def train(
-    experiment: Experiment, workdir: str | os.PathLike, resume: str = "auto", force: bool = False
+    experiment: Experiment, workdir: str | os.PathLike, resume: str = "auto", force: bool = False,
+    started: float | None = None,
 ) -> Result:
     """Prepares, trains, evaluates, samples, and writes it all under `workdir`.
 
     resume: "auto" continues from the newest checkpoint if there is one, "must" demands one,
-    "never" refuses to find one. force: trains although the memory will not suffice. Raises
+    "never" refuses to find one. force: trains although the memory will not suffice.
+    started: the time.monotonic() from which the ledger counts, None for now. Raises
     ValueError for a config that cannot run, or that differs from the checkpoint's. Several processes
     all call this alike, after `batiste.sharding.connect` or `jax.distributed.initialize`; the first
     writes.
     """
-    started = time.perf_counter()
-    workdir = pathlib.Path(workdir)
+    ledger = Ledger(workdir if is_first() else None, started)
+    with ledger, compilation_booked(ledger):
+        result = _train(experiment, pathlib.Path(workdir), resume, force, ledger)
+        ledger.close(result.reason)
+    return result
+
+
+def _train(
+    experiment: Experiment, workdir: pathlib.Path, resume: str, force: bool, ledger: Ledger
+) -> Result:
     experiment.validate_on(len(jax.devices()))
     check_connected()
     flat = flatten(experiment)
@@ -90,15 +99,16 @@ def train(
     if start is not None:
         check_same(stored["config"], flat, _free_to_change(experiment))
     check_shared(workdir)
+    ledger.enter("data preparation")
     prepared = prepare(experiment, workdir)
     fingerprint = {"fingerprint of the data": prepared.fingerprint}
     if start is not None:
         check_same(stored["data"], fingerprint, ())
+    ledger.enter("initialization")
     assembly = assemble(experiment, workdir, prepared, experiment.mesh)
     if is_first():
         _save_config(experiment, workdir)
-    ledger = Ledger(workdir if is_first() else None)
-    ledger.write("phase", name="prepare", seconds=time.perf_counter() - started)
+    ledger.begin(**assembly.facts())
     meta = {"validation": [], **stored, "config": flat, "data": fingerprint}
     with contextlib.closing(Checkpoints(workdir, experiment.train.checkpoint)) as checkpoints:
         state, reason = _fit(assembly, checkpoints, ledger, meta, start)
@@ -171,16 +181,18 @@ def _fit(
     if start is None:
         state = assembly.program.initialize()
     else:
+        ledger.enter("restore")
         state = checkpoints.restore(start, assembly.program.abstract_state)
         state = from_checkpoint(assembly.program, state, _stored_mesh(checkpoints.meta(start)))
         if is_first():
             print(f"continuing from step {start} of {assembly.workdir}", flush=True)
-    ledger.lap("initialize")
+    ledger.enter("initialization")
     loader = Loader(assembly.prepared, "train", experiment.train.batch_size, experiment.data.seed)
     share = Share(assembly.mesh, experiment.train.batch_size)
     batches = loader.iterate(start or 0, share.rows)
     progress, last_step = assembly.progress()
     metrics = MetricsWriter(assembly.workdir if is_first() else None, start or 0)
+    ledger.write("from", step=start or 0, reached=metrics.reached)
     run = Run(
         train_step=make_train_step(assembly.program, experiment.train, assembly.mesh),
         batches=map(share.place, batches),
