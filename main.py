@@ -55,8 +55,10 @@ def prepare(experiment: Experiment, workdir: str | os.PathLike) -> Prepared:
         return str(prepare_data(experiment.data, pathlib.Path(workdir, "data")).directory)
 
     directory = together("prepare the data", make if is_first() else str, PREPARE_SECONDS)[0]
-    together("read what process 0 prepared", lambda: load_prepared(directory).fingerprint)
-    prepared = load_prepared(directory)
+    read: list[Prepared] = []
+    together("read what process 0 prepared",
+             lambda: read.append(load_prepared(directory)) or read[0].fingerprint)
+    prepared = read[0]
     if prepared.tokenizer.vocab_size > experiment.model.vocab_size:
         raise ValueError(
             f"model.vocab_size={experiment.model.vocab_size}, but the tokenizer has "
