@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 from absl import flags
 
-from batiste.verbs import EXIT_CODES, VERBS, given_experiment
+from batiste import exit_codes
+from batiste.verbs import VERBS, given_experiment
 
 ROOT = pathlib.Path(__file__).resolve().parent
 USAGE = """usage: batiste VERB [--flags]
@@ -144,24 +145,42 @@ def _unknown_field(name: str) -> str:
 def _one_line_errors() -> Iterator[None]:
     """Errors that batiste raised on purpose, and those of disks and files, end in one line.
 
-    On purpose: a ValueError that a `raise` of batiste's own raised. Any other is a defect and keeps
-    its traceback.
+    On purpose: a ValueError that a `raise` of batiste's own raised. Any other is a defect, or a
+    device's or the network's failure, and keeps its traceback.
     """
     try:
         yield
     except KeyboardInterrupt:
         print("interrupted; the same command continues", file=sys.stderr)
-        sys.exit(EXIT_CODES["SIGINT"])
-    except ValueError as error:
+        sys.exit(exit_codes.INTERRUPTED)
+    except Exception as error:
+        line = _line(error)
+        code = exit_codes.FAILED
+        if line is None and exit_codes.transient(error):
+            code = exit_codes.UNAVAILABLE
+        text = line or traceback.format_exc()
+        sharding = sys.modules.get("batiste.sharding")
+        if sharding is not None and sharding.leave(code, text):
+            sys.exit(code)
+        if code != exit_codes.FAILED:
+            print(text, file=sys.stderr)
+            sys.exit(code)
+        if line is None:
+            raise
+        sys.exit(line)
+
+
+def _line(error: Exception) -> str | None:
+    """What a person can do about it, None where only a programmer can."""
+    if isinstance(error, ValueError):
         last = traceback.extract_tb(error.__traceback__)[-1]
         # A room is one folder deep; what lies deeper is a virtual environment in the clone.
         rooms = pathlib.Path(last.filename).resolve().parents[:2]
-        if not (ROOT in rooms and last.line.startswith("raise")):
-            raise
-        sys.exit(f"error: {error}")
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS,
-                               errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EFBIG):
-            raise
+        return f"error: {error}" if ROOT in rooms and last.line.startswith("raise") else None
+    if isinstance(error, OSError) and error.errno in (
+        errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT,
+        errno.ENOTDIR, errno.EISDIR, errno.EFBIG,
+    ):
         place = f": {error.filename}" if error.filename else ""
-        sys.exit(f"error: {error.strerror}{place}")
+        return f"error: {error.strerror}{place}"
+    return None

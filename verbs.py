@@ -11,7 +11,8 @@ from typing import NamedTuple
 from absl import flags
 from ml_collections import config_flags
 
-EXIT_CODES = {"SIGINT": 130, "SIGTERM": 143}
+from batiste import exit_codes
+
 # Where a launcher says how many processes it has started.
 LAUNCHER_COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
 
@@ -56,7 +57,7 @@ def _connect(values: flags.FlagValues) -> bool:
         flag = "--distributed" if values.distributed else "--nodistributed"
         raise ValueError(f"{flag} and {given[0]} exclude each other: leave one of them out")
     if given or values.distributed:
-        connect(**by_hand)
+        connect(**by_hand, lost_code=exit_codes.LOST_PEER)
     elif values.distributed is None:
         for name in LAUNCHER_COUNTS:
             if int(os.environ.get(name, 1)) > 1:
@@ -94,6 +95,7 @@ def _define_train(values: flags.FlagValues, argv: list[str]) -> None:
 
 def _train(values: flags.FlagValues) -> int:
     from batiste import main
+    from batiste.train.ledger import process_started
 
     workdir = _required(values, "workdir")
     if values.config is None:
@@ -101,12 +103,12 @@ def _train(values: flags.FlagValues) -> int:
     else:
         experiment = given_experiment(values)
     prints = _connect(values)
-    result = main.train(experiment, workdir, values.resume, values.force)
+    result = main.train(experiment, workdir, values.resume, values.force, process_started())
     if result.validation is None:
         if prints:
             print(f"stopped by {result.reason} after step {result.step}, saved; the same command "
                   "continues")
-        return EXIT_CODES[result.reason]
+        return exit_codes.BY_REASON[result.reason]
     if not prints:
         return 0
     if result.reason == "patience":
