@@ -47,6 +47,8 @@ def run(argv: Sequence[str] | None = None) -> None:
 
 def _parse(define: Callable, argv: list[str]) -> flags.FlagValues:
     """Parses flags into values of their own, so that nothing is global and twice is fine."""
+    end = argv.index("--") if "--" in argv else len(argv)
+    argv, command = argv[:end], argv[end + 1:]
     argv = [argv[0], *(_find_config(argument) for argument in argv[1:])]
     argv, absent = _split_none(argv)
     values = flags.FlagValues()
@@ -66,8 +68,11 @@ def _parse(define: Callable, argv: list[str]) -> flags.FlagValues:
     if values.help:
         print(f"{argv[0]} flags:\n{values.get_help()}")
         sys.exit(0)
-    if rest:
-        raise ValueError(f"unexpected argument {rest[0]!r}: flags are written --name=value")
+    if command and "command" in values:
+        values.command = command
+        command = []
+    for argument in (*rest, *command):
+        raise ValueError(f"unexpected argument {argument!r}: flags are written --name=value")
     return values
 
 

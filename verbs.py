@@ -5,6 +5,7 @@ import os
 import pathlib
 import re
 import signal
+import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -118,6 +119,47 @@ def _train(values: flags.FlagValues) -> int:
     samples = re.search(r"^## Samples\n.*?(?=^## )", report.read_text(), re.S | re.M)
     print(f"\n{samples[0]}" if samples else "", f"report: {report}", sep="\n")
     return 0
+
+
+def _define_report(values: flags.FlagValues, argv: list[str]) -> None:
+    del argv
+    _define_workdir(values)
+
+
+def _report(values: flags.FlagValues) -> int:
+    from batiste.train.page import report
+
+    text, page = report(_required(values, "workdir"))
+    print(f"{text}\n\n{page}")
+    return 0
+
+
+def _define_supervise(values: flags.FlagValues, argv: list[str]) -> None:
+    del argv
+    flags.DEFINE_multi_string(
+        "command", None, "The command to supervise, a word each; or all of it after --.",
+        flag_values=values)
+    flags.DEFINE_integer("retries", 5, "Starts in a row without a new committed step before giving "
+                         "up.", 0, flag_values=values)
+    flags.DEFINE_float("wait", 1.0, "Seconds before the first of them; doubled for each further.",
+                       0.0, flag_values=values)
+    flags.DEFINE_float("longest_wait", 300.0, "Seconds at most.", 0.0, flag_values=values)
+    flags.DEFINE_float("grace", 120.0, "Seconds from SIGTERM to SIGKILL.", 0.0, flag_values=values)
+
+
+def _supervise(values: flags.FlagValues) -> int:
+    from batiste.supervise import Patience, Supervisor
+
+    command = values.command or []
+    # Only what is needed here: whatever else is wrong with them, the command says.
+    told = dict(re.findall(r"--?(workdir|resume)[= ](\S+)", " ".join(command)))
+    if command[:1] != ["train"] or "workdir" not in told:
+        raise ValueError(f"got {' '.join(command) or 'no command'!r} to supervise: expected the "
+                         "command after two dashes, as in batiste supervise -- train --workdir=DIR")
+    patience = Patience(values.retries, values.wait, values.longest_wait, values.grace)
+    supervisor = Supervisor(
+        [sys.executable, "-m", "batiste", *command], pathlib.Path(told["workdir"]), patience)
+    return supervisor.run(told.get("resume", "auto"))
 
 
 def _define_plan(values: flags.FlagValues, argv: list[str]) -> None:
@@ -237,7 +279,10 @@ VERBS = {
     "train": Verb(
         "--config=FILE --workdir=DIR", "prepare, train, evaluate, sample; again: continue",
         _define_train, _train),
+    "supervise": Verb("-- train --workdir=DIR ...", "start a run again until it is done",
+                      _define_supervise, _supervise),
     "evaluate": Verb(
         "--workdir=DIR", "loss, perplexity, bits per byte", _define_evaluate, _evaluate),
+    "report": Verb("--workdir=DIR", "where its time went, and plots", _define_report, _report),
     "generate": Verb("--workdir=DIR --prompt=TEXT", "stream text", _define_generate, _generate),
 }

@@ -39,11 +39,12 @@ class Start:
 
 @dataclasses.dataclass
 class Stretch:
-    """Steps after `first` up to `last`, and the seconds of phase "step" that they took."""
+    """Steps after `first` up to `last`, the seconds of phase "step" that they took, their end."""
 
     first: int
     last: int
     seconds: float
+    until: float
 
 
 @dataclasses.dataclass
@@ -170,7 +171,7 @@ def _continue_from(total: Account, start: Start, step: int, reached: int) -> Non
         if each.first < min(step, each.last):
             last = min(step, each.last)
             share = (last - each.first) / (each.last - each.first)
-            kept.append(Stretch(each.first, last, each.seconds * share))
+            kept.append(Stretch(each.first, last, each.seconds * share, each.until))
     total.stretches = kept
 
 
@@ -181,9 +182,9 @@ def _add_steps(total: Account, start: Start, event: dict[str, Any]) -> None:
         return
     last = total.stretches[-1] if total.stretches else None
     if last is not None and last.first == last.last == start.reached:
-        last.last, last.seconds = step, last.seconds + seconds
+        last.last, last.seconds, last.until = step, last.seconds + seconds, start.end
     else:
-        total.stretches.append(Stretch(start.reached, step, seconds))
+        total.stretches.append(Stretch(start.reached, step, seconds, start.end))
     start.reached = total.legs[-1][1] = step
 
 

@@ -52,7 +52,7 @@ class Ledger:
             return
         # When the process before was last alive: see `_beat`.
         alive = self._path.stat().st_mtime if self._path.exists() else None
-        self._add("start", self._since, boot=boot_id(), alive=alive)
+        self._add("start", self._since, boot=boot_id(), pid=os.getpid(), alive=alive)
         threading.Thread(target=self._beat, name="ledger", daemon=True).start()
 
     def begin(self, **facts: Any) -> None:
@@ -137,15 +137,13 @@ class Ledger:
         self._append()
 
     def _add(self, event: str, clock: float, **fields: Any) -> None:
-        now = time.time() - (time.monotonic() - clock)
-        line = {"time": round(now, 6), "clock": round(clock, 6), "event": event, **fields}
-        self._lines.append(json.dumps(line) + "\n")
+        self._lines.append(_line(event, clock, fields))
 
     def _append(self) -> None:
         if not self._opened:
             return
         try:
-            append(self._path, "".join(self._lines))
+            _append(self._path, "".join(self._lines))
         except OSError as error:
             if not self._complained:
                 print(f"{self._path} cannot be written ({error.strerror}); what belongs there is "
@@ -155,7 +153,20 @@ class Ledger:
             self._lines, self._complained = [], False
 
 
-def append(path: pathlib.Path, text: str) -> None:
+def _line(event: str, clock: float, fields: dict[str, Any]) -> str:
+    now = time.time() - (time.monotonic() - clock)
+    line = {"time": round(now, 6), "clock": round(clock, 6), "event": event, **fields}
+    return json.dumps(line) + "\n"
+
+
+def note(workdir: str | os.PathLike, event: str, **fields: Any) -> None:
+    """Appends an event from outside of the run; nothing where the run has no ledger so far."""
+    path = pathlib.Path(workdir, LEDGER_FILE)
+    if path.is_file():
+        _append(path, _line(event, time.monotonic(), fields))
+
+
+def _append(path: pathlib.Path, text: str) -> None:
     """Appends whole lines; a line that a kill or a full disk tore is ended first."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a+b") as file:
