@@ -48,11 +48,19 @@ class Stretch:
 
 
 @dataclasses.dataclass
+class Leg:
+    """Steps that a start did one after the other, from `first` to `reached`."""
+
+    start: Start
+    first: int
+    reached: int
+
+
+@dataclasses.dataclass
 class Account:
     """All time of a run by phase, "lost" and "down" included, and what of it was worth while.
 
-    clock_seconds: from the first line to the last sign of life, by clocks alone. legs: steps that
-    were done one after the other, [from, reached]; a start continues with another. recoveries:
+    clock_seconds: from the first line to the last sign of life, by clocks alone. recoveries:
     seconds from each death to the next step that was completed. intervals: (begin, end, phase) in
     seconds since the first start; of several phases the one that took most.
     """
@@ -61,7 +69,7 @@ class Account:
     clock_seconds: float = 0.0
     starts: list[Start] = dataclasses.field(default_factory=list)
     stretches: list[Stretch] = dataclasses.field(default_factory=list)
-    legs: list[list[int]] = dataclasses.field(default_factory=list)
+    legs: list[Leg] = dataclasses.field(default_factory=list)
     steps_lost: int = 0
     steps_recomputed: int = 0
     recoveries: list[float] = dataclasses.field(default_factory=list)
@@ -148,11 +156,14 @@ def _add_start(total: Account, group: list[dict[str, Any]], now: float, alive: f
             case name if name not in BOOKKEEPING:
                 total.happened.append({"at": start.end, **event})
     ended = start.ended != KILLED
-    exits = [event for event in group if event["event"] == "exit"]
-    if not ended and exits:
-        start.end = max(start.end, now + exits[-1]["clock"] - head["clock"])
-        start.ended = exits[-1]["what"]
-    elif not ended:
+    # Several supervisors may write; one waited for this very process.
+    for event in group:
+        at = now + event["clock"] - head["clock"]
+        if event["event"] == "exit" and event["pid"] == head["pid"]:
+            start.end, start.ended = max(start.end, at), start.ended if ended else event["what"]
+        elif event["event"] == "supervise":
+            total.happened.append({"at": at, **event})
+    if start.ended == KILLED:
         seen = min(max(0.0, alive - own[-1]["time"]), FLUSH_SECONDS + 2 * PULSE_SECONDS)
         start.end += seen
     total.add(booked, start.end, {"idle" if ended else LOST: start.end - booked})
@@ -162,9 +173,10 @@ def _add_start(total: Account, group: list[dict[str, Any]], now: float, alive: f
 def _continue_from(total: Account, start: Start, step: int, reached: int) -> None:
     """From here on steps follow `step`; what was done beyond it, up to `reached`, is lost."""
     if total.legs:
-        total.legs[-1][1] = max(total.legs[-1][1], reached)
-        total.steps_lost += max(0, total.legs[-1][1] - step)
-    total.legs.append([step, step])
+        last = total.legs[-1]
+        last.reached = last.start.reached = max(last.reached, reached)
+        total.steps_lost += max(0, last.reached - step)
+    total.legs.append(Leg(start, step, step))
     start.first = start.reached = step
     kept = []
     for each in total.stretches:
@@ -185,7 +197,7 @@ def _add_steps(total: Account, start: Start, event: dict[str, Any]) -> None:
         last.last, last.seconds, last.until = step, last.seconds + seconds, start.end
     else:
         total.stretches.append(Stretch(start.reached, step, seconds, start.end))
-    start.reached = total.legs[-1][1] = step
+    start.reached = total.legs[-1].reached = step
 
 
 def _gap(head: dict[str, Any], start: Start, following: dict[str, Any]) -> float:
@@ -201,9 +213,9 @@ def _gap(head: dict[str, Any], start: Start, following: dict[str, Any]) -> float
 def _add_recoveries(total: Account) -> None:
     """What was computed twice, and how long it took after each death until a step was complete."""
     frontier = 0
-    for first, reached in total.legs:
-        total.steps_recomputed += max(0, min(reached, frontier) - first)
-        frontier = max(frontier, reached)
+    for leg in total.legs:
+        total.steps_recomputed += max(0, min(leg.reached, frontier) - leg.first)
+        frontier = max(frontier, leg.reached)
     died = None
     for start in total.starts:
         if died is not None and start.recovered is not None:

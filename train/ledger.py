@@ -113,15 +113,18 @@ class Ledger:
     def _beat(self) -> None:
         """Bounds what a kill leaves unbooked, and leaves a sign of life for the next start."""
         while not self._closed.wait(PULSE_SECONDS):
-            with self._lock, contextlib.suppress(OSError):
-                if self._closed.is_set():
-                    return
-                if time.monotonic() - self._flushed >= FLUSH_SECONDS:
-                    self._opened = True
-                    self._book(self._phase)
-                    self._flush()
-                elif self._opened:
-                    os.utime(self._path)
+            self._pulse()
+
+    def _pulse(self) -> None:
+        with self._lock, contextlib.suppress(OSError):
+            if self._closed.is_set():
+                return
+            if time.monotonic() - self._flushed >= FLUSH_SECONDS:
+                self._opened = True
+                self._book(self._phase)
+                self._flush()
+            elif self._opened:
+                os.utime(self._path)
 
     def _book(self, phase: str) -> None:
         """Books the time since the last booking."""

@@ -104,9 +104,11 @@ def _timeline(axes: Any, account: Account) -> None:
             axes.broken_barh(bars, (0, 1), color=color, linewidth=0,
                              label=f"{phase} {account.seconds[phase]:,.1f} s")
     for index, start in enumerate(account.starts, start=1):
-        axes.axvline(start.begin, ymin=0.78, color="black", linewidth=0.8)
-        axes.text(start.begin, 1.02, f"{index}", fontsize=7, ha="center")
-    axes.set(xlabel="seconds since the first start; starts are numbered", yticks=[], ylim=(0, 1.25))
+        axes.axvline(start.begin, color="black", linewidth=0.8)
+        axes.text(start.begin, 1.03, f"{index}", fontsize=7, ha="center")
+    axes.set(xlabel="seconds since the first start; starts are numbered", yticks=[], ylim=(0, 1.15),
+             xlim=(0, account.starts[-1].end or 1))
+    axes.spines["left"].set_visible(False)
     axes.legend(ncols=4, fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.2))
 
 
@@ -115,8 +117,8 @@ def _goodput(axes: Any, account: Account) -> None:
     done = np.cumsum([each.seconds for each in stretches])
     share = [100 * kept / each.until for kept, each in zip(done, stretches)]
     axes.plot([each.until for each in stretches], share, color="#2e8b57", linewidth=1.4)
-    axes.set(xlabel="seconds since the first start", ylim=(0, 100),
-             ylabel="goodput so far (%)")
+    axes.set(xlabel="seconds since the first start", ylabel="goodput so far (%)", ylim=(0, 100),
+             xlim=(0, account.starts[-1].end or 1))
 
 
 def _image(draw: Callable[[Any], None]) -> str:
