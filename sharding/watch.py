@@ -34,7 +34,8 @@ class Watch:
 
     def __init__(self, client, host: str, index: int, count: int, lost: Callable[[str], None]):
         self._count, self._lost = count, lost
-        self._leaving, self._all_left = threading.Event(), threading.Event()
+        self._leaving, self._all_gone = threading.Event(), threading.Event()
+        self._in_order = True
         try:
             self._peers = (
                 _accept(client, count) if index == 0 else {0: _reach_first(client, host, index)})
@@ -52,10 +53,10 @@ class Watch:
         atexit.register(self.leave)
 
     def leave(self, seconds: float = 0.0) -> bool:
-        """Tells the others that this process ends; whether they all end too, within `seconds`."""
+        """Tells the others that this process ends; whether within `seconds` all say that they do."""
         self._leaving.set()
         self._tell(BYE)
-        return self._all_left.wait(seconds)
+        return self._all_gone.wait(seconds) and self._in_order
 
     def _tell(self, word: str) -> None:
         for connection in self._peers.values():
@@ -73,11 +74,12 @@ class Watch:
                 word = _hear(key.fileobj)
                 if word != BYE and not self._leaving.is_set():
                     self._end(f"process {word or key.data} of {self._count} is lost", word or key.data)
+                self._in_order &= word == BYE
                 selector.unregister(key.fileobj)
                 left.add(key.data)
                 deadline = min(deadline, time.monotonic() + LEFT_SECONDS)
             if len(left) == len(self._peers):
-                self._all_left.set()
+                self._all_gone.set()
         names = " and ".join(map(str, sorted(left)))
         self._end(f"process {names} of {self._count} has ended, and this one has not", names)
 
