@@ -10,10 +10,8 @@ import time
 from collections.abc import Sequence
 
 from batiste.exit_codes import DONE, meaning, retryable
-from batiste.train.ledger import note
+from batiste.train.ledger import last_saved, note
 
-CHECKPOINT_FOLDER = "checkpoints"
-COMMIT_MARKER = "commit_success.txt"
 PR_SET_PDEATHSIG = 1  # prctl(2), Linux
 
 
@@ -33,13 +31,6 @@ class Patience:
         return min(self.longest_wait, self.wait * 2 ** max(0, failures - 1))
 
 
-def newest_step(workdir: pathlib.Path) -> int | None:
-    """The newest committed step of a work directory, by its folders alone."""
-    markers = pathlib.Path(workdir, CHECKPOINT_FOLDER).glob(f"*/{COMMIT_MARKER}")
-    return max((int(path.parent.name) for path in markers if path.parent.name.isdecimal()),
-               default=None)
-
-
 class Supervisor:
     """Runs a command (without its --resume) on a work directory until that need not go on.
 
@@ -56,10 +47,10 @@ class Supervisor:
         """Returns the code to exit with. resume: of the first start; with a step, it is "must"."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._forward)
-        failures, step = 0, newest_step(self._workdir)
+        failures, step = 0, last_saved(self._workdir)
         while True:
             code = self._start(resume)
-            reached = newest_step(self._workdir)
+            reached = last_saved(self._workdir)
             progress = reached is not None and (step is None or reached > step)
             failures, step = 1 if progress else failures + 1, reached
             says = self._verdict(code, failures, step)
@@ -102,7 +93,7 @@ class Supervisor:
                     self._say(f"{self._asked.name} was {self._patience.grace:g} s ago; SIGKILL")
                     self._child.kill()
                     self._deadline = None
-        step = newest_step(self._workdir)
+        step = last_saved(self._workdir)
         note(self._workdir, "exit", pid=self._child.pid, code=code, what=meaning(code), step=step)
         return code
 

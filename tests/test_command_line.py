@@ -81,7 +81,7 @@ def refusal(capsys, tmp_path, monkeypatch):
 @pytest.fixture
 def launched(monkeypatch, tmp_path):
     """Runs `batiste train` up to where training would begin; returns the experiment."""
-    def train(experiment, workdir, resume, force):
+    def train(experiment, *_):
         raise Launched(experiment)
 
     monkeypatch.setattr(main, "train", train)

@@ -45,8 +45,8 @@ turn = len((workdir / "started").read_text().split()) - 1
 {code}
 """
 COMMIT = """
-(workdir / f"checkpoints/{turn}").mkdir(parents=True)
-(workdir / f"checkpoints/{turn}/commit_success.txt").touch()
+from batiste.train.ledger import note
+note(workdir, "saved", step=turn)
 """
 
 
@@ -99,7 +99,7 @@ def test_progress_renews_the_patience_and_then_nothing_starts_from_scratch(tmp_p
     """Commits a step each time, five starts; the first was told to find no checkpoint."""
     (tmp_path / LEDGER_FILE).write_text("")
     code, said = ended(supervise(
-        tmp_path, f"{COMMIT}\nsys.exit(200 if turn < 4 else 0)", resume="never"))
+        tmp_path, COMMIT + "sys.exit(200 if turn < 4 else 0)", resume="never"))
     assert code == 0 and starts(tmp_path) == ["--resume=never", *4 * ["--resume=must"]]
     assert said.splitlines()[-1] == "supervise: done"
     assert re.findall(r"step (\d) is committed", said) == ["0", "1", "2", "3"]

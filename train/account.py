@@ -153,6 +153,8 @@ def _add_start(total: Account, group: list[dict[str, Any]], now: float, alive: f
                 total.add(booked, start.end, event["seconds"])
                 _add_steps(total, start, event)
                 booked = start.end
+            case "started" if not (event["passed_over"] or event["changed"]):
+                continue
             case name if name not in BOOKKEEPING:
                 total.happened.append({"at": start.end, **event})
     ended = start.ended != KILLED

@@ -195,6 +195,14 @@ def read_ledger(workdir: str | os.PathLike) -> list[dict[str, Any]]:
     return [event for event in events if isinstance(event, dict) and "event" in event]
 
 
+def last_saved(workdir: str | os.PathLike) -> int | None:
+    """The newest step that a run in `workdir` has ever saved, by its ledger; None for none."""
+    if not pathlib.Path(workdir, LEDGER_FILE).is_file():
+        return None
+    saved = (event["step"] for event in read_ledger(workdir) if event["event"] == "saved")
+    return max(saved, default=None)
+
+
 def boot_id() -> str | None:
     """Names this boot of this machine, within which monotonic clocks compare; None if unknown."""
     path = pathlib.Path("/proc/sys/kernel/random/boot_id")
