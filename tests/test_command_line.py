@@ -115,6 +115,12 @@ def test_a_wrong_argument_is_one_line_that_names_it(argument, refusal):
     (("generate", "--workdir=x", "--temperature=-1"), ("--temperature=-1",)),
     (("generate", "--workdir=x", "--promt=a"), ("--prompt?",)),
     (("evaluate", "--workdir=x", CONFIG), ("--config",)),
+    (("evaluate", "--workdir=x", "--", "train"), ("'train'", "--name=value")),
+    (("report", "--workdir=x"), ("workdir=x", "no ledger.jsonl", "batiste train")),
+    (("supervise",), ("no command", "batiste supervise -- train --workdir=DIR")),
+    (("supervise", "--", "train", CONFIG), ("batiste supervise -- train --workdir=DIR",)),
+    (("supervise", "--", "evaluate", "--workdir=x"), ("'evaluate --workdir=x'", "-- train")),
+    (("supervise", "--retries=-1", "--", "train"), ("--retries=-1",)),
 ])
 def test_a_wrong_command_is_one_line(arguments, parts, refusal):
     line = refusal(*arguments)
@@ -165,11 +171,11 @@ def test_help_lists_the_flags_and_exits_with_0(verb, capsys):
         command_line.run(["batiste", verb, "--help"])
     assert exit.value.code == 0
     shown = capsys.readouterr().out
-    assert ("--workdir" in shown) == (verb != "plan")
+    assert ("--workdir" in shown) == (verb not in ("plan", "supervise"))
     assert ("--topology" in shown) == (verb == "plan")
     assert ("--config" in shown) == (verb in ("plan", "prepare", "train"))
     assert ("--prompt" in shown) == (verb == "generate")
-    assert ("--distributed" in shown) == (verb not in ("prepare", "plan"))
+    assert ("--distributed" in shown) == (verb in ("train", "evaluate", "generate"))
 
 
 @pytest.mark.parametrize("arguments,code", [(["--help"], 0), (["help"], 0), ([], 2)])

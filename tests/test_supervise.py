@@ -182,7 +182,7 @@ def test_a_supervised_run_continues_after_a_kill(supervised):
     workdir, printed, _ = supervised
     step = int(re.search(r"supervise: killed by SIGKILL; step (\d+) is committed; starting again "
                          r"in 0\.5 s", printed)[1])
-    assert step >= 40 and step % 20 == 0
+    assert step >= 20 and step % 20 == 0
     assert f"continuing from step {step} of" in printed
     assert printed.splitlines()[-1] == "supervise: done"
 
@@ -201,7 +201,7 @@ def test_its_ledger_accounts_for_all_of_the_time_within_one_percent(supervised):
     for phase in ("initialization", "data preparation", "restore", "compilation", "data wait",
                   "step", "evaluation", "save blocked", "sampling"):
         assert account.seconds[phase] > 0, phase
-    assert account.seconds["down"] >= 0.5
+    assert account.seconds["down"] > 0.45  # When a process began is known to 10 ms.
     assert account.seconds["lost"] < 12
 
 

@@ -42,8 +42,8 @@ class Ledger:
 
     def __init__(self, workdir: str | os.PathLike | None, started: float | None = None):
         self._path = None if workdir is None else pathlib.Path(workdir, LEDGER_FILE)
-        self._since = time.monotonic() if started is None else started
-        self._flushed = self._booked = self._since
+        self._flushed = time.monotonic()
+        self._booked = self._flushed if started is None else started
         self._phase, self._seconds, self._step = "initialization", {}, None
         self._lines: list[str] = []
         self._opened = self._complained = False
@@ -52,7 +52,7 @@ class Ledger:
             return
         # When the process before was last alive: see `_beat`.
         alive = self._path.stat().st_mtime if self._path.exists() else None
-        self._add("start", self._since, boot=boot_id(), pid=os.getpid(), alive=alive)
+        self._add("start", self._booked, boot=boot_id(), pid=os.getpid(), alive=alive)
         threading.Thread(target=self._beat, name="ledger", daemon=True).start()
 
     def begin(self, **facts: Any) -> None:
