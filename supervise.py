@@ -114,6 +114,6 @@ class Supervisor:
 
 
 def _tie() -> None:
-    """In the new process: should the supervisor die, a second one must not find it still running."""
+    """In the new process: should the supervisor die, the next must not find it still running."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

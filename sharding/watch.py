@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
 SILENT_SECONDS = 9  # Three unanswered questions, two seconds apart, after three of silence.
 # A process that ends says so. The others have so long to end too before they are ended.
@@ -29,27 +30,24 @@ class Watch:
     """Calls `lost` in a thread of its own, with a line that says which process was lost.
 
     client: jax's, which carries the port from process 0 to the others. host: of process 0. Where
-    a process cannot be reached, a line says so, and only jax's service watches it.
+    it is not to be reached, a line says so, and only jax's service watches that process.
     """
 
-    def __init__(self, client, host: str, index: int, count: int, lost: Callable[[str], None]):
+    def __init__(
+        self, client: Any, host: str, index: int, count: int, lost: Callable[[str], None]
+    ):
         self._count, self._lost = count, lost
         self._leaving, self._all_gone = threading.Event(), threading.Event()
         self._in_order = True
-        try:
-            self._peers = (
-                _accept(client, count) if index == 0 else {0: _reach_first(client, host, index)})
-        except OSError as error:
-            self._peers = {}
-            print(f"process {index} cannot watch the others ({error}): one that is lost will be "
-                  "noticed later, and not named", file=sys.stderr, flush=True)
+        self._peers = _accept(client, count) if index == 0 else _reach(client, host, index)
         for connection in self._peers.values():
             _keep_alive(connection)
         # jax aborts where process 0 or its service is gone; sleep(SIGABRT) is six seconds, in which
         # the thread below says which process it was.
         libc = ctypes.CDLL(None)
         libc.signal(signal.SIGABRT, ctypes.cast(libc.sleep, ctypes.c_void_p))
-        threading.Thread(target=self._listen, name="watch", daemon=True).start()
+        if self._peers:
+            threading.Thread(target=self._listen, name="watch", daemon=True).start()
         atexit.register(self.leave)
 
     def leave(self, seconds: float = 0.0) -> bool:
@@ -73,7 +71,8 @@ class Watch:
             for key, _ in selector.select(timeout=0.5):
                 word = _hear(key.fileobj)
                 if word != BYE and not self._leaving.is_set():
-                    self._end(f"process {word or key.data} of {self._count} is lost", word or key.data)
+                    gone = word or key.data
+                    self._end(f"process {gone} of {self._count} is lost", gone)
                 self._in_order &= word == BYE
                 selector.unregister(key.fileobj)
                 left.add(key.data)
@@ -88,30 +87,37 @@ class Watch:
         self._lost(line)
 
 
-def _accept(client, count: int) -> dict[int, socket.socket]:
+def _accept(client: Any, count: int) -> dict[int, socket.socket]:
     """The connections of process 0, by the other's index."""
     dual = socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if dual else socket.AF_INET
     peers: dict[int, socket.socket] = {}
+    deadline = time.monotonic() + CONNECT_SECONDS
     with socket.create_server(
         ("", 0), family=family, dualstack_ipv6=dual, backlog=count
     ) as server:
-        server.settimeout(CONNECT_SECONDS)
+        server.settimeout(1.0)
         client.key_value_set("batiste/watch", str(server.getsockname()[1]))
-        while len(peers) < count - 1:
-            connection, _ = server.accept()
-            word = _hear(connection)
-            if word.isdecimal() and 0 < int(word) < count:
-                peers[int(word)] = connection
+        while len(peers) < count - 1 and time.monotonic() < deadline:
+            with contextlib.suppress(TimeoutError):
+                connection, _ = server.accept()
+                word = _hear(connection)
+                if word.isdecimal() and 0 < int(word) < count:
+                    peers[int(word)] = connection
     return peers
 
 
-def _reach_first(client, host: str, index: int) -> socket.socket:
-    """The connection of another process to process 0."""
+def _reach(client: Any, host: str, index: int) -> dict[int, socket.socket]:
+    """The connection of another process to process 0; none, and a line, where it cannot be made."""
     port = int(client.blocking_key_value_get("batiste/watch", CONNECT_SECONDS * 1000))
-    connection = socket.create_connection((host, port), timeout=CONNECT_SECONDS)
-    connection.sendall(f"{index}\n".encode())
-    return connection
+    try:
+        connection = socket.create_connection((host, port), timeout=CONNECT_SECONDS / 2)
+        connection.sendall(f"{index}\n".encode())
+    except OSError as error:
+        print(f"process {index} does not reach port {port} of process 0 ({error}): should it be "
+              "lost, the others will notice only after a minute", file=sys.stderr, flush=True)
+        return {}
+    return {0: connection}
 
 
 def _hear(connection: socket.socket) -> str:

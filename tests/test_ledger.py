@@ -105,7 +105,9 @@ def kill(workdir: pathlib.Path, clocks: Clocks) -> None:
 
 @pytest.mark.parametrize("back", [0, 3600])
 @pytest.mark.parametrize("boot", ["boot", "another"])
-def test_a_kill_loses_little_and_all_of_it_is_accounted_for(tmp_path, clocks, monkeypatch, back, boot):
+def test_a_kill_loses_little_and_all_of_it_is_accounted_for(
+    tmp_path, clocks, monkeypatch, back, boot
+):
     """Killed 6 s after the last line, down for 60 s, and the wall clock set back meanwhile."""
     ledger = open_ledger(tmp_path, clocks)  # 9 s
     steps(ledger, clocks, 1, 10)  # 12.5 s
@@ -269,6 +271,18 @@ def test_the_beat_tells_the_next_start_until_when_this_one_lived(tmp_path):
         ledger.begin()
     alive = [event["alive"] for event in read_ledger(tmp_path) if event["event"] == "start"]
     assert time.time() - alive[1] < 60
+
+
+def test_a_run_that_runs_is_said_to_run(tmp_path, clocks, monkeypatch):
+    ledger = open_ledger(tmp_path, clocks)
+    steps(ledger, clocks, 1, 3)
+    ledger._pulse()
+    monkeypatch.setattr("batiste.train.account.time", clocks)
+    kill(tmp_path, clocks)
+    account = read_account(tmp_path)
+    assert account.starts[0].ended == "running" and account.seconds["lost"] == 0
+    clocks.sleep(30)
+    assert read_account(tmp_path).starts[0].ended == "killed"
 
 
 def test_processes_other_than_the_first_write_nothing():

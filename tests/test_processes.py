@@ -19,6 +19,7 @@ import jax
 import numpy as np
 import pytest
 
+from batiste.exit_codes import LOST_PEER
 from batiste.main import evaluate, generate, load_experiment, train
 from batiste.sharding import MeshConfig, make_mesh
 from batiste.train import Checkpoints, flops_per_token, make_program
@@ -390,3 +391,16 @@ def test_a_taken_port_is_refused():
         code = f"import batiste.sharding; batiste.sharding.connect('127.0.0.1:{port}', 2, 0)"
         (printed,) = ended([start([sys.executable, "-c", code], {})], code=1)
     assert "process 0 cannot listen there" in printed and "choose another port" in printed
+
+
+def test_a_lost_process_ends_the_other_at_once_with_a_line_that_names_it(folder):
+    """Each of the two is killed once; what lives ends with the code that asks for another start."""
+    for victim in (1, 0):
+        processes = launch("train", *train_flags(folder, "tensor", f"lost_{victim}"))
+        wait_for_step(folder / f"lost_{victim}", 1, processes)
+        processes[victim].kill()
+        killed_at = time.monotonic()
+        (printed,) = ended([processes[1 - victim]], code=LOST_PEER)
+        assert time.monotonic() - killed_at < 25  # Without a watch it is 30 and more.
+        assert printed.splitlines()[-1].startswith(f"error: process {victim} of 2 is lost; ")
+        processes[victim].communicate()

@@ -9,7 +9,7 @@ import time
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
-# The file alone, because importing the room takes jax and seconds. A file stands in for jax's store.
+# The file alone: importing the room takes jax and seconds. A file stands in for jax's store.
 PROGRAM = """
 import importlib.util, os, pathlib, sys, time
 spec = importlib.util.spec_from_file_location("watch", sys.argv[1])

@@ -15,7 +15,7 @@ FINISHED = ("done", "patience")
 RUNNING, KILLED = "running", "killed"
 SUPERVISION = ("supervise", "exit")  # Written by `batiste supervise`, which outlives the starts.
 # Every other event is something that has happened to the run, and is listed.
-BOOKKEEPING = (*SUPERVISION, "start", "run", "from", "phase", "first step", "end")
+BOOKKEEPING = ("exit", "start", "run", "from", "phase", "first step", "end")
 
 
 @dataclasses.dataclass
@@ -24,7 +24,7 @@ class Start:
 
     time: when, in seconds since the epoch. first: the step it continued from; reached: the last one
     it completed. recovered: when the first of them was complete. ended: "done", "patience",
-    "SIGINT", "SIGTERM", "error", "running", or what killed it.
+    "SIGINT", "SIGTERM", "error", "running", or what killed it; told: it said so itself.
     """
 
     begin: float
@@ -34,6 +34,7 @@ class Start:
     reached: int = 0
     recovered: float | None = None
     ended: str = KILLED
+    told: bool = False
     facts: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -110,13 +111,19 @@ def read_account(workdir: str | os.PathLike) -> Account:
             groups[-1].append(event)
     if not groups:
         raise ValueError(f"workdir={workdir}: {LEDGER_FILE} holds no start of a run")
-    alive = pathlib.Path(workdir, LEDGER_FILE).stat().st_mtime
+    changed = pathlib.Path(workdir, LEDGER_FILE).stat().st_mtime
+    running = time.time() - changed < 3 * PULSE_SECONDS
     total = Account(dict.fromkeys((*PHASES, LOST, DOWN), 0.0))
     now = 0.0
     for group, following in zip(groups, [*groups[1:], None]):
-        start = _add_start(total, group, now, following[0]["alive"] if following else alive)
-        if following is None and start.ended == KILLED and time.time() - alive < 3 * PULSE_SECONDS:
-            start.ended = RUNNING
+        start = Start(now, now, group[0]["time"], ended=RUNNING)
+        total.starts.append(start)
+        booked, doing = _add_own(total, start, group)
+        if start.ended == RUNNING and not (running and following is None):
+            alive = changed if following is None else following[0]["alive"] or 0.0
+            _find_death(start, group, alive)
+        rest = doing if start.ended == RUNNING else "idle" if start.told else LOST
+        total.add(booked, start.end, {rest: start.end - booked})
         if following is not None:
             now = start.end + _gap(group[0], start, following[0])
             asked = start.ended in (*FINISHED, "SIGINT")
@@ -130,15 +137,12 @@ def read_account(workdir: str | os.PathLike) -> Account:
     return total
 
 
-def _add_start(total: Account, group: list[dict[str, Any]], now: float, alive: float) -> Start:
-    """Books one start, which begins at `now` and was `alive` (since the epoch) when last seen."""
+def _add_own(total: Account, start: Start, group: list[dict[str, Any]]) -> tuple[float, str]:
+    """Books what a start has written down; until when that is, and what it did from there on."""
     head = group[0]
-    own = [event for event in group if event["event"] not in SUPERVISION]
-    start = Start(now, now, head["time"])
-    total.starts.append(start)
-    booked = now
-    for event in own:
-        start.end = now + event["clock"] - head["clock"]
+    booked, doing = start.begin, PHASES[0]
+    for event in group:
+        at = start.begin + event["clock"] - head["clock"]
         match event["event"]:
             case "run":
                 start.facts = {name: value for name, value in event.items()
@@ -146,30 +150,32 @@ def _add_start(total: Account, group: list[dict[str, Any]], now: float, alive: f
             case "from":
                 _continue_from(total, start, event["step"], event["reached"])
             case "first step":
-                start.recovered = start.end
-            case "end":
-                start.ended = event["reason"]
+                start.recovered = at
             case "phase":
-                total.add(booked, start.end, event["seconds"])
+                total.add(booked, at, event["seconds"])
                 _add_steps(total, start, event)
-                booked = start.end
-            case "started" if not (event["passed_over"] or event["changed"]):
+                booked, doing = at, event["next"]
+            case "end":
+                start.ended, start.told = event["reason"], True
+            case "exit" if event["pid"] == head["pid"]:
+                # Several supervisors may write; this one has waited for this very process.
+                start.ended = start.ended if start.told else event["what"]
+            case "exit":
                 continue
+            case "started" if not (event["passed_over"] or event["changed"]):
+                pass
             case name if name not in BOOKKEEPING:
-                total.happened.append({"at": start.end, **event})
-    ended = start.ended != KILLED
-    # Several supervisors may write; one waited for this very process.
-    for event in group:
-        at = now + event["clock"] - head["clock"]
-        if event["event"] == "exit" and event["pid"] == head["pid"]:
-            start.end, start.ended = max(start.end, at), start.ended if ended else event["what"]
-        elif event["event"] == "supervise":
-            total.happened.append({"at": at, **event})
-    if start.ended == KILLED:
-        seen = min(max(0.0, alive - own[-1]["time"]), FLUSH_SECONDS + 2 * PULSE_SECONDS)
-        start.end += seen
-    total.add(booked, start.end, {"idle" if ended else LOST: start.end - booked})
-    return start
+                total.happened.append({"at": at, **event})
+        if event["event"] != "supervise":  # That may come long after the end.
+            start.end = max(start.end, at)
+    return booked, doing
+
+
+def _find_death(start: Start, group: list[dict[str, Any]], alive: float) -> None:
+    """Lets a start end where it was last seen: `alive`, in seconds since the epoch."""
+    last = [event for event in group if event["event"] not in SUPERVISION][-1]
+    seen = min(max(0.0, alive - last["time"]), FLUSH_SECONDS + 2 * PULSE_SECONDS)
+    start.end, start.ended = start.end + seen, KILLED
 
 
 def _continue_from(total: Account, start: Start, step: int, reached: int) -> None:

@@ -1,4 +1,4 @@
-"""What `batiste report` says of a work directory: as text, and as one page that needs no other file."""
+"""What `batiste report` says of a work directory: as text, and as a page that fetches nothing."""
 
 import datetime
 import html
@@ -11,8 +11,9 @@ from batiste.train.metrics import duration
 from batiste.train.plots import draw_all, read_records
 
 PAGE_FILE = "report.html"
-MOST_EVENTS = 40  # Of one kind; the first and the last of more are shown.
-STYLE = """body { font: 15px/1.45 system-ui, sans-serif; color: #222; max-width: 60rem; margin: 2rem auto;
+MOST_EVENTS = 20  # Of one kind; the first and the last of more are shown.
+STYLE = """
+body { font: 15px/1.45 system-ui, sans-serif; color: #222; max-width: 60rem; margin: 2rem auto;
   padding: 0 1rem; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
 table { border-collapse: collapse; } td, th { padding: .15rem .8rem .15rem 0; text-align: left; }
@@ -42,7 +43,8 @@ def headline(account: Account) -> list[str]:
     last = account.starts[-1]
     how = last.ended if last.ended == RUNNING else f"ended: {last.ended}"
     lines = [
-        f"{_count(len(account.starts), 'start')}, {duration(total)}, at step {last.reached:,}, {how}.",
+        f"{_count(len(account.starts), 'start')}, {duration(total)}, at step {last.reached:,}, "
+        f"{how}.",
         f"Goodput {account.goodput:.1%}: {account.productive_seconds:,.1f} s of steps that were "
         f"kept, of {total:,.1f} s.",
     ]
@@ -89,7 +91,8 @@ def _events(happened: list[dict[str, Any]]) -> list[list[str]]:
             fields = {name: value for name, value in event.items()
                       if name not in ("at", "time", "clock", "event") and value is not None}
             what = fields.get("says") or ", ".join(
-                f"{name} {value}" for name, value in fields.items())
+                f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}"
+                for name, value in fields.items())
             rows.append([f"{event['at']:,.1f} s", event["event"], str(what)])
     if left_out:
         rows.append(["", "...", f"{len(left_out):,} more are in the ledger"])
@@ -102,7 +105,7 @@ def _text(table: Table) -> str:
     widths = [max(len(row[column]) for row in cells) for column in range(len(heads))]
     lines = []
     for row in cells:
-        padded = [cell.rjust(width) if _is_number(cell) else cell.ljust(width)
+        padded = [cell.rjust(width) if _is_number(cell) and any(heads) else cell.ljust(width)
                   for cell, width in zip(row, widths, strict=True)]
         lines.append(("  " + "  ".join(padded)).rstrip())
     return "\n".join([f"\n{title}", *lines])

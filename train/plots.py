@@ -1,4 +1,4 @@
-"""Plots of a run from what it wrote down, as PNG in a data URI: a page with them needs no other file."""
+"""Plots of a run from what it wrote down, as PNG in data URIs, so that a page has them in itself."""
 
 import base64
 import io
