@@ -393,14 +393,28 @@ def test_a_taken_port_is_refused():
     assert "process 0 cannot listen there" in printed and "choose another port" in printed
 
 
-def test_a_lost_process_ends_the_other_at_once_with_a_line_that_names_it(folder):
-    """Each of the two is killed once; what lives ends with the code that asks for another start."""
-    for victim in (1, 0):
-        processes = launch("train", *train_flags(folder, "tensor", f"lost_{victim}"))
-        wait_for_step(folder / f"lost_{victim}", 1, processes)
-        processes[victim].kill()
-        killed_at = time.monotonic()
-        (printed,) = ended([processes[1 - victim]], code=LOST_PEER)
-        assert time.monotonic() - killed_at < 25  # Without a watch it is 30 and more.
-        assert printed.splitlines()[-1].startswith(f"error: process {victim} of 2 is lost; ")
-        processes[victim].communicate()
+def check_lost(processes: list[subprocess.Popen], victim: int) -> None:
+    """Kills one of two; the other ends with the code that asks for another start, and says why."""
+    processes[victim].kill()
+    killed_at = time.monotonic()
+    (printed,) = ended([processes[1 - victim]], code=LOST_PEER)
+    assert time.monotonic() - killed_at < 25  # Without a watch it is 30 and more.
+    assert printed.splitlines()[-1].startswith(f"error: process {victim} of 2 is lost; ")
+    processes[victim].communicate()
+
+
+def test_a_lost_coordinator_ends_the_other_in_the_middle_of_training(folder):
+    processes = launch("train", *train_flags(folder, "tensor", "lost"))
+    wait_for_step(folder / "lost", 1, processes)
+    check_lost(processes, 0)
+
+
+def test_a_lost_worker_ends_the_other():
+    code = ("import time, batiste.sharding; "
+            f"batiste.sharding.connect('127.0.0.1:{free_port()}', 2, %d, {LOST_PEER}); "
+            "print('up', flush=True); time.sleep(300)")
+    processes = [start([sys.executable, "-c", code % index], {}) for index in range(2)]
+    for process in processes:
+        while "up" not in (line := process.stdout.readline()):
+            assert line, ended(processes)
+    check_lost(processes, 1)
