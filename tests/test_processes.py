@@ -19,6 +19,7 @@ import jax
 import numpy as np
 import pytest
 
+from batiste.exit_codes import LOST_PEER
 from batiste.main import evaluate, generate, load_experiment, train
 from batiste.sharding import MeshConfig, make_mesh
 from batiste.train import Checkpoints, flops_per_token, make_program
@@ -390,3 +391,30 @@ def test_a_taken_port_is_refused():
         code = f"import batiste.sharding; batiste.sharding.connect('127.0.0.1:{port}', 2, 0)"
         (printed,) = ended([start([sys.executable, "-c", code], {})], code=1)
     assert "process 0 cannot listen there" in printed and "choose another port" in printed
+
+
+def check_lost(processes: list[subprocess.Popen], victim: int) -> None:
+    """Kills one of two; the other ends with the code that asks for another start, and says why."""
+    processes[victim].kill()
+    killed_at = time.monotonic()
+    (printed,) = ended([processes[1 - victim]], code=LOST_PEER)
+    assert time.monotonic() - killed_at < 25  # Without a watch it is 30 and more.
+    assert printed.splitlines()[-1].startswith(f"error: process {victim} of 2 is lost; ")
+    processes[victim].communicate()
+
+
+def test_a_lost_coordinator_ends_the_other_in_the_middle_of_training(folder):
+    processes = launch("train", *train_flags(folder, "tensor", "lost"))
+    wait_for_step(folder / "lost", 1, processes)
+    check_lost(processes, 0)
+
+
+def test_a_lost_worker_ends_the_other():
+    code = ("import time, batiste.sharding; "
+            f"batiste.sharding.connect('127.0.0.1:{free_port()}', 2, %d, {LOST_PEER}); "
+            "print('up', flush=True); time.sleep(300)")
+    processes = [start([sys.executable, "-c", code % index], {}) for index in range(2)]
+    for process in processes:
+        while "up" not in (line := process.stdout.readline()):
+            assert line, ended(processes)
+    check_lost(processes, 1)

@@ -70,20 +70,24 @@ def uninterrupted(corpus, tmp_path_factory) -> pathlib.Path:
     return workdir
 
 
-def launch(corpus: str, workdir: pathlib.Path, *flags: str) -> subprocess.Popen:
-    """The real command in a process of its own."""
-    config = workdir.parent / f"{workdir.name}_config.py"
-    config.write_text(CONFIG)
-    environment = os.environ | {
+def child_environment() -> dict[str, str]:
+    """Of a process that finds this folder's modules, and what was compiled before."""
+    return os.environ | {
         "PYTHONPATH": os.pathsep.join([str(pathlib.Path(__file__).parent),
                                        os.environ.get("PYTHONPATH", "")]),
         "JAX_COMPILATION_CACHE_DIR": str(pathlib.Path(__file__).parents[1] / ".jax_cache"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
     }
+
+
+def launch(corpus: str, workdir: pathlib.Path, *flags: str) -> subprocess.Popen:
+    """The real command in a process of its own."""
+    config = workdir.parent / f"{workdir.name}_config.py"
+    config.write_text(CONFIG)
     command = [sys.executable, "-m", "batiste", "train", f"--config={config}:{corpus}",
                f"--workdir={workdir}", *flags]
     return subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        command, env=child_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def losses(workdir: pathlib.Path) -> dict[tuple[str, int], float]:
