@@ -8,13 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from test_sharding import BATCH, WIDE, start, train_config
+from step_checks import WIDE, place_batch, start, train_config
 from test_tpu import MODEL as TPU_MODEL
 from test_tpu import compile_step
 
-from batiste.data import Batch
 from batiste.models import Transformer, TransformerConfig
-from batiste.sharding import HOST_MEMORY, MeshConfig, check_host_memory, make_mesh, place
+from batiste.sharding import HOST_MEMORY, MeshConfig, check_host_memory, make_mesh
 
 POLICIES = {
     "dots": {"remat": "dots"},
@@ -26,7 +25,7 @@ POLICIES = {
 def one_step(layout: MeshConfig, model: TransformerConfig = WIDE, kind: str = "sgd"):
     """The state and the metrics after one step."""
     mesh, program, step = start(train_config(kind), layout, model=model)
-    return step(program.initialize(), place(mesh, BATCH, Batch(*("BT",) * 5)))
+    return step(program.initialize(), place_batch(mesh))
 
 
 @pytest.mark.parametrize("policy", POLICIES)

@@ -6,14 +6,13 @@ import re
 import jax
 import numpy as np
 import pytest
-from test_pipeline import BATCH, DEEP
+from step_checks import place_batch, start, train_config
+from test_pipeline import DEEP
 from test_resume import corpus, losses, tiny_experiment
-from test_sharding import start, train_config
 
 from batiste.configs.experiment import Experiment
-from batiste.data import Batch
 from batiste.main import evaluate, generate, train
-from batiste.sharding import MeshConfig, layer_order, place
+from batiste.sharding import MeshConfig, layer_order
 from batiste.train import Checkpoints, from_checkpoint
 from batiste.train.config import CheckpointConfig
 
@@ -22,7 +21,7 @@ __all__ = ["corpus"]  # A fixture.
 
 def more_steps(program, step, mesh, state):
     """Losses of two more steps, and the state after."""
-    batch, history = place(mesh, BATCH, Batch(*("BT",) * 5)), []
+    batch, history = place_batch(mesh), []
     for _ in range(2):
         state, metrics = step(state, batch)
         history.append(float(metrics["loss"]))

@@ -148,7 +148,7 @@ def by_open_mpi(port: int, index: int) -> tuple[list[str], dict[str, str]]:
 
 def environment(devices: int = 4) -> dict[str, str]:
     """Of a process with so many fake devices; compiled as tests/conftest.py does it."""
-    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+    flags = re.sub(r"(device_count=)\d+", rf"\g<1>{devices}", os.environ["XLA_FLAGS"])
     return os.environ | {
         "PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]),
         "XLA_FLAGS": flags,
