@@ -342,7 +342,8 @@ def test_a_signal_to_one_process_stops_both_after_one_step_and_tensor_4x2_gives_
     processes[1].send_signal(signal.SIGTERM)
     printed, nothing = ended(processes, code=143)
     (step,) = map(int, re.findall(r"stopped by SIGTERM after step (\d+), saved", printed))
-    assert nothing.count("\n") <= 1, nothing  # jax says that it caught the signal.
+    # jax's own log says that it caught the signal, and on a busy machine what it waits for.
+    assert [line for line in nothing.splitlines() if not re.match(r"[IWEF]\d{4} ", line)] == []
     assert newest(workdir) == step >= STEPS
     expected = alone(folder, "tensor", "one_tensor", STEPS)
     found = {key: loss for key, loss in losses(workdir).items() if key[1] <= STEPS}
