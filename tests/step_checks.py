@@ -146,7 +146,7 @@ def parameters(program) -> list[tuple[str, Any]]:
 
 def bytes_with_letter(program, letter: str) -> int:
     """Bytes of the parameters that have a letter, whole."""
-    return sum(4 * math.prod(leaf.shape) for letters, leaf in parameters(program) if letter in letters)
+    return sum(4 * leaf.size for letters, leaf in parameters(program) if letter in letters)
 
 
 def check_bytes_per_device(mesh, program, state, moments: int) -> None:

@@ -45,8 +45,9 @@ def test_every_optimizer_shards(kind):
 
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
 def test_micro_batches_shard(zero):
-    layout = MeshConfig(data=4, tensor=2, zero=zero)
-    check_equal(three_steps(train_config("sgd", accumulation=2), layout), alone(train_config("sgd")))
+    config = train_config("sgd", accumulation=2)
+    run = three_steps(config, MeshConfig(data=4, tensor=2, zero=zero))
+    check_equal(run, alone(train_config("sgd")))
 
 
 def compiled_step(layout: MeshConfig):

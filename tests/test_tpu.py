@@ -56,10 +56,14 @@ def lower_step(
         return program, step.jitted.lower(program.abstract_state, batch)
 
 
-def test_zero_2_reduces_by_scattering_on_a_tpu():
-    texts = {
-        zero: compile_step("v5e:2x4", MeshConfig(data=8, zero=zero))[1].as_text() for zero in (0, 2)
-    }
+@pytest.fixture(scope="module")
+def by_zero() -> dict:
+    """The step on eight chips, compiled, by its ZeRO level."""
+    return {zero: compile_step("v5e:2x4", MeshConfig(data=8, zero=zero))[1] for zero in (0, 2, 3)}
+
+
+def test_zero_2_reduces_by_scattering_on_a_tpu(by_zero):
+    texts = {zero: by_zero[zero].as_text() for zero in (0, 2)}
     # The TPU compiler's name for a fused all-reduce and slice, which is a reduce-scatter; it fuses
     # the large gradients and leaves the small ones.
     scatters = {zero: len(re.findall(r"%all-reduce-scatter[.\d]* ", texts[zero])) for zero in texts}
@@ -76,12 +80,11 @@ def test_tensor_parallel_sums_travel_once_and_in_bfloat16():
     assert "all-to-all" not in text
 
 
-def test_zero_3_takes_less_memory_per_chip_than_zero_0():
-    arguments = {}
-    for zero in (0, 3):
-        program, compiled = compile_step("v6e:2x2", MeshConfig(data=2, tensor=2, zero=zero))
-        arguments[zero] = compiled.memory_analysis().argument_size_in_bytes
-    assert arguments[3] < 0.6 * arguments[0]
+def test_zero_3_takes_less_memory_per_chip_than_zero_0(by_zero):
+    arguments = {
+        zero: step.memory_analysis().argument_size_in_bytes for zero, step in by_zero.items()}
+    # A third of the state is parameters; norms and the batch stay whole.
+    assert arguments[2] < 0.45 * arguments[0] and arguments[3] < 0.2 * arguments[0]
 
 
 def test_float16_compiles_too():
