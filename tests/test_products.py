@@ -1,4 +1,7 @@
-"""Axes in products: one model with experts, windows and packed rows on every kind of mesh."""
+"""Axes in products: one model with experts, windows and packed rows on every kind of mesh.
+
+Of three axes; slice x data x tensor is in test_slices.py, stage x data x tensor in test_pipeline.py.
+"""
 
 import dataclasses
 
@@ -14,7 +17,6 @@ MODEL = dataclasses.replace(
 )
 BATCH = make_batch(8, 32, 40, 0)
 MESHES = {
-    "slice data tensor": MeshConfig(slice=2, data=2, tensor=2, zero=2),
     "slice stage context": MeshConfig(slice=2, stage=2, context=2, micro_batches=4),
     "slice expert tensor": MeshConfig(slice=2, expert=2, tensor=2),
     "slice data context, zero 3": MeshConfig(slice=2, data=2, context=2, zero=3),
