@@ -97,6 +97,8 @@ class Assembly:
     ) -> list[str]:
         """The continuation of each prompt, whole; `on_text` is called with each step's pieces."""
         texts = [""] * len(prompts)
+        if not prompts:
+            return texts
         for pieces in self.stream(params, prompts, config):
             if on_text is not None:
                 on_text(pieces)

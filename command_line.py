@@ -81,6 +81,10 @@ def _define_train(values: flags.FlagValues, argv: list[str]) -> None:
         "resume", "auto", "auto: continue if there is a checkpoint; must: demand one; never: "
         "refuse to find one.", flag_values=values,
     )
+    flags.DEFINE_list(
+        "resume_override", [], "What may differ from the checkpoint's on purpose: fields of the "
+        "config (train.schedule.learning_rate,...), data, tokenizer.", flag_values=values,
+    )
     flags.DEFINE_bool("force", False, "Train although the memory will not suffice.",
                       flag_values=values)
 
@@ -158,7 +162,8 @@ def _train(values: flags.FlagValues) -> int:
     else:
         experiment = _experiment(values)
     prints = _connect(values)
-    result = main.train(experiment, workdir, values.resume, values.force)
+    result = main.train(
+        experiment, workdir, values.resume, values.resume_override, values.force)
     if result.validation is None:
         if prints:
             print(f"stopped by {result.reason} after step {result.step}, saved; the same command "

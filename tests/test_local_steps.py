@@ -246,7 +246,7 @@ def test_resuming_amid_local_steps_is_bit_equal(tmp_path):
     for number, batch in enumerate(batches):
         if number == 6:  # After one exchange, and amid the steps before the next.
             checkpoints.save(number, state, {})
-            checkpoints.wait()
+            checkpoints.finish(number, state, {})
         state, _ = step(state, batch)
     assert any(np.abs(left).max() > 0 for left in jax.tree.leaves(state.workers.residual))
     resumed = checkpoints.restore(6, program.abstract_state)

@@ -251,7 +251,7 @@ def test_the_bias_alone_balances_the_load_and_survives_a_checkpoint(tmp_path):
     assert worst[0] > 2 and max(worst[-4:]) < 1.5, worst
     checkpoints = Checkpoints(tmp_path, CheckpointConfig())
     checkpoints.save(15, state, {})
-    checkpoints.wait()
+    checkpoints.finish(15, state, {})
     restored = checkpoints.restore(15, program.abstract_state)
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(restored), jax.device_get(state))
     checkpoints.close()

@@ -44,7 +44,7 @@ def test_a_checkpoint_continues_on_other_stages(kind, others, tmp_path):
     state, _ = more_steps(program, step, mesh, program.initialize())
     checkpoints = Checkpoints(tmp_path, CheckpointConfig())
     checkpoints.save(2, state, {})
-    checkpoints.wait()
+    checkpoints.finish(2, state, {})
     _, expected = more_steps(program, step, mesh, state)
     for other in others:
         mesh, program, step = start(config, other, model=DEEP)

@@ -175,7 +175,10 @@ def launch(verb: str, *flags: str, joined=by_flags) -> list[subprocess.Popen]:
 
 
 def ended(processes: list[subprocess.Popen], code: int = 0) -> list[str]:
-    """What each printed, without gloo's chatter; all must end with `code`, and soon."""
+    """What each printed, without gloo's chatter; all must end with `code`, and soon.
+
+    Its threads write into each other's lines, so that the number at the end of one may be a line.
+    """
     try:
         outputs = [process.communicate(timeout=300)[0] for process in processes]
     finally:
@@ -183,7 +186,7 @@ def ended(processes: list[subprocess.Popen], code: int = 0) -> list[str]:
             process.kill()
     assert [process.returncode for process in processes] == [code] * len(processes), outputs
     return ["".join(line for line in output.splitlines(keepends=True)
-                    if "[Gloo]" not in line and "peer ranks" not in line) for output in outputs]
+                    if not re.search(r"\[Gloo\]|peer ranks|^\s*\d*$", line)) for output in outputs]
 
 
 def losses(workdir: pathlib.Path) -> dict[tuple[str, int], float]:

@@ -44,3 +44,12 @@ class Ledger:
             if event["event"] == "phase":
                 seconds[event["name"]] = seconds.get(event["name"], 0.0) + event["seconds"]
         return seconds
+
+
+def last_saved(workdir: pathlib.Path) -> int | None:
+    """The newest step that a run in `workdir` has ever saved, by its ledger; None for none."""
+    path = pathlib.Path(workdir, LEDGER_FILE)
+    if not path.is_file():
+        return None
+    events = map(json.loads, path.read_bytes().split(b"\n")[:-1])
+    return max((event["step"] for event in events if event["event"] == "saved"), default=None)

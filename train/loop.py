@@ -66,7 +66,8 @@ def fit(
             asked = stop_request()
             last = step == run.last_step or asked is not None
             evaluation_due = step % config.evaluation.every == 0 or step == run.last_step
-            if not (last or evaluation_due or step % config.checkpoint.every == 0):
+            save_due = step % config.checkpoint.every == 0 or records.checkpoints.failed()
+            if not (last or evaluation_due or save_due):
                 continue
             _record(records, *pending)
             pending = None
@@ -79,13 +80,13 @@ def fit(
                 records.ledger.lap("evaluate")
                 if _out_of_patience(records.meta["validation"], config.stop.patience):
                     reason, last = "patience", True
-            if last or step % config.checkpoint.every == 0:
+            if last or save_due:
                 records.checkpoints.save(step, state, records.meta)
                 records.ledger.lap("checkpoint")
             if last:
                 reason = asked or stop_request() or reason
                 break
-        records.checkpoints.wait()
+        records.checkpoints.finish(step, state, records.meta)
         records.ledger.lap("checkpoint")
     records.progress.close()
     return state, reason
@@ -105,7 +106,7 @@ def _record(records: Records, step: int, metrics: dict[str, jax.Array]) -> None:
         values["tokens_per_second"] = rate
     records.metrics.write(step, "train", **values)
     if not math.isfinite(values["loss"]) and "loss_scale" not in values:
-        records.checkpoints.wait()
+        records.checkpoints.close()
         raise ValueError(
             f"the loss of step {step} is {values['loss']}: lower train.schedule.learning_rate or "
             f"train.optimizer.clip_norm; the last checkpoint is of step "
