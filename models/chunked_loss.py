@@ -103,11 +103,11 @@ def _by_each_device(plan: Plan, function: Callable, gradient_specs: tuple) -> Ca
 
 def _losses(plan: Plan, rows: Rows, w: jax.Array, _) -> tuple[jax.Array, jax.Array]:
     """Each row's sums of losses and cross-entropies."""
-    w = _whole_head(plan, w, rows.x_BTD.dtype)
+    w_DV = _whole_head(plan, w, rows.x_BTD.dtype)
 
     def add(sums, start, size):
         chunk = _chunk(rows, (start, size), plan.vocabulary_axes)
-        logits_BTV = _logits(plan, chunk.x_BTD, w)
+        logits_BTV = _logits(plan, chunk.x_BTD, w_DV)
         total = vocabulary_sums(logits_BTV, chunk.targets_BT, plan.vocabulary_axes)
         return _added(sums, token_losses(total, plan.rules), chunk.weights_BT)
 
@@ -116,28 +116,27 @@ def _losses(plan: Plan, rows: Rows, w: jax.Array, _) -> tuple[jax.Array, jax.Arr
 
 def _losses_and_gradients(plan: Plan, rows: Rows, w: jax.Array, scale: jax.Array) -> tuple:
     """The same, and the gradients by x_BTD and w of all losses' sum times `scale`."""
-    w = _whole_head(plan, w, rows.x_BTD.dtype)
-    model_dim = plan.letters.index("D")
+    w_DV = _whole_head(plan, w, rows.x_BTD.dtype)
 
     def add(carry, start, size):
-        sums, dx_BTD, dw = carry
+        sums, dx_BTD, dw_DV = carry
         chunk = _chunk(rows, (start, size), plan.vocabulary_axes)
-        logits_BTV = _logits(plan, chunk.x_BTD, w)
+        logits_BTV = _logits(plan, chunk.x_BTD, w_DV)
         total = vocabulary_sums(logits_BTV, chunk.targets_BT, plan.vocabulary_axes)
         losses, differentiate = jax.vjp(lambda total: token_losses(total, plan.rules), total)
         (slopes,) = differentiate((chunk.weights_BT * scale, jnp.zeros_like(losses[1])))
         slope_BTV = logit_slopes(
             logits_BTV, chunk.targets_BT, (total, slopes), plan.vocabulary_axes)
-        slope_BTV = _before_the_cap(plan, slope_BTV, logits_BTV).astype(w.dtype)
-        part_BTD = dot(slope_BTV, w, (2,), (1 - model_dim,), sum_dtype(w))
+        slope_BTV = _before_the_cap(plan, slope_BTV, logits_BTV).astype(w_DV.dtype)
+        part_BTD = dot(slope_BTV, w_DV, (2,), (1,), sum_dtype(w_DV))
         part_BTD = _summed_over_vocabulary(plan, part_BTD).astype(dx_BTD.dtype)
         dx_BTD = jax.lax.dynamic_update_slice_in_dim(dx_BTD, part_BTD, start, axis=1)
-        dw += weight_gradient(chunk.x_BTD, slope_BTV, (0, 1), (model_dim,))
-        return _added(sums, losses, chunk.weights_BT), dx_BTD, dw
+        dw_DV += weight_gradient(chunk.x_BTD, slope_BTV, (0, 1), (0,))
+        return _added(sums, losses, chunk.weights_BT), dx_BTD, dw_DV
 
-    carry = _zeros(rows), jnp.zeros_like(rows.x_BTD), jnp.zeros(w.shape, jnp.float32)
-    sums, dx_BTD, dw = _over_chunks(plan, add, carry, rows)
-    return *jax.lax.psum(sums, plan.time_axes), dx_BTD, _summed_over_rows(plan, dw)
+    carry = _zeros(rows), jnp.zeros_like(rows.x_BTD), jnp.zeros(w_DV.shape, jnp.float32)
+    sums, dx_BTD, dw_DV = _over_chunks(plan, add, carry, rows)
+    return *jax.lax.psum(sums, plan.time_axes), dx_BTD, _summed_over_rows(plan, dw_DV)
 
 
 def _over_chunks(plan: Plan, add: Callable, total, rows: Rows):
@@ -165,8 +164,8 @@ def _chunk(rows: Rows, where: tuple, vocabulary_axes: tuple[str, ...]) -> Rows:
     return Rows(x_BTD, of_all(rows.targets_BT), of_all(rows.weights_BT))
 
 
-def _logits(plan: Plan, x_BTD: jax.Array, w: jax.Array) -> jax.Array:
-    logits_BTV = dot(x_BTD, w, (2,), (plan.letters.index("D"),))
+def _logits(plan: Plan, x_BTD: jax.Array, w_DV: jax.Array) -> jax.Array:
+    logits_BTV = dot(x_BTD, w_DV, (2,), (0,))
     cap = plan.soft_cap
     return logits_BTV if cap is None else cap * jnp.tanh(logits_BTV / cap)
 
@@ -188,10 +187,10 @@ def _added(sums: tuple, losses: tuple, weights_BT: jax.Array) -> tuple[jax.Array
 
 def _whole_head(plan: Plan, w: jax.Array, dtype) -> jax.Array:
     """The head in the compute dtype, in which it is half the bytes, whole over `data`."""
-    w = w.astype(dtype)
+    w_DV = w.astype(dtype) if plan.letters == "DV" else w.astype(dtype).T
     if plan.zero < 3 or "data" not in plan.row_axes:
-        return w
-    return jax.lax.all_gather(w, "data", axis=plan.letters.index("D"), tiled=True)
+        return w_DV
+    return jax.lax.all_gather(w_DV, "data", axis=0, tiled=True)
 
 
 def _summed_over_vocabulary(plan: Plan, part_BTD: jax.Array) -> jax.Array:
@@ -201,11 +200,14 @@ def _summed_over_vocabulary(plan: Plan, part_BTD: jax.Array) -> jax.Array:
     return jax.lax.psum(part_BTD, tuple(set(plan.vocabulary_axes) - {SHARED}))
 
 
-def _summed_over_rows(plan: Plan, dw: jax.Array) -> jax.Array:
-    """The head's gradient of all rows; under ZeRO-2 and 3 each device of `data` keeps a share."""
+def _summed_over_rows(plan: Plan, dw_DV: jax.Array) -> jax.Array:
+    """The head's gradient of all rows, as the head lies; under ZeRO-2 and 3 a share over `data`.
+
+    Scattered in its first dim: of a later one, the TPU's compiler sums the whole and takes a part.
+    """
     axes = plan.row_axes
     if plan.zero >= 2 and "data" in axes:
-        dim = plan.letters.index("D")
-        dw = jax.lax.psum_scatter(dw, "data", scatter_dimension=dim, tiled=True)
+        dw_DV = jax.lax.psum_scatter(dw_DV, "data", scatter_dimension=0, tiled=True)
         axes = tuple(axis for axis in axes if axis != "data")
-    return jax.lax.psum(dw, axes)
+    dw_DV = jax.lax.psum(dw_DV, axes)
+    return dw_DV if plan.letters == "DV" else dw_DV.T

@@ -11,6 +11,7 @@ from test_sharding import WIDE, start, train_config
 
 from batiste.data import Batch
 from batiste.sharding import MeshConfig, place
+from batiste.train import ObjectiveConfig
 
 MODEL = dataclasses.replace(
     WIDE, num_layers=4, max_length=48, mlp_dim=24, bias=False, layer_pattern=("local", "global"), window=5,
@@ -33,9 +34,13 @@ MESHES = {
 }
 
 
-def three_steps(layout: MeshConfig, devices=None, **changes):
-    """Losses, gradient norms and the router's metrics of three steps of SGD; parameters after."""
+def three_steps(layout: MeshConfig, devices=None, loss_chunk: int | None = 12, **changes):
+    """Losses, gradient norms and the router's metrics of three steps of SGD; parameters after.
+
+    The loss in chunks, of which the last is shorter: 32 positions are no multiple of 12.
+    """
     config = train_config("sgd")
+    config.objective = ObjectiveConfig(loss_chunk=loss_chunk)
     for field, value in changes.items():
         setattr(config, field, value)
     config.objective.balance_loss = 0.1
@@ -52,8 +57,8 @@ def three_steps(layout: MeshConfig, devices=None, **changes):
 
 @pytest.fixture(scope="module")
 def alone():
-    """The same on the first device."""
-    return three_steps(MeshConfig(data=1), jax.devices()[:1])
+    """The same on the first device, of all logits at once."""
+    return three_steps(MeshConfig(data=1), jax.devices()[:1], loss_chunk=None)
 
 
 @pytest.mark.parametrize("name", MESHES)

@@ -42,7 +42,7 @@ def test_token_losses_are_the_formulas():
     np.testing.assert_allclose(cross_entropy, -hit, rtol=1e-5)
 
 
-@pytest.mark.parametrize("chunk", [3, 4, 11])
+@pytest.mark.parametrize("chunk", [4, 11])
 def test_chunked_loss_equals_the_whole_and_never_holds_all_logits(model_config, batch, chunk):
     model_config = dataclasses.replace(model_config, vocab_size=1009, tied_embeddings=False)
     graphdef, params = nnx.split(Transformer(model_config, rngs=nnx.Rngs(0)), nnx.Param)
