@@ -391,14 +391,18 @@ def test_a_programs_text_is_read_with_its_loops():
             return jax.lax.with_sharding_constraint(
                 jnp.tanh(x_BD @ w_DD), place(mesh, jax.P("data", None))), None
 
-        return jax.lax.scan(layer, x_BD, w_LDD)[0]
+        x_BD = jax.lax.scan(layer, x_BD, w_LDD)[0]
+        scatter = functools.partial(
+            jax.lax.psum_scatter, axis_name="tensor", scatter_dimension=1, tiled=True)
+        specs = dict(in_specs=jax.P("data", None), out_specs=jax.P("data", "tensor"))
+        return jax.shard_map(scatter, mesh=mesh, check_vma=False, **specs)(x_BD)
 
     x = jax.ShapeDtypeStruct((6, 64), "float32", sharding=place(mesh, jax.P("data", None)))
     split = place(mesh, jax.P(None, None, "tensor"))
     w = jax.ShapeDtypeStruct((5, 64, 64), "float32", sharding=split)
     totals = read_program(jax.jit(step).lower(x, w).compile().as_text())
     assert totals.flops == 5 * 2 * 3 * 64 * 16
-    assert totals.collectives == {"all-gather": 5 * 3 * 64 * 4}
+    assert totals.collectives == {"all-gather": 5 * 3 * 64 * 4, "reduce-scatter": 3 * 64 * 4}
 
 
 # Tokens enough that padding is little: about 0.4 GiB of activations.
@@ -426,6 +430,14 @@ def test_predicted_memory_and_flops_are_the_compilers():
     expected = product_flops(Account(given), tpu_machine("v5e:2x4"), choice)
     assert found.flops == pytest.approx(expected, rel=0.1)
     assert found.collectives["all-gather"] > 0
+    # The head is gathered once in the compute dtype, and its gradient scattered once in fp32: V over
+    # `tensor`, D over `data`, none of it for each of four chunks.
+    instructions = [
+        line for line in compiled.text.splitlines() if re.search(r"(all-|reduce-)\w+\(", line)]
+    moves = [line for line in instructions if "shard_map/all_gather" in line and "[512,1024]" in line]
+    assert len(moves) == 1 and " = bf16[512,1024]" in moves[0]
+    moves = [line for line in instructions if "shard_map/reduce_scatter" in line and ",1024]" in line]
+    assert len(moves) == 1 and " = f32[128,1024]" in moves[0]
 
 
 def test_the_compilers_buffers_are_read_as_it_counts_them(tmp_path):
