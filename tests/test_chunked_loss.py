@@ -16,12 +16,13 @@ from batiste.models import (
 )
 from batiste.sharding import MeshConfig, laid_out, make_mesh, spec
 
-# B 8, T 24, D 16, V 40: a chunk of 8 is 1, 2, 4 or 8 places of a device's 3, 6, 12 or 24.
-SHAPE, CHUNK = (8, 24), 8
+# B 8, T 56, D 24, V 40: of a device's 7, 14, 28 or 56 places a chunk of 16 has 2, 4, 8 or 16, so that
+# on each mesh the last chunk is shorter.
+SHAPE, CHUNK = (8, 56), 16
 RULES = LossRules(label_smoothing=0.1, z_loss=0.01)
 MODEL = TransformerConfig(
-    vocab_size=40, num_layers=1, model_dim=16, num_heads=2, num_kv_heads=2, head_dim=4, mlp_dim=8,
-    max_length=24, logit_soft_cap=2.0, norm="layer",
+    vocab_size=40, num_layers=1, model_dim=24, num_heads=2, num_kv_heads=2, head_dim=4, mlp_dim=8,
+    max_length=56, logit_soft_cap=2.0, norm="layer",
 )
 MESHES = {
     "one device": MeshConfig(data=1),
@@ -151,9 +152,9 @@ def moves_of_the_head(text: str, vocabulary: int) -> list[tuple[str, str, str]]:
 
 
 @pytest.mark.parametrize("name,moves", [
-    ("data 8, zero 3", [("all-gather", "16,40"), ("reduce-scatter", "2,40")]),
-    ("data 2, tensor 4, zero 2", [("reduce-scatter", "8,10")]),
-    ("slice 2, data 2, tensor 2, zero 1", [("all-reduce", "16,20")]),
+    ("data 8, zero 3", [("all-gather", "24,40"), ("reduce-scatter", "3,40")]),
+    ("data 2, tensor 4, zero 2", [("reduce-scatter", "12,10")]),
+    ("slice 2, data 2, tensor 2, zero 1", [("all-reduce", "24,20")]),
 ])
 def test_the_head_is_gathered_once_and_its_gradient_reduced_once(name, moves):
     text = lowered(name, "float32", tied=False)[0].compile().as_text()
