@@ -32,16 +32,17 @@ def run(argv: Sequence[str] | None = None) -> None:
     """Runs one command line (default: this process's) and exits with its code."""
     argv = list(sys.argv if argv is None else argv)
     with _one_line_errors():
-        verb = argv[1] if len(argv) > 1 else "help"
+        words = 2 if " ".join(argv[1:3]) in VERBS else 1
+        verb = " ".join(argv[1:1 + words]) or "help"
         if verb in ("help", "--help", "-h", "--helpfull"):
-            lines = [f"  {name:<10}{each.usage:<31}{each.about}" for name, each in VERBS.items()]
+            lines = [f"  {name:<20}{each.usage:<31}{each.about}" for name, each in VERBS.items()]
             print(USAGE.format(verbs="\n".join(lines)))
             sys.exit(0 if len(argv) > 1 else 2)
         if verb not in VERBS:
             near = difflib.get_close_matches(verb, VERBS, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise ValueError(f"verb {verb!r}: expected one of {', '.join(VERBS)}{hint}")
-        values = _parse(VERBS[verb].define, [f"batiste {verb}", *argv[2:]])
+        values = _parse(VERBS[verb].define, [f"batiste {verb}", *argv[1 + words:]])
         sys.exit(VERBS[verb].call(values))
 
 

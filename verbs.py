@@ -125,9 +125,18 @@ def _train(values: flags.FlagValues) -> int:
     return 0
 
 
-def _define_report(values: flags.FlagValues, argv: list[str]) -> None:
+def _define_reading(values: flags.FlagValues, argv: list[str]) -> None:
     del argv
     _define_workdir(values)
+
+
+def _doctor_checkpoints(values: flags.FlagValues) -> int:
+    from batiste.train.manifest import verify_all
+
+    found = verify_all(_required(values, "workdir"))
+    for step, problem in found.items():
+        print(f"step {step}: {problem or 'every file is what was written'}")
+    return exit_codes.FAILED if any(found.values()) else exit_codes.DONE
 
 
 def _report(values: flags.FlagValues) -> int:
@@ -287,6 +296,9 @@ VERBS = {
                       _define_supervise, _supervise),
     "evaluate": Verb(
         "--workdir=DIR", "loss, perplexity, bits per byte", _define_evaluate, _evaluate),
-    "report": Verb("--workdir=DIR", "where its time went, and plots", _define_report, _report),
+    "report": Verb("--workdir=DIR", "where its time went, and plots", _define_reading, _report),
+    "doctor checkpoints": Verb(
+        "--workdir=DIR", "read every byte of every checkpoint", _define_reading,
+        _doctor_checkpoints),
     "generate": Verb("--workdir=DIR --prompt=TEXT", "stream text", _define_generate, _generate),
 }

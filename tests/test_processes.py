@@ -306,6 +306,30 @@ def test_a_checkpoint_of_two_processes_continues_in_two_bit_for_bit_and_in_one(f
     assert losses(folder / "half_alone") == pytest.approx(losses(program[0]), rel=1e-6)
 
 
+def test_a_run_continues_on_other_devices_processes_and_meshes_with_the_same_losses(
+    folder, program,
+):
+    """8 devices, then 4, 1, two processes of 4, and 8 again; ZeRO 3, 1, 0, 3, 2; within 1e-6."""
+    config = experiment(f"{folder}/corpus/*.txt", "zero")
+    flags = [*train_flags(folder, "zero", "elastic"), "--resume=must"]
+
+    def until(step: int) -> str:
+        return f"--config.train.stop.flops={budget(config, step)}"
+
+    config.train.stop.flops = budget(config, 3)
+    assert train(config, folder / "elastic").step == 3
+    command = [sys.executable, "-m", "batiste", "train", *flags]
+    ended([start([*command, until(5), "--config.mesh.tensor=2", "--config.mesh.zero=1"],
+                 environment(4))])
+    ended([start([*command, until(7), "--config.mesh.zero=0"], environment(1))])
+    ended(launch("train", *flags, until(9)))
+    config.train.stop.flops, config.mesh = None, MeshConfig(zero=2)
+    assert train(config, folder / "elastic", resume="must").step == STEPS
+    expected = losses(program[0])
+    found = {key: loss for key, loss in losses(folder / "elastic").items() if key in expected}
+    assert found == pytest.approx(expected, rel=1e-6)
+
+
 def test_two_processes_evaluate_and_generate_like_one(folder, program):
     workdir, found = program
     loss, *_, tokens, num_bytes = evaluate(workdir)

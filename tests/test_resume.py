@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from batiste import main
+from batiste import command_line, main
 from batiste.configs.experiment import Experiment
 from batiste.data import DataConfig, SourceConfig
 from batiste.inference import SamplingConfig
@@ -205,6 +205,11 @@ def test_a_damaged_step_is_passed_over_aloud_and_nothing_starts_from_scratch(
     (damaged, *_) = (workdir / "checkpoints/3/state/ocdbt.process_0/d").iterdir()
     damaged.write_bytes(damaged.read_bytes()[:-1])
     capfd.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        command_line.run(["batiste", "doctor", "checkpoints", f"--workdir={workdir}"])
+    printed = capfd.readouterr().out
+    assert ended.value.code == 1 and f"step 3: {damaged} has" in printed
+    assert "step 2: every file is what was written" in printed
     evaluate(workdir)
     assert f"step 3 is passed over: {damaged} has" in capfd.readouterr().err
     assert train(experiment, workdir, resume="must").step == 3
