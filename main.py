@@ -7,7 +7,6 @@ import json
 import os
 import pathlib
 import sys
-import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -25,7 +24,7 @@ from batiste.sharding import (
 )
 from batiste.train import (
     Checkpoints, Found, Ledger, MetricsWriter, Records, Run, arrays_of, check_mode, check_override,
-    check_same, fit, from_checkpoint, last_saved, make_train_step,
+    check_same, compilation_booked, fit, from_checkpoint, last_saved, make_train_step,
 )
 
 CONFIG_FILE = "config.json"
@@ -75,18 +74,30 @@ def train(
     resume: str = "auto",
     resume_override: Sequence[str] = (),
     force: bool = False,
+    started: float | None = None,
 ) -> Result:
     """Prepares, trains, evaluates, samples, and writes it all under `workdir`.
 
     resume: "auto" continues from the newest checkpoint if there is one, "must" demands one,
     "never" refuses to find one. resume_override: fields (or beginnings of their names), "data" and
     "tokenizer", that may differ from the checkpoint's. force: trains although the memory will not
-    suffice. Raises ValueError for a config that cannot run, or that differs from the checkpoint's.
-    Several processes all call this alike, after `batiste.sharding.connect` or
+    suffice. started: the time.monotonic() from which the ledger counts, None for now. Raises
+    ValueError for a config that cannot run, or that differs from the checkpoint's. Several
+    processes all call this alike, after `batiste.sharding.connect` or
     `jax.distributed.initialize`; the first writes.
     """
-    started = time.perf_counter()
-    workdir = pathlib.Path(workdir)
+    ledger = Ledger(workdir if is_first() else None, started)
+    with ledger, compilation_booked(ledger):
+        workdir = pathlib.Path(workdir)
+        result = _train(experiment, workdir, resume, resume_override, force, ledger)
+        ledger.close(result.reason)
+    return result
+
+
+def _train(
+    experiment: Experiment, workdir: pathlib.Path, resume: str, resume_override: Sequence[str],
+    force: bool, ledger: Ledger,
+) -> Result:
     experiment.validate_on(len(jax.devices()))
     check_connected()
     flat = flatten(experiment)
@@ -100,18 +111,19 @@ def train(
     free = (*_free_to_change(experiment), *resume_override)
     changed = [] if found.step is None else check_same(stored["config"], flat, free)
     check_shared(workdir)
+    ledger.enter("data preparation")
     prepared = prepare(experiment, workdir)
     identity = dict(zip(IDENTITY, (prepared.fingerprint, prepared.tokenizer.hash), strict=True))
     if found.step is not None:
         changed += check_same(stored["data"], identity, resume_override)
+    ledger.enter("initialization")
     assembly = assemble(experiment, workdir, prepared, experiment.mesh)
     arrays = arrays_of(assembly.program.abstract_state)
     if found.step is not None:
         check_same(stored["arrays"], arrays)
     if is_first():
         _save_config(experiment, workdir)
-    ledger = Ledger(workdir if is_first() else None)
-    ledger.write("phase", name="prepare", seconds=time.perf_counter() - started)
+    ledger.begin(**assembly.facts())
     ledger.write("started", step=found.step or 0, passed_over=found.passed_over, changed=changed)
     meta = {"validation": [], **stored, "config": flat, "data": identity, "arrays": arrays}
     report = functools.partial(_report, ledger)
@@ -194,16 +206,18 @@ def _fit(
     if start is None:
         state = assembly.program.initialize()
     else:
+        ledger.enter("restore")
         state = checkpoints.restore(start, assembly.program.abstract_state)
         state = from_checkpoint(assembly.program, state, _stored_mesh(checkpoints.meta(start)))
         if is_first():
             print(f"continuing from step {start} of {assembly.workdir}", flush=True)
-    ledger.lap("initialize")
+    ledger.enter("initialization")
     loader = Loader(assembly.prepared, "train", experiment.train.batch_size, experiment.data.seed)
     share = Share(assembly.mesh, experiment.train.batch_size)
     batches = loader.iterate(start or 0, share.rows)
     progress, last_step = assembly.progress()
     metrics = MetricsWriter(assembly.workdir if is_first() else None, start or 0)
+    ledger.write("from", step=start or 0, reached=metrics.reached)
     run = Run(
         train_step=make_train_step(assembly.program, experiment.train, assembly.mesh),
         batches=map(share.place, batches),

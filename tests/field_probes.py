@@ -23,7 +23,7 @@ from batiste.data import Batch, Loader
 from batiste.evaluation import make_row_losses
 from batiste.models import Transformer
 from batiste.sharding import MeshConfig, laid_out, make_mesh, place, time_order
-from batiste.train import TrainConfig, make_program, make_train_step
+from batiste.train import Checkpoints, TrainConfig, TrainState, make_program, make_train_step
 from batiste.train.local_steps import make_exchange
 from batiste.train.metrics import read_metrics
 
@@ -193,6 +193,23 @@ def run(experiment: Experiment, corpus: pathlib.Path):
         shutil.rmtree(kept, ignore_errors=True)
         shutil.copytree(workdir, kept)
         return result.reason, result.step, metrics, saved, samples
+
+
+def failed_saves(experiment: Experiment, corpus: pathlib.Path) -> int:
+    """How many saves may fail before the last of them stops the run."""
+    state = TrainState(np.int32(1), {"a": np.ones(3, np.float32)}, (), None)
+    with tempfile.TemporaryDirectory(dir=corpus) as workdir:
+        checkpoints = Checkpoints(pathlib.Path(workdir), experiment.train.checkpoint)
+        checkpoints.save(1, state, {})
+        checkpoints.finish(1, state, {})
+        shutil.rmtree(checkpoints.folder)
+        checkpoints.folder.write_text("not a directory")
+        for step in range(2, 10):
+            try:
+                checkpoints.save(step, state, {})
+            except ValueError:
+                break
+    return step
 
 
 def generated(experiment: Experiment, corpus: pathlib.Path):

@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from batiste import main
+from batiste import command_line, main
 from batiste.configs.experiment import Experiment
 from batiste.data import DataConfig, SourceConfig
 from batiste.inference import SamplingConfig
@@ -70,20 +70,24 @@ def uninterrupted(corpus, tmp_path_factory) -> pathlib.Path:
     return workdir
 
 
-def launch(corpus: str, workdir: pathlib.Path, *flags: str) -> subprocess.Popen:
-    """The real command in a process of its own."""
-    config = workdir.parent / f"{workdir.name}_config.py"
-    config.write_text(CONFIG)
-    environment = os.environ | {
+def child_environment() -> dict[str, str]:
+    """Of a process that finds this folder's modules, and what was compiled before."""
+    return os.environ | {
         "PYTHONPATH": os.pathsep.join([str(pathlib.Path(__file__).parent),
                                        os.environ.get("PYTHONPATH", "")]),
         "JAX_COMPILATION_CACHE_DIR": str(pathlib.Path(__file__).parents[1] / ".jax_cache"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
     }
+
+
+def launch(corpus: str, workdir: pathlib.Path, *flags: str) -> subprocess.Popen:
+    """The real command in a process of its own."""
+    config = workdir.parent / f"{workdir.name}_config.py"
+    config.write_text(CONFIG)
     command = [sys.executable, "-m", "batiste", "train", f"--config={config}:{corpus}",
                f"--workdir={workdir}", *flags]
     return subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        command, env=child_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def losses(workdir: pathlib.Path) -> dict[tuple[str, int], float]:
@@ -201,6 +205,11 @@ def test_a_damaged_step_is_passed_over_aloud_and_nothing_starts_from_scratch(
     (damaged, *_) = (workdir / "checkpoints/3/state/ocdbt.process_0/d").iterdir()
     damaged.write_bytes(damaged.read_bytes()[:-1])
     capfd.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        command_line.run(["batiste", "doctor", "checkpoints", f"--workdir={workdir}"])
+    printed = capfd.readouterr().out
+    assert ended.value.code == 1 and f"step 3: {damaged} has" in printed
+    assert "step 2: every file is what was written" in printed
     evaluate(workdir)
     assert f"step 3 is passed over: {damaged} has" in capfd.readouterr().err
     assert train(experiment, workdir, resume="must").step == 3
