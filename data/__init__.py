@@ -5,6 +5,7 @@
 """
 
 from batiste.data.config import DataConfig, SourceConfig
+from batiste.data.file_hashes import damage, digest_of, hash_files
 from batiste.data.loader import Loader
 from batiste.data.packing import Batch
 from batiste.data.prepare import prepare
@@ -12,6 +13,6 @@ from batiste.data.prepared import Prepared, load_prepared
 from batiste.data.tokenizer import Tokenizer, load_tokenizer
 
 __all__ = [
-    "Batch", "DataConfig", "Loader", "Prepared", "SourceConfig", "Tokenizer",
-    "load_prepared", "load_tokenizer", "prepare",
+    "Batch", "DataConfig", "Loader", "Prepared", "SourceConfig", "Tokenizer", "damage",
+    "digest_of", "hash_files", "load_prepared", "load_tokenizer", "prepare",
 ]

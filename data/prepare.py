@@ -16,7 +16,10 @@ from collections.abc import Iterator
 from batiste.data.config import DataConfig
 from batiste.data.corpus import HeldOut, Survey, survey
 from batiste.data.encoder import Encoder, token_dtype
-from batiste.data.prepared import MANIFEST, SPLITS, TOKENIZER_FILE, Prepared, load_prepared
+from batiste.data.file_hashes import hash_files
+from batiste.data.prepared import (
+    SPLITS, TOKENIZER_FILE, Prepared, load_prepared, problem, write_manifest,
+)
 from batiste.data.quarantine import Quarantine
 from batiste.data.sources import Source, open_source
 from batiste.data.tokenizer import (
@@ -34,7 +37,7 @@ def prepare(config: DataConfig, directory) -> Prepared:
     """Returns the records of `config` in `directory`/FINGERPRINT, made now or before.
 
     The same inputs have the same fingerprint and are read only to be hashed. A preparation that
-    dies leaves nothing that looks finished. Raises ValueError for input that cannot be used and
+    dies leaves nothing that looks finished; one that was damaged since is made again. Raises ValueError for input that cannot be used and
     OSError for a disk that cannot.
     """
     config.validate()
@@ -47,7 +50,10 @@ def prepare(config: DataConfig, directory) -> Prepared:
     with _locked(directory):  # a second process waits here, then finds the work done
         for leftover in directory.glob(UNFINISHED + "*"):
             shutil.rmtree(leftover)
-        if not (target / MANIFEST).exists():
+        if target.exists() and (damage := problem(target)):
+            print(f"{damage}: preparing again", file=sys.stderr, flush=True)
+            shutil.rmtree(target)
+        if not target.exists():
             work = directory / (UNFINISHED + fingerprint[:12])
             try:
                 work.mkdir()
@@ -108,12 +114,11 @@ def _prepare_in(
                       "vocab_size": tokenizer.vocab_size, "hash": tokenizer.hash,
                       "dtype": token_dtype(tokenizer).name},
         **{split: _totals(stored[split], config.sequence_length) for split in SPLITS},
-        "files": [{"name": str(path.relative_to(work)), "bytes": path.stat().st_size}
-                  for path in sorted(work.rglob("*")) if path.is_file()],
+        "files": hash_files(work),
         "versions": _versions(),
     }
     manifest["validation"] |= held_out.figures()
-    (work / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+    write_manifest(work, manifest)
 
 
 def _survey_all(

@@ -255,15 +255,38 @@ def test_a_full_disk_is_one_clear_line_and_leaves_nothing(tmp_path, limit):
     assert not finished(tmp_path / "data") and not unfinished(tmp_path / "data")
 
 
-def test_damage_is_noticed(tmp_path, corpus):
-    prepared = prepare(config_for(corpus), tmp_path / "data")
-    records = next(prepared.directory.rglob("*train*array_record*"))
-    os.truncate(records, records.stat().st_size - 1)
-    with pytest.raises(ValueError, match="expected .* bytes, found"):
-        load_prepared(prepared.directory)
-    records.unlink()
-    with pytest.raises(ValueError, match="found missing"):
-        prepare(config_for(corpus), tmp_path / "data")
+def flip(path: pathlib.Path) -> None:
+    """Changes one bit in the middle."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+DAMAGES = {
+    "flip": flip,
+    "truncate": lambda path: os.truncate(path, path.stat().st_size // 2),
+    "remove": pathlib.Path.unlink,
+}
+
+
+def test_damage_to_any_file_is_named_and_prepared_again_as_it_was(tmp_path, corpus):
+    config = dataclasses.replace(config_for(corpus), tokenizer="characters")
+    prepared = prepare(config, tmp_path)
+    files = sorted(path for path in prepared.directory.rglob("*") if path.is_file())
+    whole = {path: path.read_bytes() for path in files}
+    assert {"manifest.json", "tokenizer.model"} < {path.name for path in files} and len(files) > 4
+    for path in files:
+        for damage in DAMAGES.values():
+            damage(path)
+            with pytest.raises(ValueError, match=path.name):
+                load_prepared(prepared.directory)
+            path.write_bytes(whole[path])
+    for path, damage in ((files[0], flip), (prepared.directory / "manifest.json", DAMAGES["remove"])):
+        damage(path)
+        again = prepare(config, tmp_path)
+        assert {path: path.read_bytes() for path in files if "array_record" in path.name} == {
+            path: text for path, text in whole.items() if "array_record" in path.name}
+        assert again.manifest == prepared.manifest
 
 
 # Bad input

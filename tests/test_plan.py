@@ -405,10 +405,10 @@ def test_a_programs_text_is_read_with_its_loops():
     assert totals.collectives == {"all-gather": 5 * 3 * 64 * 4, "reduce-scatter": 3 * 64 * 4}
 
 
-# Tokens enough that padding is little: about 0.4 GiB of activations.
+# Tokens enough that padding is little: about 0.2 GiB of activations.
 SMALL = TransformerConfig(
-    vocab_size=2048, num_layers=4, model_dim=512, num_heads=8, num_kv_heads=4, head_dim=128,
-    mlp_dim=1536, max_length=512, dtype="bfloat16", attention="v5e",
+    vocab_size=1024, num_layers=4, model_dim=256, num_heads=4, num_kv_heads=2, head_dim=128,
+    mlp_dim=768, max_length=512, dtype="bfloat16", attention="v5e",
 )
 
 
