@@ -1,13 +1,15 @@
 """The network: token arrays in, logits out."""
 
 from batiste.models.attention_choice import resolve_attention
+from batiste.models.chunked_loss import Rows
 from batiste.models.config import TransformerConfig
 from batiste.models.mixture import rebalanced
 from batiste.models.parameter import letters_tree
 from batiste.models.router import RouterSums
+from batiste.models.token_loss import LossRules, token_losses, vocabulary_sums
 from batiste.models.transformer import Cache, Transformer
 
 __all__ = [
-    "Cache", "RouterSums", "Transformer", "TransformerConfig", "letters_tree", "rebalanced",
-    "resolve_attention",
+    "Cache", "LossRules", "RouterSums", "Rows", "Transformer", "TransformerConfig", "letters_tree",
+    "rebalanced", "resolve_attention", "token_losses", "vocabulary_sums",
 ]

@@ -154,8 +154,10 @@ def test_what_the_page_says_that_attention_prints_is_printed():
     assert sorted(filter(None, said)) == sorted(printed)
 
 
-def test_the_notebook_runs_from_top_to_bottom(tmp_path, environment):
+def test_the_notebook_runs_from_top_to_bottom(ten_lines, tmp_path, environment):
     shutil.copy(ROOT / "notebooks" / "quickstart.ipynb", tmp_path)
+    # The notebook trains on the text of the README's example: prepared once.
+    shutil.copytree(ten_lines[0] / "runs/ten_lines/data", tmp_path / "runs/notebook/data")
     code = "from nbclient.cli import main; main()"
     environment = environment | {"JUPYTER_PLATFORM_DIRS": "1"}
     run([sys.executable, "-c", code, "quickstart.ipynb", "--timeout=900"], tmp_path, environment)

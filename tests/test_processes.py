@@ -149,7 +149,7 @@ def by_open_mpi(port: int, index: int) -> tuple[list[str], dict[str, str]]:
 
 def environment(devices: int = 4) -> dict[str, str]:
     """Of a process with so many fake devices; compiled as tests/conftest.py does it."""
-    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+    flags = re.sub(r"(device_count=)\d+", rf"\g<1>{devices}", os.environ["XLA_FLAGS"])
     return os.environ | {
         "PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]),
         "XLA_FLAGS": flags,
@@ -346,7 +346,8 @@ def test_a_signal_to_one_process_stops_both_after_one_step_and_tensor_4x2_gives_
     processes[1].send_signal(signal.SIGTERM)
     printed, nothing = ended(processes, code=143)
     (step,) = map(int, re.findall(r"stopped by SIGTERM after step (\d+), saved", printed))
-    assert nothing.count("\n") <= 1, nothing  # jax says that it caught the signal.
+    # jax's own log says that it caught the signal, and on a busy machine what it waits for.
+    assert [line for line in nothing.splitlines() if not re.match(r"[IWEF]\d{4} ", line)] == []
     assert newest(workdir) == step >= STEPS
     expected = alone(folder, "tensor", "one_tensor", STEPS)
     found = {key: loss for key, loss in losses(workdir).items() if key[1] <= STEPS}

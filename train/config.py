@@ -14,7 +14,8 @@ class ObjectiveConfig:
 
     loss_chunk: logits are computed for so many positions of each row at a time, and never all at
     once; None computes all.
-    fused: the kernels of model.attention's chip compute the loss, and logits are never in memory.
+    fused: the kernels of model.attention's chip compute the loss, logits are never in memory, and
+    loss_chunk says nothing.
     balance_loss, router_z_loss: weights of the losses of each layer's router (models/router.py).
     """
 

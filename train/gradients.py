@@ -20,9 +20,8 @@ def accumulate(program: Program, config: TrainConfig, params, batch, step, scale
     def scaled_loss(params, batch, key):
         model = nnx.merge(program.graphdef, params)
         with laid_out(program.layout):
-            terms = causal_loss(model, batch, key, config.objective)
-        terms = jax.tree.map(lambda term: term.sum(axis=0), terms)
-        return terms.loss_B if scale is None else terms.loss_B * scale, terms
+            terms = causal_loss(model, batch, key, config.objective, scale).of_all_rows()
+        return terms.loss if scale is None else terms.loss * scale, terms
 
     differentiate = jax.grad(scaled_loss, has_aux=True)
     k = config.accumulation

@@ -67,6 +67,19 @@ def newest_verified(folder: pathlib.Path) -> Found:
     return Found(None, passed_over)
 
 
+def verify_all(workdir: pathlib.Path) -> dict[int, str | None]:
+    """What is wrong with each step of a work directory, oldest first; needs no device.
+
+    Raises ValueError where there is nothing to verify.
+    """
+    folder = pathlib.Path(workdir, CHECKPOINT_FOLDER)
+    steps = numbered(folder)
+    if not steps:
+        raise ValueError(f"workdir={workdir}: no checkpoints there; expected the --workdir of a "
+                         "`batiste train`")
+    return {step: problem(folder, step) for step in steps}
+
+
 def set_aside(folder: pathlib.Path, step: int) -> None:
     """Renames what has the name of a step, so that nothing is lost or mistaken."""
     path, count = folder / str(step), 1

@@ -148,7 +148,7 @@ def _update(
         gradients, state.optimizer_state, state.params
     )
     metrics = {
-        "loss": terms.loss_B / tokens,
+        "loss": terms.loss / tokens,
         "cross_entropy": terms.cross_entropy_B / tokens,
         "tokens": terms.tokens_B,
         "gradient_norm": optax.tree.norm(gradients),
