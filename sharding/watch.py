@@ -52,8 +52,9 @@ class Watch:
 
     def leave(self, seconds: float = 0.0) -> bool:
         """Tells the others that this process ends; whether within `seconds` all say that they do."""
-        self._leaving.set()
-        self._tell(BYE)
+        if not self._leaving.is_set():
+            self._leaving.set()
+            self._tell(BYE)
         return self._all_gone.wait(seconds) and self._in_order
 
     def _tell(self, word: str) -> None:
@@ -121,12 +122,13 @@ def _reach(client: Any, host: str, index: int) -> dict[int, socket.socket]:
 
 
 def _hear(connection: socket.socket) -> str:
-    """The next word; none where the connection is broken."""
+    """The next word; none where the connection is broken. Nobody says two that matter."""
     try:
         connection.settimeout(CONNECT_SECONDS)
-        return connection.recv(64).decode("ascii", "replace").strip()
+        words = connection.recv(64).decode("ascii", "replace").split()
     except OSError:
-        return ""
+        words = []
+    return words[0] if words else ""
 
 
 def _keep_alive(connection: socket.socket) -> None:
