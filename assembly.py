@@ -1,11 +1,15 @@
 """Where the rooms meet: an experiment, its data and its program on a mesh, ready to be used."""
 
+import contextlib
 import dataclasses
 import functools
+import hashlib
 import itertools
+import json
 import math
 import os
 import pathlib
+import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -14,6 +18,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from batiste import __version__
 from batiste.configs.experiment import Experiment, flatten
 from batiste.data import Batch, Loader, Prepared
 from batiste.evaluation import Perplexity, RowSums, make_row_losses, perplexity
@@ -25,7 +30,7 @@ from batiste.sharding import (
 )
 from batiste.train import (
     Ledger, Program, Progress, ReportFacts, flops_per_token, make_program, mfu_formula_line,
-    total_peak_flops, write_report,
+    read_account, total_peak_flops, write_report,
 )
 
 
@@ -97,6 +102,8 @@ class Assembly:
     ) -> list[str]:
         """The continuation of each prompt, whole; `on_text` is called with each step's pieces."""
         texts = [""] * len(prompts)
+        if not prompts:
+            return texts
         for pieces in self.stream(params, prompts, config):
             if on_text is not None:
                 on_text(pieces)
@@ -123,14 +130,27 @@ class Assembly:
         )
         return progress, last_step
 
+    def facts(self) -> dict[str, Any]:
+        """What this run is made of, for its ledger."""
+        config = json.dumps(flatten(self.experiment), sort_keys=True)
+        return {
+            "config": hashlib.sha256(config.encode()).hexdigest()[:12],
+            "code": code_version(),
+            "device": self.mesh.devices.flat[0].device_kind,
+            "devices": self.mesh.size,
+            "processes": jax.process_count(),
+            "data": self.prepared.fingerprint,
+        }
+
     def finish(self, params: Any, ledger: Ledger, step: int) -> Perplexity:
         """Evaluates on the whole validation split, samples, and (process 0) writes the report."""
         experiment, manifest = self.experiment, self.prepared.manifest
+        ledger.enter("evaluation")
         result = self.measure(params)
-        ledger.lap("evaluate")
+        ledger.enter("sampling")
         prompts = experiment.sample.prompts
         texts = self.write(params, prompts, experiment.sample)
-        ledger.lap("sample")
+        ledger.enter("idle")
         if not is_first():
             return result
         facts = ReportFacts(
@@ -139,7 +159,7 @@ class Assembly:
             tokens=step * experiment.train.batch_size * experiment.data.sequence_length,
             device=f"{self.mesh.size} x {jax.devices()[0].device_kind}",
             config=flatten(experiment),
-            seconds_by_phase=ledger.seconds_by_phase(),
+            seconds_by_phase=read_account(self.workdir).seconds,
             samples=list(zip(prompts, texts, strict=True)),
             bits_per_byte=result.bits_per_byte,
             standard_error=result.standard_error,
@@ -167,3 +187,15 @@ def assemble(
             check_host_memory(mesh, field)
     program = make_program(model, experiment.train, mesh, mesh_config)
     return Assembly(experiment, workdir, prepared, mesh, program)
+
+
+def code_version() -> str:
+    """The package's version, with the git commit (and -dirty) where the package is a clone."""
+    root = pathlib.Path(__file__).resolve().parent
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
+    commit = ""
+    if (root / ".git").exists():
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+            commit = f" ({done.stdout.strip()})"
+    return f"{__version__}{commit}"

@@ -2,11 +2,12 @@
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import json
 import os
 import pathlib
-import time
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -25,14 +26,14 @@ from batiste.sharding import (
     together,
 )
 from batiste.train import (
-    Checkpoints, Decision, Ledger, MetricsWriter, Monitor, Records, RollBack, Run, Watched,
-    check_mode, check_same, decide, decided, decisions_of, faulty_batches, fit, from_checkpoint,
-    make_train_step, parse_fault, roll_back, skipped, start_of, steered,
+    Checkpoints, Decision, Found, Ledger, MetricsWriter, Monitor, Records, RollBack, Run, Watched,
+    arrays_of, check_mode, check_override, check_same, compilation_booked, decide, decided,
+    decisions_of, faulty_batches, fit, from_checkpoint, last_saved, make_train_step, parse_fault,
+    roll_back, skipped, start_of, steered,
 )
-from batiste.train.checkpoint import CHECKPOINT_FOLDER
-from batiste.train.config import CheckpointConfig
 
 CONFIG_FILE = "config.json"
+IDENTITY = ("data fingerprint", "tokenizer")
 PREPARE_SECONDS = 2 * 3600  # Longer work than that is for `batiste prepare`, on one machine.
 # These change where or how a step is computed and recorded, not what it computes.
 FREE_TO_CHANGE = (
@@ -73,41 +74,67 @@ def prepare(experiment: Experiment, workdir: str | os.PathLike) -> Prepared:
 
 
 def train(
-    experiment: Experiment, workdir: str | os.PathLike, resume: str = "auto", force: bool = False
+    experiment: Experiment,
+    workdir: str | os.PathLike,
+    resume: str = "auto",
+    resume_override: Sequence[str] = (),
+    force: bool = False,
+    started: float | None = None,
 ) -> Result:
     """Prepares, trains, evaluates, samples, and writes it all under `workdir`.
 
     resume: "auto" continues from the newest checkpoint if there is one, "must" demands one,
-    "never" refuses to find one. force: trains although the memory will not suffice. Raises
-    ValueError for a config that cannot run, or that differs from the checkpoint's. Several processes
-    all call this alike, after `batiste.sharding.connect` or `jax.distributed.initialize`; the first
-    writes.
+    "never" refuses to find one. resume_override: fields (or beginnings of their names), "data" and
+    "tokenizer", that may differ from the checkpoint's. force: trains although the memory will not
+    suffice. started: the time.monotonic() from which the ledger counts, None for now. Raises
+    ValueError for a config that cannot run, or that differs from the checkpoint's. Several
+    processes all call this alike, after `batiste.sharding.connect` or
+    `jax.distributed.initialize`; the first writes.
     """
-    started = time.perf_counter()
-    workdir = pathlib.Path(workdir)
+    ledger = Ledger(workdir if is_first() else None, started)
+    with ledger, compilation_booked(ledger):
+        workdir = pathlib.Path(workdir)
+        result = _train(experiment, workdir, resume, resume_override, force, ledger)
+        ledger.close(result.reason)
+    return result
+
+
+def _train(
+    experiment: Experiment, workdir: pathlib.Path, resume: str, resume_override: Sequence[str],
+    force: bool, ledger: Ledger,
+) -> Result:
     experiment.validate_on(len(jax.devices()))
     check_connected()
     flat = flatten(experiment)
-    agree({"workdir": str(workdir), "resume": resume, **flat})
+    agree({"workdir": str(workdir), "resume": resume, "resume_override": list(resume_override),
+           **flat})
+    check_override(resume_override, [*flat, *IDENTITY])
     if not force:
         check_memory(experiment)
-    start, stored = _stored(workdir, experiment.train.checkpoint)
-    check_mode(resume, start, str(workdir))
-    if start is not None:
-        check_same(stored["config"], flat, _free_to_change(experiment))
+    found, stored = _stored(workdir, experiment)
+    check_mode(resume, found, last_saved(workdir), str(workdir))
+    free = (*_free_to_change(experiment), *resume_override)
+    changed = [] if found.step is None else check_same(stored["config"], flat, free)
     check_shared(workdir)
+    ledger.enter("data preparation")
     prepared = prepare(experiment, workdir)
-    fingerprint = {"fingerprint of the data": prepared.fingerprint}
-    if start is not None:
-        check_same(stored["data"], fingerprint, ())
+    identity = dict(zip(IDENTITY, (prepared.fingerprint, prepared.tokenizer.hash), strict=True))
+    if found.step is not None:
+        changed += check_same(stored["data"], identity, resume_override)
+    ledger.enter("initialization")
     assembly = assemble(experiment, workdir, prepared, experiment.mesh)
+    arrays = arrays_of(assembly.program.abstract_state)
+    if found.step is not None:
+        check_same(stored["arrays"], arrays)
     if is_first():
         _save_config(experiment, workdir)
-    ledger = Ledger(workdir if is_first() else None)
-    ledger.write("phase", name="prepare", seconds=time.perf_counter() - started)
-    meta = {"validation": [], **stored, "config": flat, "data": fingerprint}
-    with contextlib.closing(Checkpoints(workdir, experiment.train.checkpoint)) as checkpoints:
-        state, reason = _fit(assembly, checkpoints, ledger, meta, start)
+    ledger.begin(**assembly.facts())
+    ledger.write("started", step=found.step or 0, passed_over=found.passed_over, changed=changed)
+    meta = {"validation": [], **stored, "config": flat, "data": identity, "arrays": arrays}
+    report = functools.partial(_report, ledger)
+    opened = Checkpoints(workdir, experiment.train.checkpoint, report)
+    with contextlib.closing(opened) as checkpoints:
+        state, reason = _fit(assembly, checkpoints, ledger, meta, found.step)
     step = int(state.step)
     finished = not reason.startswith("SIG")
     validation = assembly.finish(state.params, ledger, step) if finished else None
@@ -157,16 +184,23 @@ def _free_to_change(experiment: Experiment) -> tuple[str, ...]:
     return (*axes, *(name for name in FREE_TO_CHANGE if name != "mesh."))
 
 
-def _stored(workdir: pathlib.Path, config: CheckpointConfig) -> tuple[int | None, dict[str, Any]]:
-    """The newest committed step, and what was saved beside its arrays; creates nothing."""
-    found = (workdir / CHECKPOINT_FOLDER).is_dir()
-    agree({f"{workdir / CHECKPOINT_FOLDER} there": found})
-    if not found:
-        return None, {}
-    with contextlib.closing(Checkpoints(workdir, config)) as checkpoints:
-        step = checkpoints.latest_step
-        agree({"the newest checkpoint": step})
-        return step, {} if step is None else checkpoints.meta(step)
+def _stored(workdir: pathlib.Path, experiment: Experiment) -> tuple[Found, dict[str, Any]]:
+    """The newest step that verifies, and what was saved beside its arrays; changes nothing."""
+    with contextlib.closing(Checkpoints(workdir, experiment.train.checkpoint)) as checkpoints:
+        found = checkpoints.newest_verified()
+        if found.step is not None and is_first():
+            for step, why in found.passed_over.items():
+                print(f"step {step} is passed over: {why}", file=sys.stderr, flush=True)
+        return found, {} if found.step is None else checkpoints.meta(found.step)
+
+
+def _report(ledger: Ledger, event: str, **fields: Any) -> None:
+    """Writes to the ledger what happens to checkpoints, and says what goes wrong with them."""
+    ledger.write(event, **fields)
+    if event == "save_failed" and is_first():
+        again = "; trying again" if fields["in_a_row"] == 1 else ""
+        print(f"the checkpoint of step {fields['step']} could not be saved: {fields['why']}{again}",
+              file=sys.stderr, flush=True)
 
 
 def _fit(
@@ -189,7 +223,7 @@ def _fit(
         except RollBack as asked:
             checkpoints.wait()
             decision = roll_back(
-                asked.finding, checkpoints.steps, decisions_of(meta), train.health.roll_back)
+                asked.finding, checkpoints.verified(), decisions_of(meta), train.health.roll_back)
             decide(decision, meta, ledger)
             start = decision.to or None
             meta = _rewound(checkpoints, meta, start)
@@ -205,11 +239,11 @@ def _decided(workdir: pathlib.Path) -> list[Decision]:
 
 
 def _rewound(checkpoints: Checkpoints, meta: dict[str, Any], start: int | None) -> dict[str, Any]:
-    """Forgets what was saved after `start`; the meta of a run that continues there."""
-    checkpoints.forget_after(start or 0)
+    """Sets aside what was saved after `start`; the meta of a run that continues there."""
+    checkpoints.set_aside_from((start or 0) + 1)
     stored = {} if start is None else checkpoints.meta(start)
     return {"validation": [], **stored} | {
-        name: meta[name] for name in ("config", "data", "decisions")}
+        name: meta[name] for name in ("config", "data", "arrays", "decisions")}
 
 
 def _fit_from(
@@ -221,11 +255,12 @@ def _fit_from(
     if start is None:
         state = assembly.program.initialize()
     else:
+        ledger.enter("restore")
         state = checkpoints.restore(start, assembly.program.abstract_state)
         state = from_checkpoint(assembly.program, state, _stored_mesh(checkpoints.meta(start)))
         if is_first():
             print(f"continuing from step {start} of {assembly.workdir}", flush=True)
-    ledger.lap("initialize")
+    ledger.enter("initialization")
     loader = Loader(assembly.prepared, "train", experiment.train.batch_size, experiment.data.seed)
     share = Share(assembly.mesh, experiment.train.batch_size)
     windows = skipped(decisions_of(meta))
@@ -244,6 +279,7 @@ def _fit_from(
         monitor.remember(assembly.workdir, start or 0)
         placed = monitor.watch(placed)
     metrics = MetricsWriter(assembly.workdir if is_first() else None, start or 0)
+    ledger.write("from", step=start or 0, reached=metrics.reached)
     if monitor is not None or decisions_of(meta):
         train_step = steered(
             train_step, meta, lambda factor: replicate(assembly.mesh, np.float32(factor)),
@@ -270,14 +306,15 @@ def _load(workdir: str | os.PathLike) -> tuple[Assembly, Any]:
     experiment = load_experiment(workdir)
     check_connected()
     agree({"workdir": str(workdir)})
-    step, stored = _stored(workdir, experiment.train.checkpoint)
-    check_mode("must", step, str(workdir))
-    fingerprint = stored["data"]["fingerprint of the data"]
+    found, stored = _stored(workdir, experiment)
+    check_mode("must", found, None, str(workdir))
+    fingerprint = stored["data"]["data fingerprint"]
     prepared = load_prepared(pathlib.Path(workdir, "data", fingerprint[:12]))
     assembly = assemble(experiment, workdir, prepared, MeshConfig())
     with contextlib.closing(Checkpoints(workdir, experiment.train.checkpoint)) as checkpoints:
         program = assembly.program
-        params = checkpoints.restore_params(step, program.abstract_state.params)
+        abstract = {"params": program.abstract_state.params}
+        params = checkpoints.restore(found.step, abstract)["params"]
     targets = jax.tree.map(lambda leaf: leaf.sharding, program.abstract_state.params)
     return assembly, restack(params, _stored_mesh(stored), program.layout, targets)
 

@@ -79,7 +79,8 @@ class Experiment:
             ("model.num_experts", model.num_experts or 0, ("expert",)),
             ("model.vocab_size", model.vocab_size, ("stage", "tensor")),
             ("data.sequence_length", self.data.sequence_length, ("context", "tensor")),
-            ("train.objective.loss_chunk", self.train.objective.loss_chunk or 0, ("context",)),
+            ("train.objective.loss_chunk", self.train.objective.loss_chunk or 0,
+             ("context", "tensor")),
         ):
             axes = [axis for axis in axes if getattr(mesh, axis) > 1]
             parts = math.prod(getattr(mesh, axis) for axis in axes)

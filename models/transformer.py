@@ -13,6 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from batiste.models.attention import Attention, LayerCache
 from batiste.models.attention_choice import OneOf, fused_losses
+from batiste.models.chunked_loss import Head, Rows, chunked_loss
 from batiste.models.config import TransformerConfig
 from batiste.models.layer_sums import LayerSums, layer_sums
 from batiste.models.layers import PRODUCT, FeedForward, Norm, dropout, lookup, project
@@ -21,6 +22,7 @@ from batiste.models.parameter import gathered, matrix
 from batiste.models.pipeline import LAYER_INPUT, Layers, pipelined
 from batiste.models.positions import rotation, sinusoids
 from batiste.models.router import RouterSums
+from batiste.models.token_loss import LossRules
 from batiste.pallas_kernels import AttentionMask
 from batiste.sharding import (
     HOST_MEMORY, constrain, gather, in_row_order, in_time_order, layout, time_order,
@@ -198,32 +200,40 @@ class Transformer(nnx.Module):
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """The head, in float32 from the product on; soft-capped if the config says so."""
-        x_BTD = constrain(x_BTD if self.norm is None else self.norm(x_BTD), "BTD")
-        if self.head_DV is None:
-            table_VD = gather(self.embedding_VD[...], "VD")
-            logits_BTV = project(x_BTD, table_VD, (1,), jnp.float32)
-        else:
-            logits_BTV = project(x_BTD, gather(self.head_DV[...], "DV"), (0,), jnp.float32)
-        logits_BTV = constrain(logits_BTV, "BTV")
-        soft_cap = self.config.logit_soft_cap
-        return logits_BTV if soft_cap is None else soft_cap * jnp.tanh(logits_BTV / soft_cap)
+        x_BTD, head = constrain(self._normed(x_BTD), "BTD"), self._head()
+        table, summed = gather(head.weight, head.letters), head.letters.index("D")
+        logits_BTV = constrain(project(x_BTD, table, (summed,), jnp.float32), "BTV")
+        cap = head.soft_cap
+        return logits_BTV if cap is None else cap * jnp.tanh(logits_BTV / cap)
+
+    def chunked_loss(
+        self, rows: Rows, scale: jax.Array | None, rules: LossRules, chunk: int
+    ) -> tuple[jax.Array, jax.Array]:
+        """The loss of features and each row's cross-entropy, without all logits: `chunked_loss`."""
+        # As much memory as the features: what the norm computes in fp32 is not kept.
+        x_BTD = jax.checkpoint(self._normed)(rows.x_BTD)
+        return chunked_loss(rows._replace(x_BTD=x_BTD), self._head(), scale, rules, chunk)
 
     def fused_losses(
-        self, x_BTD: jax.Array, targets_BT: jax.Array, z_loss: float, label_smoothing: float
+        self, x_BTD: jax.Array, targets_BT: jax.Array, rules: LossRules
     ) -> tuple[jax.Array, jax.Array]:
         """Loss and cross-entropy of each token by the chip's kernel, float32 BT, without logits.
 
         Raises ValueError for a model that is not set to a chip's kernels.
         """
-        x_BTD = x_BTD if self.norm is None else self.norm(x_BTD)
+        head = self._head()
+        whole = gather(head.weight, head.letters)
+        options = dict(layout=head.letters, soft_cap=head.soft_cap, **rules._asdict())
+        return fused_losses(
+            self.config.attention, self._normed(x_BTD), whole, targets_BT, options)
+
+    def _normed(self, x_BTD: jax.Array) -> jax.Array:
+        return x_BTD if self.norm is None else self.norm(x_BTD)
+
+    def _head(self) -> Head:
         tied = self.head_DV is None
-        layout = "VD" if tied else "DV"
-        head = gather((self.embedding_VD if tied else self.head_DV)[...], layout)
-        options = dict(
-            layout=layout, soft_cap=self.config.logit_soft_cap, z_loss=z_loss,
-            label_smoothing=label_smoothing,
-        )
-        return fused_losses(self.config.attention, x_BTD, head, targets_BT, options)
+        weight = (self.embedding_VD if tied else self.head_DV)[...]
+        return Head(weight, "VD" if tied else "DV", self.config.logit_soft_cap)
 
     def empty_cache(self, batch: int, length: int) -> Cache:
         """Room for `length` tokens in each of `batch` rows, in the compute dtype."""

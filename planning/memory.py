@@ -2,7 +2,7 @@
 
 State comes from `make_program` itself (planning/state.py), what is kept for the backward pass from
 the model's own derivative (planning/saved.py), what is at work in a layer from planning/work.py.
-What is left is an account of what is alive at four moments, found by reading what the TPU's
+What is left is an account of what is alive at five moments, found by reading what the TPU's
 compiler holds at its peak (docs/plan.md has the errors).
 """
 
@@ -64,7 +64,8 @@ class Account:
         return max(moments, key=lambda memory: memory.total)
 
     def moments(self, choice: Choice) -> list[Memory]:
-        """When the loss is computed, a layer differentiated, the embedding, the update made."""
+        """When the loss is computed, the head's gradient summed, a layer differentiated, the
+        embedding, the update made."""
         state, mesh = self.state(choice.mesh), choice.mesh
         item = self.item
         gathers, pipelined = mesh.zero >= 3, mesh.stage > 1
@@ -74,11 +75,15 @@ class Account:
         Moment = functools.partial(Memory, state.parameters, optimizer=state.optimizer, logits=0.0)
         head = state.head or state.embedding
         stream = self.tokens(choice) * self.workload.model.model_dim
-        gathered = head * item / 4 if gathers and choice.accumulation == 1 else 0.0
+        gathered = head * item / 4 if gathers else 0.0
         loss = Moment(
             gradients=sum_so_far + head, activations=saved + 4 * stream,
             collectives=kept + gathered, moment="loss",
         )._replace(logits=self.logits_bytes(choice))
+        # Each device's, and the sum of all; a layer waits for the share that ZeRO-2 leaves of it.
+        scattered = mesh.zero >= 2 and mesh.data > 1
+        summing = loss._replace(
+            logits=0.0, collectives=kept + (head if scattered else 0.0), moment="head")
         # A layer's weights in the compute dtype, the next one's where they are gathered ahead; and
         # the gradients of the layer, in fp32.
         in_flight = state.layer * (item / 4 * (2 if gathers else 1) + 1)
@@ -100,7 +105,7 @@ class Account:
             gradients=state.gradients, activations=0.0,
             collectives=self.doubled(choice) + state.largest, moment="update",
         )._replace(optimizer=state.optimizer + state.offloaded)  # Fetched from the host.
-        return [loss, layers, embedding, update]
+        return [loss, summing, layers, embedding, update]
 
     @property
     def item(self) -> int:
@@ -117,9 +122,8 @@ class Account:
         """Copies of weights that are alive from the first layer forward to the last backward.
 
         The compiler casts stacked weights before the loop over layers, and gathers all that a stage
-        has before the loop over ticks. Weights do not change between
-        micro-batches, so embedding and head, if they are gathered, then stay gathered: the lookup
-        reads fp32, unless the head, which reads the compute dtype, shares its table.
+        has before the loop over ticks. Weights do not change between micro-batches, so the
+        embedding, if it is gathered, then stays gathered; and so does the head of an unchunked loss.
         """
         state, mesh = self.state(choice.mesh), choice.mesh
         kept = self.doubled(choice) + (state.parameters * self.item / 4 if self.item < 4 else 0.0)
@@ -127,9 +131,9 @@ class Account:
             kept += state.layer * self.periods / mesh.stage * self.item / 4
         if mesh.zero < 3 or choice.accumulation == 1:
             return kept
-        tied = state.head == 0
-        return kept + (2 * state.embedding if tied else state.head) * self.item / 4 + (
-            0.0 if tied else state.embedding)
+        chunked = self.workload.train.objective.loss_chunk is not None
+        head = 0.0 if chunked else state.head or state.embedding
+        return kept + (state.embedding + head) * self.item / 4
 
     def tokens(self, choice: Choice) -> float:
         """Tokens of an accumulation step that a device works on, in all micro-batches."""
@@ -196,14 +200,15 @@ class Account:
         )
 
     def logits_bytes(self, choice: Choice) -> float:
-        """Logits of a chunk in fp32 and their gradient in the compute dtype."""
+        """Logits of a chunk in fp32; of all of them also what their derivative needs."""
         model, objective = self.workload.model, self.workload.train.objective
         if objective.fused:
             return 0.0
         sizes = choice.sizes
         logits = self.tokens(choice) / self.chunks * model.vocab_size
-        # Not recomputed: logits and softmax stay.
-        bytes_each = 4 + self.item + (0 if objective.loss_chunk else 4)
+        # A chunk's derivative is made inside the products that take it; of all logits there are also
+        # the softmax and, in the compute dtype, the derivative.
+        bytes_each = 4 if objective.loss_chunk else 8 + self.item
         return bytes_each * logits / (sizes["stage"] * sizes["tensor"])
 
     def work_bytes(self, choice: Choice) -> float:

@@ -55,7 +55,7 @@ def read_program(text: str) -> Totals:
             if kind in COLLECTIVES:
                 scattered = kind == "all-reduce" and name.startswith("all-reduce-scatter")
                 kind = "reduce-scatter" if scattered else kind
-                sent[kind] += times[name] * _result_bytes(each)
+                sent[kind] += times[name] * _sent_bytes(each, types)
     return Totals(flops, {kind: size for kind, size in sorted(sent.items()) if size})
 
 
@@ -122,10 +122,19 @@ def _elements(type_: str) -> int:
     return math.prod(int(dim) for dim in ARRAY.search(type_)[2].split(",") if dim)
 
 
-def _result_bytes(collective: Instruction) -> float:
-    """Bytes of the result; what starts asynchronously has operands and results in its type."""
-    sizes = [
-        ITEM_BYTES.get(item, 4) * math.prod(int(dim) for dim in dims.split(",") if dim)
-        for item, dims in ARRAY.findall(collective.type)
-    ]
+def _sent_bytes(collective: Instruction, types: dict[str, str]) -> float:
+    """Bytes of the result; of what goes in, where that is scattered. What starts asynchronously has
+    operands and results in its type."""
+    if collective.operation == "reduce-scatter":
+        operands = re.findall(r"%([\w.\-]+)", collective.rest.split(")")[0])
+        return sum(sum(_array_bytes(types[name])) for name in operands)
+    sizes = _array_bytes(collective.type)
     return max(sizes) if collective.operation.endswith("-start") else sum(sizes)
+
+
+def _array_bytes(type_: str) -> list[float]:
+    """Of each array in a type."""
+    return [
+        ITEM_BYTES.get(item, 4) * math.prod(int(dim) for dim in dims.split(",") if dim)
+        for item, dims in ARRAY.findall(type_)
+    ]

@@ -110,20 +110,19 @@ def product_flops(account: Account, machine: Machine, choice: Choice) -> float:
     """FLOPs of a device in products with weights, those that are done twice counted twice."""
     flops, tokens = flops_of(account), account.workload.tokens_per_step / machine.num_devices
     again = account.recomputes(choice.policy).products
-    chunked = account.workload.train.objective.loss_chunk is not None
-    return tokens * (flops.layers * (1 + again / 3) + flops.head * (1 + chunked / 3))
+    return tokens * (flops.layers * (1 + again / 3) + flops.head)
 
 
 def _memory(account: Account, machine: Machine, choice: Choice) -> float:
     """Seconds at HBM bandwidth: each activation of a layer and each logit written and read once in
-    each direction, and the state once in the update."""
+    each direction, the sum of the head's gradient for each chunk, the state once in the update."""
     model, mesh = account.workload.model, choice.mesh
     state = account.state(mesh)
     layers = model.num_layers / mesh.stage * mesh.micro_batches
     passes = 3 if choice.remat != "none" else 2
     activations = passes * 2 * layers * account.work_bytes(choice)
     activations += 2 * account.saved_bytes(choice)
-    logits = 2 * account.logits_bytes(choice) * account.chunks
+    logits = 2 * (account.logits_bytes(choice) + (state.head or state.embedding)) * account.chunks
     update = 2 * (state.optimizer + state.offloaded + state.gradients + state.parameters)
     moved = choice.accumulation * (activations + logits) + update
     return moved / (machine.device.hbm_bandwidth * BANDWIDTH_EFFICIENCY)
@@ -167,18 +166,21 @@ def bytes_sent(account: Account, choice: Choice) -> dict[str, float]:
 def _weights_sent(account: Account, choice: Choice) -> float:
     """Bytes of weights gathered and gradients reduced in a step, on a ring of very many devices.
 
-    In the compute dtype forward and backward, their gradients in fp32. A pipeline does so at every
-    tick, with what it then works on.
+    Weights travel in the compute dtype, gradients in fp32; the lookup's gradient is summed whole.
+    ZeRO-2 and 3 do so in every accumulation step, and with its layers at every tick of a pipeline.
     """
-    mesh, state = choice.mesh, account.state(choice.mesh)
+    mesh, state, k = choice.mesh, account.state(choice.mesh), choice.accumulation
     layers = state.layer * account.periods / mesh.stage
-    ends = state.embedding + state.head
-    if mesh.zero >= 2:  # The head is gathered, and its gradient reduced, for each chunk of logits.
-        ends = state.embedding + (state.head or state.embedding) * account.chunks
+    everything = layers + state.embedding + state.head
+    if mesh.zero < 2:
+        several = k * mesh.micro_batches > 1  # Then gradients are scattered once a step.
+        twice = 0.0 if state.head or several else state.embedding
+        return everything * (3 if mesh.zero == 1 and not several else 2) + 2 * twice
+    weights = account.item / 4 if mesh.zero >= 3 else 0.0
     ticks = choice.ticks / mesh.interleave if mesh.stage > 1 else 1
-    each = (2 * account.item / 4 if mesh.zero >= 3 else 0) + (1 if mesh.zero >= 2 else 2)
-    once = 1 if mesh.zero in (1, 2) else 0
-    return choice.accumulation * each * (layers * ticks + ends) + once * (layers + ends)
+    each = layers * ticks * (2 * weights + 1) + state.embedding * (weights + 2)
+    each += (state.head or state.embedding) * (weights + 1)
+    return k * each + (everything if mesh.zero == 2 else 0.0)
 
 
 def _attention_sent(account: Account, choice: Choice) -> float:

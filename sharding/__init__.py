@@ -2,7 +2,7 @@
 
 from batiste.sharding.alphabet import ALPHABET, check_letters
 from batiste.sharding.config import AXES, CONTEXT_EXCHANGES, MeshConfig
-from batiste.sharding.connect import connect
+from batiste.sharding.connect import connect, leave
 from batiste.sharding.context_order import (
     chunk_place, context_size, in_row_order, in_time_order, time_order,
 )
@@ -21,7 +21,7 @@ __all__ = [
     "ALPHABET", "AXES", "CONTEXT_EXCHANGES", "HOST_MEMORY", "RULES", "MeshConfig", "Share", "agree",
     "axes_of", "check_connected", "check_divisible", "check_host_memory", "check_letters",
     "check_shared", "chunk_place", "compiler_options", "connect", "constrain", "context_size",
-    "gather", "in_row_order", "in_time_order", "is_first", "laid_out", "layer_order", "layout",
+    "gather", "in_row_order", "in_time_order", "is_first", "laid_out", "layer_order", "layout", "leave",
     "make_mesh", "make_mesh_like", "per_device", "place", "replicate", "restack", "restacked",
     "shardings", "spec", "time_order", "together",
 ]

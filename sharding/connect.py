@@ -1,5 +1,6 @@
 """How the processes of a run find each other."""
 
+import functools
 import os
 import re
 import socket
@@ -8,20 +9,25 @@ import threading
 import time
 
 import jax
-from jax._src import clusters  # jax's detection of a cluster has no public door
+from jax._src import clusters, distributed  # detection and client have no public door
+
+from batiste.sharding.watch import LEFT_SECONDS, Watch
 
 INITIALIZATION_SECONDS = 300  # Machines of a pod, and containers that are still being pulled.
-# A process that is silent for so long is dead, and the others end. jax's default is 100.
+# A process whose death nobody saw, not even `Watch`, ends the others after this time of silence.
+# jax's default is 100.
 HEARTBEAT_SECONDS = 60
 # Processes end within a second of each other. Where one ends with an error of its own, the others
 # are in a collective that it will never join, and are ended after this time. jax's default is 300.
 SHUTDOWN_SECONDS = 30
+_watch: Watch | None = None  # One process joins one run.
 
 
 def connect(
     coordinator_address: str | None = None,
     num_processes: int | None = None,
     process_id: int | None = None,
+    lost_code: int = 1,
 ) -> None:
     """Joins this process to the others of its run; comes before anything touches a device.
 
@@ -29,7 +35,8 @@ def connect(
     none: then jax takes them from SLURM, Open MPI, Kubernetes or Cloud TPU.
     Raises ValueError for what cannot be, where nothing is detected, and where the coordinator does
     not answer. Where another process does not come, this one ends with a line and exit code 1,
-    because jax would end it anyway.
+    because jax would end it anyway. Where another process dies later, this one ends within seconds,
+    with a line that names it and exit code `lost_code`.
     """
     given = (coordinator_address, num_processes, process_id)
     if all(value is None for value in given):
@@ -63,6 +70,32 @@ def connect(
             f"{jax.process_count()} processes: start one process per machine of the cluster, all "
             "with the same flags"
         )
+    if count > 1:
+        global _watch
+        host = address.rpartition(":")[0].strip("[]")
+        client = distributed.global_state.client
+        _watch = Watch(client, host, index, count, functools.partial(_end, lost_code))
+
+
+def leave(code: int, text: str) -> bool:
+    """Says `text` and takes leave of the other processes; False, and nothing, where there are none.
+
+    For a process that has failed: where the others do not end as well, it ends here, with `code`.
+    jax would wait for them, and then end with a code of its own.
+    """
+    if _watch is None:
+        return False
+    print(text, file=sys.stderr, flush=True)
+    if not _watch.leave(LEFT_SECONDS + 2):
+        sys.stdout.flush()
+        os._exit(code)
+    return True
+
+
+def _end(code: int, line: str) -> None:
+    print(f"error: {line}; so this one ends too, and the same command continues from the last "
+          "checkpoint", file=sys.stderr, flush=True)
+    os._exit(code)
 
 
 def _detect() -> tuple[str, int, int, list[int] | None]:

@@ -1,8 +1,8 @@
 """What a config does, seen from outside: probes that test_config_fields.py compares.
 
 A probe takes an Experiment (and the directory of the tiny corpus) and returns a tree of arrays,
-numbers and text. Eager evaluation stands in for compilation wherever a compiled result would be the
-same: it takes a tenth of the time.
+numbers and text. Where most fields share their operations, eager evaluation stands in for
+compilation, and takes a tenth of the time; a whole step is compiled in a fifth of its eager time.
 """
 
 import dataclasses
@@ -25,7 +25,8 @@ from batiste.evaluation import make_row_losses
 from batiste.models import Transformer
 from batiste.sharding import MeshConfig, laid_out, make_mesh, place, time_order
 from batiste.train import (
-    Ledger, Monitor, TrainConfig, Watched, make_program, make_train_step, roll_back,
+    Checkpoints, Ledger, Monitor, TrainConfig, TrainState, Watched, make_program, make_train_step,
+    roll_back,
 )
 from batiste.train.detector import Detector
 from batiste.train.findings import Finding
@@ -103,10 +104,9 @@ def start(experiment: Experiment, _):
 
 def two_steps(experiment: Experiment, _):
     """The training state after two real steps, and the metrics of the second."""
-    with jax.disable_jit():
-        program, mesh, step = _program(experiment)
-        batch = place(mesh, BATCH, Batch(*("BS",) * 5))
-        return step(step(program.initialize(), batch)[0], batch)
+    program, mesh, step = _program(experiment)
+    batch = place(mesh, BATCH, Batch(*("BS",) * 5))
+    return step(step(program.initialize(), batch)[0], batch)
 
 
 def watched(experiment: Experiment, _):
@@ -237,6 +237,23 @@ def run(experiment: Experiment, corpus: pathlib.Path):
         shutil.rmtree(kept, ignore_errors=True)
         shutil.copytree(workdir, kept)
         return result.reason, result.step, metrics, saved, samples
+
+
+def failed_saves(experiment: Experiment, corpus: pathlib.Path) -> int:
+    """How many saves may fail before the last of them stops the run."""
+    state = TrainState(np.int32(1), {"a": np.ones(3, np.float32)}, (), None)
+    with tempfile.TemporaryDirectory(dir=corpus) as workdir:
+        checkpoints = Checkpoints(pathlib.Path(workdir), experiment.train.checkpoint)
+        checkpoints.save(1, state, {})
+        checkpoints.finish(1, state, {})
+        shutil.rmtree(checkpoints.folder)
+        checkpoints.folder.write_text("not a directory")
+        for step in range(2, 10):
+            try:
+                checkpoints.save(step, state, {})
+            except ValueError:
+                break
+    return step
 
 
 def generated(experiment: Experiment, corpus: pathlib.Path):

@@ -119,25 +119,21 @@ def check(arrays, mask, options, plan=PLAN):
     assert got[1].dtype == jnp.float32
 
 
-@pytest.mark.parametrize("features", ["no features", "all features"])
 @pytest.mark.parametrize("name", MASKS)
-def test_every_mask_equals_the_reference(name, features):
-    options = NO_FEATURES | (ALL_FEATURES if features == "all features" else {})
-    check(random_arrays(), MASKS[name], options)
+def test_every_mask_equals_the_reference(name):
+    check(random_arrays(), MASKS[name], NO_FEATURES)
+
+
+# With all features test_attention_gpu_certified.py has the others.
+@pytest.mark.parametrize("name", [
+    "causal, segments that return", "offset, some rows before all keys", "all but sparse"])
+def test_unusual_masks_with_all_features_equal_the_reference(name):
+    check(random_arrays(), MASKS[name], NO_FEATURES | ALL_FEATURES)
 
 
 @pytest.mark.parametrize("name", FEATURES)
 def test_every_feature_equals_the_reference(name):
     check(random_arrays(), MASKS["causal"], NO_FEATURES | FEATURES[name], OTHER_PLAN)
-
-
-@pytest.mark.parametrize("head_dim, dtype", [
-    (64, "float32"), (64, "bfloat16"), (80, "bfloat16"), (96, "float16"), (128, "bfloat16"),
-    (128, "float16"), (192, "float32"), (192, "bfloat16"), (256, "bfloat16"), (256, "float16"),
-])
-def test_every_head_dim_and_dtype_is_near_the_reference(head_dim, dtype):
-    arrays = random_arrays(head_dim, dtype, lengths=(35, 50))
-    check(arrays, AttentionMask(causal=True), NO_FEATURES | dict(scale=head_dim**-0.5))
 
 
 def test_lengths_that_are_multiples_of_the_tiles():
@@ -221,15 +217,6 @@ def lower(mask, options, arrays, chip):
     shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays[:3]]
     traced = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(*shapes)
     return traced.lower(lowering_platforms=("cuda",)).as_text()
-
-
-@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 192, 256])
-@pytest.mark.parametrize("chip, dtype", [
-    ("hopper", "float32"), ("hopper", "bfloat16"), ("hopper", "float16"), ("ampere", "bfloat16")])
-def test_every_head_dim_and_dtype_lowers_for_cuda(head_dim, chip, dtype):
-    arrays = random_arrays(head_dim, dtype, lengths=(200, 300))
-    text = lower(AttentionMask(causal=True), NO_FEATURES, arrays, chip)
-    assert text.count("__gpu$xla.gpu.triton") == 3
 
 
 def test_fp32_products_are_not_rounded_to_tf32():

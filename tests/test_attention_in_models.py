@@ -78,8 +78,8 @@ def test_the_fused_loss_is_the_loss_of_the_logits(model_config, batch, interpret
 
     def loss(params, fused):
         objective = ObjectiveConfig(label_smoothing=0.1, z_loss=1e-3, fused=fused)
-        terms = causal_loss(nnx.merge(graphdef, params), batch, None, objective)
-        return terms.loss_B.sum(), terms
+        terms = causal_loss(nnx.merge(graphdef, params), batch, None, objective, None)
+        return terms.loss, terms
 
     def run(fused):
         return jax.jit(jax.value_and_grad(lambda x: loss(x, fused), has_aux=True))(params)
@@ -93,7 +93,7 @@ def test_the_fused_loss_is_the_loss_of_the_logits(model_config, batch, interpret
 def test_the_fused_loss_needs_kernels_and_an_unsplit_vocabulary(model_config, batch):
     model = Transformer(model_config, rngs=nnx.Rngs(3))
     with pytest.raises(ValueError, match="needs a chip's kernels, but model.attention='reference'"):
-        causal_loss(model, batch, None, ObjectiveConfig(fused=True))
+        causal_loss(model, batch, None, ObjectiveConfig(fused=True), None)
     experiment = Experiment(mesh=MeshConfig(tensor=2))
     experiment.train.objective.fused = True
     with pytest.raises(ValueError, match="vocabulary split over mesh.tensor=2"):

@@ -9,6 +9,7 @@ import pytest
 
 from batiste import command_line, main
 from batiste.configs.experiment import Experiment
+from batiste.verbs import LAUNCHER_COUNTS, VERBS
 
 CONFIG = "--config=configs/quickstart.py"
 ROOT = pathlib.Path(__file__).parents[1]
@@ -80,7 +81,7 @@ def refusal(capsys, tmp_path, monkeypatch):
 @pytest.fixture
 def launched(monkeypatch, tmp_path):
     """Runs `batiste train` up to where training would begin; returns the experiment."""
-    def train(experiment, workdir, resume, force):
+    def train(experiment, *_):
         raise Launched(experiment)
 
     monkeypatch.setattr(main, "train", train)
@@ -114,6 +115,12 @@ def test_a_wrong_argument_is_one_line_that_names_it(argument, refusal):
     (("generate", "--workdir=x", "--temperature=-1"), ("--temperature=-1",)),
     (("generate", "--workdir=x", "--promt=a"), ("--prompt?",)),
     (("evaluate", "--workdir=x", CONFIG), ("--config",)),
+    (("evaluate", "--workdir=x", "--", "train"), ("'train'", "--name=value")),
+    (("report", "--workdir=x"), ("workdir=x", "no ledger.jsonl", "batiste train")),
+    (("supervise",), ("no command", "batiste supervise -- train --workdir=DIR")),
+    (("supervise", "--", "train", CONFIG), ("batiste supervise -- train --workdir=DIR",)),
+    (("supervise", "--", "evaluate", "--workdir=x"), ("'evaluate --workdir=x'", "-- train")),
+    (("supervise", "--retries=-1", "--", "train"), ("--retries=-1",)),
 ])
 def test_a_wrong_command_is_one_line(arguments, parts, refusal):
     line = refusal(*arguments)
@@ -144,7 +151,7 @@ def test_processes_that_cannot_be_joined_are_refused(
         assert part in line, line
 
 
-@pytest.mark.parametrize("variable", command_line.LAUNCHER_COUNTS)
+@pytest.mark.parametrize("variable", LAUNCHER_COUNTS)
 def test_several_processes_that_a_launcher_started_are_one_run_or_said_not_to_be(
     variable, launched, monkeypatch
 ):
@@ -158,17 +165,17 @@ def test_several_processes_that_a_launcher_started_are_one_run_or_said_not_to_be
         assert part in exit.value.code
 
 
-@pytest.mark.parametrize("verb", command_line.VERBS)
+@pytest.mark.parametrize("verb", VERBS)
 def test_help_lists_the_flags_and_exits_with_0(verb, capsys):
     with pytest.raises(SystemExit) as exit:
         command_line.run(["batiste", verb, "--help"])
     assert exit.value.code == 0
     shown = capsys.readouterr().out
-    assert ("--workdir" in shown) == (verb != "plan")
+    assert ("--workdir" in shown) == (verb not in ("plan", "supervise"))
     assert ("--topology" in shown) == (verb == "plan")
     assert ("--config" in shown) == (verb in ("plan", "prepare", "train"))
     assert ("--prompt" in shown) == (verb == "generate")
-    assert ("--distributed" in shown) == (verb not in ("prepare", "plan"))
+    assert ("--distributed" in shown) == (verb in ("train", "evaluate", "generate"))
 
 
 @pytest.mark.parametrize("arguments,code", [(["--help"], 0), (["help"], 0), ([], 2)])
@@ -177,7 +184,7 @@ def test_help_lists_the_verbs_and_no_verb_is_a_mistake(arguments, code, capsys):
         command_line.run(["batiste", *arguments])
     assert exit.value.code == code
     shown = capsys.readouterr().out
-    assert all(f"\n  {verb} " in shown for verb in command_line.VERBS)
+    assert all(f"\n  {verb} " in shown for verb in VERBS)
 
 
 @pytest.mark.parametrize("arguments,name,value", [

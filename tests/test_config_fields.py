@@ -44,6 +44,7 @@ BASES = {
                                    "mesh.micro_batches": 2},
     probes.layout: MODEL | {"train.batch_size": 8}, probes.records: BYTES,
     probes.first_batch: BYTES, probes.run: FROZEN, probes.generated: FROZEN,
+    probes.failed_saves: MODEL,
 }
 
 
@@ -143,10 +144,12 @@ CASES = {
     **cases(probes.first_batch, "", {"train.batch_size": 16, "data.seed": 1}),
     **cases(probes.run, "", {
         "train.num_steps": 3, "train.checkpoint.every": 4, "train.checkpoint.keep": 1,
-        "train.checkpoint.keep_every": 1, "train.evaluation.every": 1,
+        "train.checkpoint.keep_every": 1, "train.checkpoint.keep_best": 1,
+        "train.evaluation.every": 1,
         "train.evaluation.max_batches": None, "train.stop.patience": 1, "train.stop.flops": 1.0,
         "sample.prompts": (("the",), {"sample.prompts": ("ab", "the")}),
     }),
+    **cases(probes.failed_saves, "train.checkpoint.", {"max_failures": 2}),
     **cases(probes.generated, "sample.", {
         "temperature": 0.0, "top_k": 1, "top_p": 0.1, "seed": 1, "max_tokens": 2,
     }),

@@ -10,15 +10,16 @@ import pytest
 from conftest import make_batch
 from flax import nnx
 from kernel_cases import make_options
-from test_sharding import WIDE, collectives, root_mean_square, start, train_config
+from step_checks import (
+    WIDE, alone, check_equal, collectives, compiled, place_batch, three_steps, train_config,
+)
 
 from batiste.configs.experiment import Experiment
-from batiste.data import Batch
 from batiste.evaluation import make_row_losses
 from batiste.models import Transformer
 from batiste.models.attention_choice import attention
 from batiste.pallas_kernels import AttentionMask
-from batiste.sharding import MeshConfig, laid_out, make_mesh, place
+from batiste.sharding import MeshConfig, laid_out, make_mesh
 from batiste.train import ObjectiveConfig
 
 BATCH = make_batch(8, 32, 40, 0)
@@ -32,8 +33,6 @@ MODELS = {
     "alibi": dataclasses.replace(LONG, positions="alibi", qk_norm=False),
     "learned": dataclasses.replace(LONG, positions="learned", num_kv_heads=8),
 }
-
-
 QKV = tuple(np.zeros((2, 32, heads, 6), np.float32) for heads in (4, 2, 2))
 
 
@@ -41,36 +40,27 @@ def context_mesh(exchange="ring", **sizes) -> MeshConfig:
     return MeshConfig(**(dict(data=1, context_exchange=exchange) | sizes))
 
 
-def three_steps(config, mesh_config, model, devices=None):
-    """Losses and gradient norms of three steps, parameters after, and losses of rows before."""
-    mesh, program, step = start(config, mesh_config, devices, model)
-    state, history = program.initialize(), []
-    batch = place(mesh, BATCH, Batch(*("BS",) * 5))
-    row_losses = make_row_losses(program, mesh, config.objective)
-    rows_B = jax.device_get(row_losses(state.params, batch, np.ones(40, np.float32)).nats_B)
-    for _ in range(3):
-        state, metrics = step(state, batch)
-        history.append([float(metrics["loss"]), float(metrics["gradient_norm"])])
-    return np.array(history), jax.device_get(state.params), rows_B
+def row_losses(run, objective: ObjectiveConfig):
+    """Losses of rows after the three steps."""
+    on_rows = make_row_losses(run.program, run.mesh, objective)
+    batch = place_batch(run.mesh, BATCH)
+    return jax.device_get(on_rows(run.state.params, batch, np.ones(40, np.float32)).nats_B)
 
 
 @functools.cache
-def on_one_device(name: str, kind: str = "sgd"):
-    """The same, on the first device alone."""
-    return three_steps(train_config(kind), MeshConfig(data=1), MODELS[name], jax.devices()[:1])
+def whole_rows(name: str) -> tuple:
+    """The same on the first device alone, and the losses of its rows."""
+    run = alone(train_config("sgd"), MODELS[name], BATCH)
+    return run, row_losses(run, ObjectiveConfig())
 
 
 def check(name, mesh_config, config=None):
     """With SGD a step is the gradient, so all gradients are compared."""
-    history, params, rows_B = three_steps(config or train_config("sgd"), mesh_config, MODELS[name])
-    history_alone, params_alone, rows_alone_B = on_one_device(name)
-    np.testing.assert_allclose(history, history_alone, rtol=1e-6)
-    np.testing.assert_allclose(rows_B, rows_alone_B, rtol=1e-6)
-    errors = jax.tree.map(
-        # What begins at 0 moves by sums that cancel: below 0.01 the absolute error counts.
-        lambda a, b: root_mean_square(a - b) / max(root_mean_square(b), 0.01), params, params_alone)
-    worst = max(jax.tree_util.tree_leaves_with_path(errors), key=lambda leaf: leaf[1])
-    assert all(error <= 1e-6 for error in jax.tree.leaves(errors)), worst
+    config = config or train_config("sgd")
+    run = three_steps(config, mesh_config, MODELS[name], BATCH)
+    whole, rows_B = whole_rows(name)
+    check_equal(run, whole)
+    np.testing.assert_allclose(row_losses(run, config.objective), rows_B, rtol=1e-6)
 
 
 @pytest.mark.parametrize("name,mesh", [
@@ -92,12 +82,9 @@ def test_micro_batches_and_chunks_of_the_loss():
 def compiled_text(mesh_config: MeshConfig, name="plain") -> tuple:
     """The step's program and its compiled text, unrolled, without collectives of one device."""
     model = dataclasses.replace(MODELS[name], scan_unroll=LONG.num_layers)
-    mesh, program, step = start(train_config("sgd"), mesh_config, model=model)
-    batch = place(mesh, BATCH, Batch(*("BS",) * 5))
-    with jax.set_mesh(mesh):
-        text = step.jitted.lower(program.abstract_state, batch).compile().as_text()
-    alone = re.compile(r"replica_groups=(\{\{\d+\}|\[\d+,1\])")
-    return program, "\n".join(line for line in text.splitlines() if not alone.search(line))
+    program, step = compiled(train_config("sgd"), mesh_config, model, BATCH)
+    single = re.compile(r"replica_groups=(\{\{\d+\}|\[\d+,1\])")
+    return program, "\n".join(line for line in step.as_text().splitlines() if not single.search(line))
 
 
 def reduced_gradients(program) -> tuple[int, int]:

@@ -5,7 +5,6 @@ import gzip
 import json
 import os
 import pathlib
-import re
 import signal
 import subprocess
 import sys
@@ -265,7 +264,7 @@ def flip(path: pathlib.Path) -> None:
 
 DAMAGES = {
     "flip": flip,
-    "truncate": lambda path: os.truncate(path, path.stat().st_size - 1),
+    "truncate": lambda path: os.truncate(path, path.stat().st_size // 2),
     "remove": pathlib.Path.unlink,
 }
 
@@ -279,7 +278,7 @@ def test_damage_to_any_file_is_named_and_prepared_again_as_it_was(tmp_path, corp
     for path in files:
         for damage in DAMAGES.values():
             damage(path)
-            with pytest.raises(ValueError, match=re.escape(str(path))):
+            with pytest.raises(ValueError, match=path.name):
                 load_prepared(prepared.directory)
             path.write_bytes(whole[path])
     for path, damage in ((files[0], flip), (prepared.directory / "manifest.json", DAMAGES["remove"])):

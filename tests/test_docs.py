@@ -17,6 +17,7 @@ from batiste import command_line
 from batiste.models import TransformerConfig, resolve_attention
 from batiste.models.attention_choice import fused_losses
 from batiste.pallas_kernels import AttentionMask, BlockSparsity, certified
+from batiste.verbs import VERBS
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -87,9 +88,8 @@ def test_what_the_page_about_launching_writes_for_batiste_is_accepted():
     commands = re.findall(r"batiste (train|evaluate|generate|prepare) (--[^\n\"`&]*)", text)
     assert len(commands) >= 5
     for verb, flags in commands:
-        define, _ = command_line.VERBS[verb]
         flags = [flag for flag in shlex.split(flags) if "..." not in flag]
-        values = command_line._parse(define, [f"batiste {verb}", *flags])
+        values = command_line._parse(VERBS[verb].define, [f"batiste {verb}", *flags])
         if "config" in values and values.config is not None:
             values.config.validate()
 
@@ -154,8 +154,10 @@ def test_what_the_page_says_that_attention_prints_is_printed():
     assert sorted(filter(None, said)) == sorted(printed)
 
 
-def test_the_notebook_runs_from_top_to_bottom(tmp_path, environment):
+def test_the_notebook_runs_from_top_to_bottom(ten_lines, tmp_path, environment):
     shutil.copy(ROOT / "notebooks" / "quickstart.ipynb", tmp_path)
+    # The notebook trains on the text of the README's example: prepared once.
+    shutil.copytree(ten_lines[0] / "runs/ten_lines/data", tmp_path / "runs/notebook/data")
     code = "from nbclient.cli import main; main()"
     environment = environment | {"JUPYTER_PLATFORM_DIRS": "1"}
     run([sys.executable, "-c", code, "quickstart.ipynb", "--timeout=900"], tmp_path, environment)

@@ -140,8 +140,11 @@ def test_the_largest_sizes_compile_and_hold_no_logits(entry, dtype, layout):
         assert step.memory_analysis().temp_size_in_bytes < M * V * 4 / 100
 
 
-@pytest.mark.parametrize("layout,V", [("VD", 50257), ("DV", 50257), ("DV", 50304), ("DV", 50300)])
-@pytest.mark.parametrize("chip", TPU)
+# What XLA's layouts depend on is the same on all TPUs: one of the others is enough.
+@pytest.mark.parametrize("chip,layout,V", [
+    ("v5e", "VD", 50257), ("v5e", "DV", 50257), ("v5e", "DV", 50304), ("v5e", "DV", 50300),
+    ("tpu7x", "DV", 50257),
+])
 def test_a_head_is_only_copied_to_cast_it(chip, layout, V):
     M, D = 128, 768
     step = compiled(chip, layout, (M, D, V), "bfloat16", "float32", NONE)

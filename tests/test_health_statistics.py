@@ -83,7 +83,7 @@ def test_norms_are_norms_and_rows_are_rows():
     assert health.update["layers.attention.query_DNH"].shape == (4,)
     tokens_B = BATCH.weights_BT.sum(axis=1)
     np.testing.assert_allclose(
-        (health.loss_B * tokens_B).sum() / tokens_B.sum(), metrics["loss"], rtol=1e-5)
+        (health.loss_B * tokens_B).sum() / tokens_B.sum(), metrics["cross_entropy"], rtol=1e-5)
     assert len(set(health.checksum_B.tolist())) == 8
 
 

@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 from conftest import make_batch
 from crossings import crossings
+from step_checks import BATCH, alone, largest_error, place_batch, start, train_config
 from test_resume import tiny_experiment
-from test_sharding import BATCH, start, three_steps, train_config
-from test_slices import FOUR, MESHES, SMALL, compiled, shares, worst_error
+from test_slices import FOUR, MESHES, SMALL, compiled, shares
 
 from batiste.configs.experiment import Experiment
 from batiste.data import Batch
 from batiste.evaluation import make_row_losses
 from batiste.main import evaluate, train
 from batiste.models import TransformerConfig
-from batiste.sharding import MeshConfig, place
+from batiste.sharding import MeshConfig
 from batiste.train import Checkpoints, ObjectiveConfig
 from batiste.train.compression import BLOCK, decode, encode
 from batiste.train.config import CheckpointConfig
@@ -44,15 +44,15 @@ def test_a_local_step_and_a_plain_exchange_are_a_synchronous_step():
     tokens = BATCH.weights_BT.sum(axis=1).reshape(2, -1).sum(axis=1)
     assert tokens[0] == tokens[1]  # Otherwise a mean over slices is not that over tokens.
     config = plain_sgd(3)
-    alone = three_steps(config, MeshConfig(data=1), jax.devices()[:1])
+    expected = alone(config)
     own = local(config, steps=1, outer_learning_rate=1.0, outer_momentum=0.0)
     mesh, program, step = start(own, MeshConfig(slice=2, data=2, tensor=2, zero=1))
-    state, batch = program.initialize(), place(mesh, BATCH, Batch(*("BT",) * 5))
-    for wanted, _ in alone[0]:
+    state, batch = program.initialize(), place_batch(mesh)
+    for wanted in expected.history["loss"]:
         state, metrics = step(state, batch)
         assert metrics["loss"].shape == (2,)
         np.testing.assert_allclose(float(metrics["loss"].mean()), wanted, rtol=1e-6)
-    assert worst_error(jax.device_get(state.params), alone[1]) <= 1e-6
+    assert largest_error(jax.device_get(state.params), expected.params) <= 1e-6
 
 
 STEPS, OUTER = 5, dict(steps=2, outer_learning_rate=0.7, outer_momentum=0.9)
@@ -64,7 +64,7 @@ def two_workers_by_hand():
     config = dataclasses.replace(train_config("sgd"), num_steps=STEPS)
     mesh, program, step = start(config, MeshConfig(data=1), jax.devices()[:1], SMALL)
     halves = [Batch(*(x[rows] for x in BATCH)) for rows in (np.s_[:4], np.s_[4:])]
-    batches = [place(mesh, half, Batch(*("BT",) * 5)) for half in halves]
+    batches = [place_batch(mesh, half) for half in halves]
     states = [program.initialize() for _ in halves]
     anchor = jax.device_get(states[0].params)
     momentum = jax.tree.map(lambda x: np.zeros(x.shape), anchor)
@@ -100,7 +100,7 @@ def test_local_steps_are_two_workers_and_the_outer_formula(zero):
     assert step.jitted._cache_size() == 1
     losses_by_hand, anchor = two_workers_by_hand()
     np.testing.assert_allclose(losses, losses_by_hand, rtol=1e-6)
-    assert worst_error(jax.device_get(state.params), anchor) <= 1e-6
+    assert largest_error(jax.device_get(state.params), anchor) <= 1e-6
     exchanged = sum(size for _, size, _ in crossed)
     # The last step exchanges, though it is the first since the last exchange.
     assert sent == [0, exchanged, 0, exchanged, exchanged]
@@ -206,7 +206,7 @@ def test_residual_and_what_was_sent_are_the_whole_bit_for_bit():
 def test_all_entries_kept_is_no_compression():
     _, plain, *_ = exchanges({}, 2)
     _, kept, _, residual, *_ = exchanges(dict(compression="top_k", kept_fraction=1.0), 2)
-    assert worst_error(kept[-1], plain[-1]) <= 1e-6
+    assert largest_error(kept[-1], plain[-1]) <= 1e-6
     assert all((left == 0).all() for left in jax.tree.leaves(residual))
 
 
@@ -216,7 +216,7 @@ def loss_after_training(steps: int | None, **fields) -> float:
     config = local(train_config("adamw"), steps=steps, **fields)
     config.num_steps, config.schedule.learning_rate = 128, 3e-3
     mesh, program, step = start(config, MeshConfig(slice=2, data=1), jax.devices()[:2], SMALL)
-    state, batch = program.initialize(), place(mesh, BATCH, Batch(*("BT",) * 5))
+    state, batch = program.initialize(), place_batch(mesh)
     for _ in range(config.num_steps):
         state, _ = step(state, batch)
     row_losses = make_row_losses(program, mesh, ObjectiveConfig())
@@ -241,12 +241,12 @@ def test_resuming_amid_local_steps_is_bit_equal(tmp_path):
     config.num_steps = 8
     mesh, program, step = start(config, MeshConfig(**FOUR, zero=3), jax.devices()[:4], SMALL)
     batches = [
-        place(mesh, make_batch(8, 12, 40, number), Batch(*("BT",) * 5)) for number in range(8)]
+        place_batch(mesh, make_batch(8, 12, 40, number)) for number in range(8)]
     checkpoints, state = Checkpoints(tmp_path, CheckpointConfig()), program.initialize()
     for number, batch in enumerate(batches):
         if number == 6:  # After one exchange, and amid the steps before the next.
             checkpoints.save(number, state, {})
-            checkpoints.wait()
+            checkpoints.finish(number, state, {})
         state, _ = step(state, batch)
     assert any(np.abs(left).max() > 0 for left in jax.tree.leaves(state.workers.residual))
     resumed = checkpoints.restore(6, program.abstract_state)
@@ -262,7 +262,7 @@ def test_slices_drop_different_entries():
     config = local(plain_sgd(4), steps=4)
     mesh, program, step = start(config, MeshConfig(**FOUR), jax.devices()[:4], model)
     twice = Batch(*(np.concatenate([x[:4], x[:4]]) for x in BATCH))
-    _, metrics = step(program.initialize(), place(mesh, twice, Batch(*("BT",) * 5)))
+    _, metrics = step(program.initialize(), place_batch(mesh, twice))
     one, other = metrics["loss"]
     assert one != other
 
@@ -273,7 +273,7 @@ def test_bfloat16_and_float16_run_in_slices():
         config = local(train_config("adamw"), **fields)
         sizes = MeshConfig(slice=2, data=1, tensor=2)
         mesh, program, step = start(config, sizes, jax.devices()[:4], model)
-        state, batch = program.initialize(), place(mesh, BATCH, Batch(*("BT",) * 5))
+        state, batch = program.initialize(), place_batch(mesh)
         losses = []
         for _ in range(3):
             state, metrics = step(state, batch)

@@ -8,13 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from test_sharding import BATCH, WIDE, start, train_config
+from step_checks import WIDE, place_batch, start, train_config
 from test_tpu import MODEL as TPU_MODEL
-from test_tpu import compile_step
+from test_tpu import compile_step, lower_step
 
-from batiste.data import Batch
 from batiste.models import Transformer, TransformerConfig
-from batiste.sharding import HOST_MEMORY, MeshConfig, check_host_memory, make_mesh, place
+from batiste.sharding import HOST_MEMORY, MeshConfig, check_host_memory, make_mesh
 
 POLICIES = {
     "dots": {"remat": "dots"},
@@ -26,7 +25,7 @@ POLICIES = {
 def one_step(layout: MeshConfig, model: TransformerConfig = WIDE, kind: str = "sgd"):
     """The state and the metrics after one step."""
     mesh, program, step = start(train_config(kind), layout, model=model)
-    return step(program.initialize(), place(mesh, BATCH, Batch(*("BT",) * 5)))
+    return step(program.initialize(), place_batch(mesh))
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -76,45 +75,51 @@ def test_an_offloaded_optimizer_is_on_the_host_and_changes_no_bit():
         assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(got.params)} == {"device"}
 
 
+TPU = dataclasses.replace(TPU_MODEL, num_layers=32, mlp_dim=1024, attention="v5e")
+SAVED = dataclasses.replace(TPU, remat="names", saved=("up", "gate"))
+
+
 @pytest.fixture(scope="module")
-def tpu_steps():
-    """Compiled for eight v5e chips, by what the step saves."""
-    model = dataclasses.replace(TPU_MODEL, num_layers=32, mlp_dim=1024, attention="v5e")
-    changes = {
-        "full": {}, "attended": {"remat": "names", "saved": ("attended",)},
-        "saved": {"remat": "names", "saved": ("up", "gate")},
-        "offloaded": {"remat": "names", "offloaded": ("up", "gate")},
+def memory():
+    """What the step takes on each of eight v5e chips, by what is saved and what offloaded."""
+    steps = {
+        "saved": (SAVED, False), "optimizer": (SAVED, True),
+        "offloaded": (dataclasses.replace(SAVED, saved=(), offloaded=("up", "gate")), False),
     }
-    layout = MeshConfig(data=8)
-    steps = {name: compile_step("v5e:2x4", layout, dataclasses.replace(model, **change))[1]
-             for name, change in changes.items()}
-    layout = MeshConfig(data=8, offload_optimizer=True)
-    return steps | {"optimizer": compile_step("v5e:2x4", layout, model)[1]}
+    found = {}
+    for name, (model, moments) in steps.items():
+        layout = MeshConfig(data=8, offload_optimizer=moments)
+        _, step = compile_step("v5e:2x4", layout, model, optimized=False)
+        found[name] = step.memory_analysis()
+    return found
 
 
-def test_a_saved_attention_is_not_computed_again_on_a_tpu(tpu_steps):
-    kernels = {name: len(re.findall(r"custom_call_target=\"tpu_custom_call\"", step.as_text()))
-               for name, step in tpu_steps.items()}
+def test_a_saved_attention_is_not_computed_again_on_a_tpu():
+    kernels = {}
+    for saved in ((), ("attended",)):
+        model = dataclasses.replace(TPU, remat="names" if saved else "full", saved=saved)
+        text = lower_step("v5e:2x4", MeshConfig(data=8), model)[1].as_text()
+        kernels[saved] = text.count("@tpu_custom_call")
     # Forward, forward again and backward, in one scanned layer each.
-    assert kernels["full"] == 3 and kernels["attended"] == 2
+    assert kernels == {(): 3, ("attended",): 2}
 
 
-def test_offloaded_activations_leave_the_chip(tpu_steps):
-    memory = {name: step.memory_analysis() for name, step in tpu_steps.items()}
+def test_offloaded_activations_leave_the_chip(memory):
     rows, length, num_layers = 2, TPU_MODEL.max_length, 32
     named = 2 * 2 * rows * length * 1024 * num_layers
-    assert memory["full"].host_temp_size_in_bytes == memory["saved"].host_temp_size_in_bytes == 0
+    assert memory["saved"].host_temp_size_in_bytes == 0
     assert memory["offloaded"].host_temp_size_in_bytes >= named
     less = memory["saved"].temp_size_in_bytes - memory["offloaded"].temp_size_in_bytes
     assert less >= 0.5 * named
 
 
-def test_an_offloaded_optimizer_leaves_the_chip(tpu_steps):
-    full, optimizer = (tpu_steps[name].memory_analysis() for name in ("full", "optimizer"))
+def test_an_offloaded_optimizer_leaves_the_chip(memory):
+    whole, optimizer = memory["saved"], memory["optimizer"]
     moments = optimizer.host_argument_size_in_bytes
-    assert full.host_argument_size_in_bytes == 0
-    assert full.argument_size_in_bytes - optimizer.argument_size_in_bytes == pytest.approx(moments, rel=0.01)
-    assert moments == pytest.approx(full.argument_size_in_bytes * 2 / 3, rel=0.05)
+    assert whole.host_argument_size_in_bytes == 0
+    assert whole.argument_size_in_bytes - optimizer.argument_size_in_bytes == pytest.approx(
+        moments, rel=0.01)
+    assert moments == pytest.approx(whole.argument_size_in_bytes * 2 / 3, rel=0.05)
 
 
 @pytest.mark.parametrize("change,message", [

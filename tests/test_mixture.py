@@ -2,19 +2,19 @@
 
 import dataclasses
 import functools
-import math
 import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import make_batch
 from flax import nnx
-from test_sharding import collectives, root_mean_square, start, train_config
+from step_checks import (
+    BATCH, alone, check_bytes_per_device, check_equal, collectives, parameters, place_batch, start,
+    three_steps, train_config,
+)
 
 from batiste.configs.experiment import Experiment
-from batiste.data import Batch
 from batiste.models import Transformer, TransformerConfig
 from batiste.models.mixture import Mixture
 from batiste.models.router import route
@@ -28,7 +28,6 @@ MODEL = TransformerConfig(
     vocab_size=40, num_layers=2, model_dim=32, num_heads=8, num_kv_heads=4, head_dim=6, mlp_dim=24,
     max_length=16, num_experts=8, experts_per_token=3, shared_experts=1, router_bias=True,
 )
-BATCH = make_batch(8, 12, 40, 0)
 MESHES = [
     MeshConfig(expert=8), MeshConfig(data=2, expert=4), MeshConfig(expert=4, tensor=2),
     MeshConfig(data=2, expert=2, tensor=2), MeshConfig(data=2, expert=2, tensor=2, zero=3),
@@ -187,54 +186,24 @@ def config_of(kind: str, accumulation: int = 1):
     return config
 
 
-def three_steps(config, mesh_config: MeshConfig, devices=None):
-    """All metrics of three steps, and the parameters after."""
-    mesh, program, step = start(config, mesh_config, devices, MODEL)
-    state, history = program.initialize(), []
-    batch = place(mesh, BATCH, Batch(*("BT",) * 5))
-    for _ in range(3):
-        state, metrics = step(state, batch)
-        history.append([float(metrics[name]) for name in sorted(metrics)])
-    return np.array(history), jax.device_get(state.params)
-
-
-@functools.cache
-def on_one_device(kind: str):
-    """The same, on the first device alone."""
-    return three_steps(config_of(kind), MeshConfig(data=1), jax.devices()[:1])
-
-
-def check_equal(params, params_alone):
-    """Every parameter within 1e-6 of the other's typical element (at least 0.01)."""
-    errors = {}
-    for (path, mine), theirs in zip(
-        jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(params_alone), strict=True
-    ):
-        error = root_mean_square(mine - theirs) / max(root_mean_square(theirs), 0.01)
-        errors[jax.tree_util.keystr(path)] = error
-    assert all(error <= 1e-6 for error in errors.values()), errors
-
-
 @pytest.mark.parametrize("mesh_config", MESHES, ids=name_of)
-def test_sharded_equals_unsharded(mesh_config):
-    history, params = three_steps(config_of("sgd"), mesh_config)
-    history_alone, params_alone = on_one_device("sgd")
-    np.testing.assert_allclose(history, history_alone, rtol=1e-6)
-    check_equal(params, params_alone)
-    assert np.abs(params["layers"]["mixture"]["router_bias_E"]).max() > 0.005
+def test_sharded_equals_unsharded_and_takes_the_bytes_of_the_arithmetic(mesh_config):
+    run = three_steps(config_of("sgd"), mesh_config, MODEL)
+    check_equal(run, alone(config_of("sgd"), MODEL))
+    assert np.abs(run.params["layers"]["mixture"]["router_bias_E"]).max() > 0.005
+    check_bytes_per_device(run.mesh, run.program, run.state, moments=1)
 
 
 def test_muon_shards():
-    history, _ = three_steps(config_of("muon"), MESHES[4])
-    np.testing.assert_allclose(history, on_one_device("muon")[0], rtol=1e-5)
+    run = three_steps(config_of("muon"), MESHES[4], MODEL)
+    for name, expected in alone(config_of("muon"), MODEL).history.items():
+        np.testing.assert_allclose(run.history[name], expected, rtol=1e-5)
 
 
 def test_micro_batches_equal_one_batch():
     """Also the bias, whose rule is a sign of the load of the whole batch."""
-    history, params = three_steps(config_of("sgd", 2), MeshConfig(data=2, expert=2, tensor=2))
-    history_alone, params_alone = on_one_device("sgd")
-    np.testing.assert_allclose(history, history_alone, rtol=1e-6)
-    check_equal(params, params_alone)
+    run = three_steps(config_of("sgd", 2), MeshConfig(data=2, expert=2, tensor=2), MODEL)
+    check_equal(run, alone(config_of("sgd"), MODEL))
 
 
 def first_load(params) -> np.ndarray:
@@ -274,7 +243,7 @@ def test_the_bias_alone_balances_the_load_and_survives_a_checkpoint(tmp_path):
     state = program.initialize()
     leaning = jnp.zeros((2, 8), jnp.float32).at[:, :2].set(0.1)
     state.params["layers"]["mixture"]["router_bias_E"] = place(mesh, leaning, "LE")
-    batch, worst = place(mesh, BATCH, Batch(*("BT",) * 5)), []
+    batch, worst = place_batch(mesh), []
     for _ in range(15):
         state, metrics = step(state, batch)
         worst.append(float(metrics["router_load"]))
@@ -282,7 +251,7 @@ def test_the_bias_alone_balances_the_load_and_survives_a_checkpoint(tmp_path):
     assert worst[0] > 2 and max(worst[-4:]) < 1.5, worst
     checkpoints = Checkpoints(tmp_path, CheckpointConfig())
     checkpoints.save(15, state, {})
-    checkpoints.wait()
+    checkpoints.finish(15, state, {})
     restored = checkpoints.restore(15, program.abstract_state)
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(restored), jax.device_get(state))
     checkpoints.close()
@@ -295,7 +264,7 @@ def test_all_to_alls_run_over_experts_alone_and_carry_the_copies():
     """On a CPU each device sends each expert a run as long as its tokens; see test_tpu.py."""
     model = dataclasses.replace(MODEL, scan_unroll=2)
     mesh, program, step = start(config_of("adamw"), MeshConfig(data=2, expert=4), model=model)
-    batch = place(mesh, BATCH, Batch(*("BT",) * 5))
+    batch = place_batch(mesh)
     with jax.set_mesh(mesh):
         text = step.jitted.lower(program.abstract_state, batch).compile().as_text()
     # Sums within groups of one (the stages) cost nothing.
@@ -307,32 +276,16 @@ def test_all_to_alls_run_over_experts_alone_and_carry_the_copies():
     groups = set(re.findall(r" all-to-all\(.*replica_groups=(\S+?), ", text))
     assert groups == {"{{0,1,2,3},{4,5,6,7}}"}
     # Gradients: those of experts are a quarter each, and reduced over data alone.
-    letters = jax.tree.leaves(program.letters)
-    leaves = jax.tree.leaves(program.abstract_state.params)
     gradients = 4 * sum(
-        math.prod(leaf.shape) // (4 if name in ("LEDF", "LEFD") else 1)
-        for name, leaf in zip(letters, leaves, strict=True) if name != "LE"
+        leaf.size // (4 if name in ("LEDF", "LEFD") else 1)
+        for name, leaf in parameters(program) if name != "LE"
     ) + 4 * 40 * 32
-    slack = 64 * len(letters)
+    slack = 64 * len(parameters(program))
     assert gradients <= moved.pop("all-reduce") <= gradients + slack
     # The router is stored in parts, and whole where it is used, like everybody's loads.
     router = 2 * 32 * 8 * 4
-    assert router <= moved.pop("all-gather") <= 2 * router + 64 * len(letters)
+    assert router <= moved.pop("all-gather") <= 2 * router + slack
     assert moved == {}
-
-
-@pytest.mark.parametrize("mesh_config", MESHES[1:5], ids=name_of)
-def test_bytes_per_device_are_the_arithmetic(mesh_config):
-    mesh, program, _ = start(config_of("adamw"), mesh_config, model=MODEL)
-    sizes, total = dict(mesh.shape), 0
-    for letters, leaf in zip(jax.tree.leaves(program.letters),
-                             jax.tree.leaves(program.abstract_state.params), strict=True):
-        parts = sizes["expert"] if "E" in letters else 1
-        parts *= sizes["tensor"] if set(letters) & set("NKFV") else 1
-        parts *= sizes["data"] if mesh_config.zero == 3 and "D" in letters else 1
-        total += 4 * math.prod(leaf.shape) // parts
-    params = program.initialize().params
-    assert sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(params)) == total
 
 
 def test_flops_count_the_experts_that_a_token_takes():

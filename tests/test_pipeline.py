@@ -1,7 +1,6 @@
 """A pipeline = one device: losses, every gradient, checkpoints; its schedule; what it sends."""
 
 import dataclasses
-import functools
 import re
 from typing import NamedTuple
 
@@ -10,15 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import make_batch
-from test_sharding import WIDE, collectives, root_mean_square, start, train_config
+from step_checks import (
+    BATCH, WIDE, alone, check_bytes_per_device, check_equal, collectives, compiled, largest_error,
+    three_steps, train_config,
+)
 
-from batiste.data import Batch
 from batiste.models import TransformerConfig
 from batiste.models.pipeline import Layers, Schedule, pipelined
-from batiste.sharding import MeshConfig, laid_out, layer_order, make_mesh, place
+from batiste.sharding import MeshConfig, laid_out, layer_order, make_mesh
 
 DEEP = dataclasses.replace(WIDE, num_layers=12)
-BATCH = make_batch(8, 12, 40, 0)
 LOCAL = dict(window=3)
 
 
@@ -27,55 +27,27 @@ def model(**changes) -> TransformerConfig:
     return dataclasses.replace(DEEP, **changes)
 
 
-def three_steps(mesh_config, model, accumulation=1, devices=None):
-    """Losses and gradient norms of three steps of SGD; the parameters after, layers by depth."""
+def slower(accumulation: int = 1):
+    """Three steps of SGD, at a rate at which twelve layers learn."""
     config = train_config("sgd", accumulation)
     config.schedule.learning_rate = 0.1
-    mesh, program, step = start(config, mesh_config, devices, model)
-    state, history = program.initialize(), []
-    batch = place(mesh, BATCH, Batch(*("BT",) * 5))
-    for _ in range(3):
-        state, metrics = step(state, batch)
-        history.append([float(metrics["loss"]), float(metrics["gradient_norm"])])
-    return np.array(history), by_depth(jax.device_get(state.params), mesh_config)
+    return config
 
 
-def by_depth(params, mesh_config, num_layers=DEEP.num_layers):
-    """Parameters with their layers in the order of the model."""
-    order = layer_order(num_layers, mesh_config.stage, mesh_config.interleave)
-    layers = jax.tree.map(lambda leaf: leaf[np.argsort(order)], params["layers"])
-    return params | {"layers": layers}
-
-
-@functools.cache
-def on_one_device(**changes):
-    """The same on the first device."""
-    return three_steps(MeshConfig(data=1), model(**changes), devices=jax.devices()[:1])
-
-
-def largest_error(mine, theirs) -> float:
-    """Of all parameters, relative to the size of each (to 0.01 for biases, which begin at 0)."""
-    errors = jax.tree.map(
-        lambda a, b: root_mean_square(a - b) / max(root_mean_square(b), 0.01), mine, theirs)
-    return float(np.max(jax.tree.leaves(errors)))  # Python's max passes over what is NaN.
-
-
-def check_equal(mine, theirs):
-    """Losses, all gradients (a step of SGD is one) and three steps, to 1e-6."""
-    (history, params), (history_alone, params_alone) = mine, theirs
-    np.testing.assert_allclose(history[:, 0], history_alone[:, 0], rtol=1e-6)
-    np.testing.assert_allclose(history[0], history_alone[0], rtol=1e-6)
+def check(mesh_config, accumulation: int = 1, **changes):
+    """A pipeline's three steps, which equal those of one device."""
+    run = three_steps(slower(accumulation), mesh_config, model(**changes))
     # The norm falls steeply, so in those of later steps the rounding of the parameters shows, as on
     # a mesh of `data` alone (6e-5 with sandwich norms and a learning rate of 0.3).
-    np.testing.assert_allclose(history[1:, 1], history_alone[1:, 1], rtol=1e-5)
-    assert largest_error(params, params_alone) <= 1e-6
+    check_equal(run, alone(slower(), model(**changes)), later_norms=1e-5)
+    return run
 
 
 CASES = {
-    "as many micro-batches as stages": (dict(stage=4, micro_batches=4), {}),
+    "as many micro-batches as stages, post-norm": (
+        dict(stage=4, micro_batches=4), dict(norm_placement="post")),
     "more than stages": (dict(stage=2, data=1, tensor=4, micro_batches=8, zero=2), {}),
     "fewer, and not a divisor": (dict(stage=4, tensor=2, micro_batches=2), {}),
-    "zero 3": (dict(stage=2, tensor=2, micro_batches=4, zero=3), {}),
     "interleave 3": (dict(stage=2, tensor=2, micro_batches=4, interleave=3, zero=1), {}),
     "interleave 2, zero 3, remat": (
         dict(stage=2, tensor=2, micro_batches=2, interleave=2, zero=3), dict(remat="full")),
@@ -87,7 +59,6 @@ CASES = {
     "a longer pattern across chunks of two rounds": (
         dict(stage=2, micro_batches=2, interleave=2),
         dict(layer_pattern=("global", "local", "local", "global"), **LOCAL)),
-    "post-norm": (dict(stage=4, micro_batches=4), dict(norm_placement="post")),
     "sandwich": (
         dict(stage=2, micro_batches=2),
         dict(norm_placement="sandwich", scale_embeddings=True)),
@@ -95,18 +66,18 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_pipeline_equals_one_device(case):
+def test_a_pipeline_equals_one_device_and_takes_the_bytes_of_the_arithmetic(case):
     mesh, changes = CASES[case]
-    check_equal(three_steps(MeshConfig(**mesh), model(**changes)), on_one_device(**changes))
+    run = check(MeshConfig(**mesh), **changes)
+    check_bytes_per_device(run.mesh, run.program, run.state, moments=1)
 
 
 def test_micro_batches_within_accumulation_equal_one_device():
-    mesh = MeshConfig(stage=2, data=2, tensor=2, micro_batches=2, zero=2)
-    check_equal(three_steps(mesh, DEEP, accumulation=2), on_one_device())
+    check(MeshConfig(stage=2, data=2, tensor=2, micro_batches=2, zero=2), accumulation=2)
 
 
 def test_dropout_of_one_micro_batch_equals_one_device():
-    check_equal(three_steps(MeshConfig(stage=4), model(dropout=0.2)), on_one_device(dropout=0.2))
+    check(MeshConfig(stage=4), dropout=0.2)
 
 
 class Statistics(NamedTuple):
@@ -187,21 +158,11 @@ def test_the_schedule_does_all_work_once_and_in_order(stages, rounds, micro_batc
     assert schedule.ticks == rounds * micro_batches + stages - 1  # The wait is stages - 1 ticks.
 
 
-def compiled(mesh_config, batch=BATCH, model=DEEP):
-    """The program and the compiled step."""
-    mesh, program, step = start(train_config("adamw"), mesh_config, model=model)
-    batch = place(mesh, batch, Batch(*("BT",) * 5))
-    with jax.set_mesh(mesh):
-        return program, step.jitted.lower(program.abstract_state, batch).compile()
-
-
 @pytest.mark.parametrize("micro_batches,interleave", [(8, 1), (4, 3)])
 def test_stages_send_a_micro_batch_a_tick_and_no_weights(micro_batches, interleave):
     config = MeshConfig(stage=4, data=1, micro_batches=micro_batches, interleave=interleave)
-    mesh, program, step = start(train_config("adamw"), config, jax.devices()[:4], DEEP)
-    with jax.set_mesh(mesh):
-        batch = place(mesh, BATCH, Batch(*("BT",) * 5))
-        text = step.jitted.lower(program.abstract_state, batch).compile().as_text()
+    _, step = compiled(train_config("adamw"), config, DEEP, devices=jax.devices()[:4])
+    text = step.as_text()
     moved = collectives(text)
     rows, length = BATCH.tokens_BT.shape
     activation = 4 * rows * length * DEEP.model_dim
@@ -215,31 +176,6 @@ def test_stages_send_a_micro_batch_a_tick_and_no_weights(micro_batches, interlea
     assert moved == {}
 
 
-@pytest.mark.parametrize("zero", [0, 1, 3])
-@pytest.mark.parametrize("interleave", [1, 3])
-def test_bytes_per_device_are_the_arithmetic(zero, interleave):
-    config = MeshConfig(
-        stage=2, data=2, tensor=2, zero=zero, micro_batches=2, interleave=interleave)
-    _, program, _ = start(train_config("adamw"), config, model=DEEP)
-    state = program.initialize()
-
-    def on_device(tree):
-        return sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree))
-
-    def expected(split_over_data):
-        total = 0
-        for letters, leaf in zip(jax.tree.leaves(program.letters), jax.tree.leaves(state.params)):
-            parts = 2 if set(letters) & set("NKFV") else 1
-            parts *= 2 if set(letters) & set("LV") else 1
-            parts *= 2 if split_over_data and "D" in letters else 1
-            total += leaf.nbytes // parts
-        return total
-
-    assert on_device(state.params) == expected(zero >= 3)
-    counts = sum(leaf.nbytes for leaf in jax.tree.leaves(state.optimizer_state) if leaf.ndim == 0)
-    assert on_device(state.optimizer_state) - counts == 2 * expected(zero >= 1)
-
-
 @pytest.mark.parametrize("remat", ["none", "full"])
 def test_rounds_keep_no_copies_of_their_weights(remat):
     """Memory of twice the ticks grows by less than the weights of one chunk."""
@@ -248,7 +184,7 @@ def test_rounds_keep_no_copies_of_their_weights(remat):
     for micro_batches in (2, 8):
         config = MeshConfig(stage=2, data=4, micro_batches=micro_batches, interleave=2)
         batch = make_batch(32, 12, 40, 0)
-        program, step = compiled(config, batch, heavy)
+        program, step = compiled(train_config("adamw"), config, heavy, batch)
         taken[micro_batches] = step.memory_analysis().temp_size_in_bytes
     chunk = sum(leaf.size for leaf in jax.tree.leaves(program.abstract_state.params["layers"])) // 4
     assert taken[8] - taken[2] < 4 * chunk, (taken, chunk)

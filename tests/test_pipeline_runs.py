@@ -6,14 +6,13 @@ import re
 import jax
 import numpy as np
 import pytest
-from test_pipeline import BATCH, DEEP
+from step_checks import place_batch, start, train_config
+from test_pipeline import DEEP
 from test_resume import corpus, losses, tiny_experiment
-from test_sharding import start, train_config
 
 from batiste.configs.experiment import Experiment
-from batiste.data import Batch
 from batiste.main import evaluate, generate, train
-from batiste.sharding import MeshConfig, layer_order, place
+from batiste.sharding import MeshConfig, layer_order
 from batiste.train import Checkpoints, from_checkpoint
 from batiste.train.config import CheckpointConfig
 
@@ -22,7 +21,7 @@ __all__ = ["corpus"]  # A fixture.
 
 def more_steps(program, step, mesh, state):
     """Losses of two more steps, and the state after."""
-    batch, history = place(mesh, BATCH, Batch(*("BT",) * 5)), []
+    batch, history = place_batch(mesh), []
     for _ in range(2):
         state, metrics = step(state, batch)
         history.append(float(metrics["loss"]))
@@ -45,7 +44,7 @@ def test_a_checkpoint_continues_on_other_stages(kind, others, tmp_path):
     state, _ = more_steps(program, step, mesh, program.initialize())
     checkpoints = Checkpoints(tmp_path, CheckpointConfig())
     checkpoints.save(2, state, {})
-    checkpoints.wait()
+    checkpoints.finish(2, state, {})
     _, expected = more_steps(program, step, mesh, state)
     for other in others:
         mesh, program, step = start(config, other, model=DEEP)
@@ -132,7 +131,7 @@ def test_a_pipeline_with_kernels_compiles_for_a_tpu(mesh, pattern):
     window = 128 if "local" in pattern else None
     model = dataclasses.replace(
         MODEL, num_layers=8, attention="v5e", layer_pattern=pattern, window=window)
-    text = compile_step("v5e:2x4", MeshConfig(**mesh), model)[1].as_text()
+    text = compile_step("v5e:2x4", MeshConfig(**mesh), model, optimized=False)[1].as_text()
     assert "tpu_custom_call" in text
     # Each way, a micro-batch of 4 rows (2 with data 2), half of its time with tensor 2.
     rows = 16 // 4 // mesh.get("data", 1)

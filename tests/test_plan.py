@@ -22,7 +22,9 @@ from batiste.planning import (
 )
 from batiste.planning.program_text import read_program
 from batiste.planning.saved import bytes_per_row, saved_arrays
-from batiste.planning.step_time import axis_bandwidth, flops_of, predict, product_flops
+from batiste.planning.step_time import (
+    axis_bandwidth, bytes_sent, flops_of, predict, product_flops,
+)
 from batiste.sharding import AXES, MeshConfig, make_mesh
 from batiste.sharding.devices import DEVICES, find_device, peak_flops
 from batiste.train import ObjectiveConfig, TrainConfig, make_program
@@ -168,8 +170,28 @@ def test_a_pipeline_waits_for_its_first_and_last_ticks():
         assert time.bubble / (time.bubble + busy) == pytest.approx(3 / ticks)
     # Whoever goes around four times sends four times as often.
     assert times[4, 4].exposed["stage"] > times[4, 1].exposed["stage"]
-    # Gradients are summed at every tick: as often as not with a fourth of the layers.
-    assert times[4, 4].exposed["data"] < times[4, 1].exposed["data"] < times[16, 1].exposed["data"]
+    # Gradients are summed once a step; by ZeRO-2 at every tick, with a fourth of a stage's layers
+    # each where rounds are four.
+    assert times[4, 4].exposed["data"] == times[4, 1].exposed["data"] == times[16, 1].exposed["data"]
+
+    def scattered(micro_batches, interleave):
+        sizes = dict(micro_batches=micro_batches, interleave=interleave, zero=2)
+        mesh = mesh_config(data=2, stage=4, **sizes)
+        return bytes_sent(account, Choice(mesh, "full", 1))["data"]
+
+    assert scattered(4, 4) < scattered(4, 1) < scattered(16, 1)
+
+
+@pytest.mark.parametrize("zero", range(4))
+def test_chunks_of_the_loss_send_no_weights_and_accumulation_does_from_zero_2_on(zero):
+    sent = {}
+    for chunk, accumulation in ((None, 1), (4, 1), (4, 2), (4, 4)):
+        account = Account(workload(objective=ObjectiveConfig(loss_chunk=chunk)))
+        choice = Choice(mesh_config(data=4, zero=zero), "full", accumulation)
+        sent[chunk, accumulation] = bytes_sent(account, choice)["data"]
+    assert sent[4, 1] == sent[None, 1] > 0
+    assert (sent[4, 4] > 1.5 * sent[4, 2]) == (zero >= 2)
+    assert zero >= 2 or sent[4, 4] == sent[4, 2] <= sent[4, 1]
 
 
 def test_a_stage_keeps_what_each_of_its_ticks_works_on():
@@ -369,14 +391,18 @@ def test_a_programs_text_is_read_with_its_loops():
             return jax.lax.with_sharding_constraint(
                 jnp.tanh(x_BD @ w_DD), place(mesh, jax.P("data", None))), None
 
-        return jax.lax.scan(layer, x_BD, w_LDD)[0]
+        x_BD = jax.lax.scan(layer, x_BD, w_LDD)[0]
+        scatter = functools.partial(
+            jax.lax.psum_scatter, axis_name="tensor", scatter_dimension=1, tiled=True)
+        specs = dict(in_specs=jax.P("data", None), out_specs=jax.P("data", "tensor"))
+        return jax.shard_map(scatter, mesh=mesh, check_vma=False, **specs)(x_BD)
 
     x = jax.ShapeDtypeStruct((6, 64), "float32", sharding=place(mesh, jax.P("data", None)))
     split = place(mesh, jax.P(None, None, "tensor"))
     w = jax.ShapeDtypeStruct((5, 64, 64), "float32", sharding=split)
     totals = read_program(jax.jit(step).lower(x, w).compile().as_text())
     assert totals.flops == 5 * 2 * 3 * 64 * 16
-    assert totals.collectives == {"all-gather": 5 * 3 * 64 * 4}
+    assert totals.collectives == {"all-gather": 5 * 3 * 64 * 4, "reduce-scatter": 3 * 64 * 4}
 
 
 # Tokens enough that padding is little: about 0.4 GiB of activations.
@@ -404,6 +430,14 @@ def test_predicted_memory_and_flops_are_the_compilers():
     expected = product_flops(Account(given), tpu_machine("v5e:2x4"), choice)
     assert found.flops == pytest.approx(expected, rel=0.1)
     assert found.collectives["all-gather"] > 0
+    # The head is gathered once in the compute dtype, and its gradient scattered once in fp32: V over
+    # `tensor`, D over `data`, none of it for each of four chunks.
+    instructions = [
+        line for line in compiled.text.splitlines() if re.search(r"(all-|reduce-)\w+\(", line)]
+    moves = [line for line in instructions if "shard_map/all_gather" in line and "[512,1024]" in line]
+    assert len(moves) == 1 and " = bf16[512,1024]" in moves[0]
+    moves = [line for line in instructions if "shard_map/reduce_scatter" in line and ",1024]" in line]
+    assert len(moves) == 1 and " = f32[128,1024]" in moves[0]
 
 
 def test_the_compilers_buffers_are_read_as_it_counts_them(tmp_path):

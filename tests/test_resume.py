@@ -1,5 +1,6 @@
 """Kill it at any moment; the same command continues, bit for bit. Refusals name what differs."""
 
+import json
 import os
 import pathlib
 import shutil
@@ -10,6 +11,7 @@ import time
 
 import pytest
 
+from batiste import command_line, main
 from batiste.configs.experiment import Experiment
 from batiste.data import DataConfig, SourceConfig
 from batiste.inference import SamplingConfig
@@ -68,20 +70,24 @@ def uninterrupted(corpus, tmp_path_factory) -> pathlib.Path:
     return workdir
 
 
-def launch(corpus: str, workdir: pathlib.Path, *flags: str) -> subprocess.Popen:
-    """The real command in a process of its own."""
-    config = workdir.parent / f"{workdir.name}_config.py"
-    config.write_text(CONFIG)
-    environment = os.environ | {
+def child_environment() -> dict[str, str]:
+    """Of a process that finds this folder's modules, and what was compiled before."""
+    return os.environ | {
         "PYTHONPATH": os.pathsep.join([str(pathlib.Path(__file__).parent),
                                        os.environ.get("PYTHONPATH", "")]),
         "JAX_COMPILATION_CACHE_DIR": str(pathlib.Path(__file__).parents[1] / ".jax_cache"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
     }
+
+
+def launch(corpus: str, workdir: pathlib.Path, *flags: str) -> subprocess.Popen:
+    """The real command in a process of its own."""
+    config = workdir.parent / f"{workdir.name}_config.py"
+    config.write_text(CONFIG)
     command = [sys.executable, "-m", "batiste", "train", f"--config={config}:{corpus}",
                f"--workdir={workdir}", *flags]
     return subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        command, env=child_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def losses(workdir: pathlib.Path) -> dict[tuple[str, int], float]:
@@ -138,14 +144,22 @@ def test_a_signal_saves_and_the_same_command_continues(corpus, uninterrupted, tm
     assert losses(tmp_path) == losses(uninterrupted)
 
 
-@pytest.fixture
-def halfway(corpus, tmp_path) -> tuple[Experiment, pathlib.Path]:
-    """An experiment, and a work directory where ten of its steps are done."""
-    experiment = tiny_experiment(corpus)
+@pytest.fixture(scope="module")
+def one_step(corpus, tmp_path_factory) -> pathlib.Path:
+    """A work directory where one step of thirty is done, only to be copied."""
+    experiment, workdir = tiny_experiment(corpus), tmp_path_factory.mktemp("one_step")
     experiment.train.stop.flops = 1.0  # One step, the least there is.
     experiment.train.checkpoint.every = 1
-    assert train(experiment, tmp_path).step == 1
-    experiment.train.stop.flops = None
+    assert train(experiment, workdir).step == 1
+    return workdir
+
+
+@pytest.fixture
+def halfway(one_step, corpus, tmp_path) -> tuple[Experiment, pathlib.Path]:
+    """An experiment, and a work directory where one of its steps is done."""
+    shutil.copytree(one_step, tmp_path, dirs_exist_ok=True)
+    experiment = tiny_experiment(corpus)
+    experiment.train.checkpoint.every = 1
     return experiment, tmp_path
 
 
@@ -160,7 +174,7 @@ def test_a_changed_config_or_text_is_refused_by_name(halfway, corpus):
     more = folder / "more.txt"
     more.write_text("one document more")
     try:
-        with pytest.raises(ValueError, match="fingerprint of the data was"):
+        with pytest.raises(ValueError, match="data fingerprint was"):
             train(experiment, workdir)
     finally:
         more.unlink()
@@ -176,15 +190,83 @@ def test_resume_modes(halfway, corpus, tmp_path_factory):
         train(experiment, workdir, resume="perhaps")
 
 
-def test_what_looks_like_a_checkpoint_is_none(halfway):
+def events(workdir: pathlib.Path, name: str) -> list[dict]:
+    """The events of that name in the ledger."""
+    lines = (workdir / "ledger.jsonl").read_text().splitlines()
+    return [event for event in map(json.loads, lines) if event["event"] == name]
+
+
+def test_a_damaged_step_is_passed_over_aloud_and_nothing_starts_from_scratch(
+        halfway, tmp_path, capfd):
     experiment, workdir = halfway
+    experiment.train.num_steps = 3
+    assert train(experiment, workdir, resume_override=["train.num_steps"]).step == 3
+    expected = losses(workdir)
+    (damaged, *_) = (workdir / "checkpoints/3/state/ocdbt.process_0/d").iterdir()
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        command_line.run(["batiste", "doctor", "checkpoints", f"--workdir={workdir}"])
+    printed = capfd.readouterr().out
+    assert ended.value.code == 1 and f"step 3: {damaged} has" in printed
+    assert "step 2: every file is what was written" in printed
+    evaluate(workdir)
+    assert f"step 3 is passed over: {damaged} has" in capfd.readouterr().err
+    assert train(experiment, workdir, resume="must").step == 3
+    assert f"step 3 is passed over: {damaged} has" in capfd.readouterr().err
+    assert losses(workdir) == expected
+    assert events(workdir, "started")[-1]["step"] == 2
+    assert str(damaged) in events(workdir, "started")[-1]["passed_over"]["3"]
     folder = workdir / "checkpoints"
-    (folder / "7").mkdir()  # An empty directory with a later number.
-    shutil.copytree(folder / "1", folder / "9")
-    (folder / "9" / "commit_success.txt").unlink()  # A copy that lost its marker.
-    checkpoints = Checkpoints(workdir, experiment.train.checkpoint)
-    assert checkpoints.latest_step == 1
-    checkpoints.close()
+    assert (folder / "3.set_aside_1").is_dir() and (folder / "3").is_dir()
+
+    for step in (2, 3):
+        (folder / f"{step}/manifest.json").unlink()
+    for mode in ("auto", "must"):
+        with pytest.raises(ValueError, match="no checkpoint that verifies: .*3/manifest.json.*2/man"):
+            train(experiment, workdir, resume=mode)
+    shutil.rmtree(folder)
+    with pytest.raises(ValueError, match="its ledger says that step 3 was saved"):
+        train(experiment, workdir)
+
+
+def test_what_is_meant_may_be_overridden_and_is_written_down(halfway, corpus):
+    experiment, workdir = halfway
+    experiment.train.schedule.learning_rate *= 2
+    with pytest.raises(ValueError, match="resume_override=learning_rate: expected fields"):
+        train(experiment, workdir, resume_override=["learning_rate"])
+    experiment.train.num_steps = 2
+    experiment.train.schedule.warmup_steps = 1
+    override = ["train.schedule", "train.num_steps", "data"]
+    more = pathlib.Path(corpus).parent / "more.txt"
+    more.write_text("one document more")
+    try:
+        assert train(experiment, workdir, resume_override=override).step == 2
+    finally:
+        more.unlink()
+    changed = " ".join(events(workdir, "started")[-1]["changed"])
+    assert "learning_rate was" in changed and "data fingerprint was" in changed
+    experiment.model.mlp_dim = 40
+    with pytest.raises(ValueError, match=r"array .*params.*was 'float32\[.*\]', is 'float32\["):
+        train(experiment, workdir, resume_override=["model", *override])
+
+
+def test_a_failed_save_is_tried_again_at_the_next_step(corpus, tmp_path, monkeypatch, capfd):
+    experiment, report = tiny_experiment(corpus), main._report
+    experiment.train.num_steps = 12
+    experiment.sample.prompts = ()
+
+    def obstruct(ledger, event, **fields):
+        if event == "saved" and fields["step"] == 5:
+            (tmp_path / "checkpoints/10.unfinished").write_text("where the next save will go")
+        report(ledger, event, **fields)
+
+    monkeypatch.setattr(main, "_report", obstruct)
+    assert train(experiment, tmp_path).step == 12
+    assert "the checkpoint of step 10 could not be saved: " in capfd.readouterr().err
+    (failed,) = events(tmp_path, "save_failed")
+    assert failed["step"] == 10 and "Not a directory" in failed["why"]
+    assert 11 in [event["step"] for event in events(tmp_path, "saved")]
 
 
 def test_topology_may_change_and_the_run_remembers_its_config(halfway):

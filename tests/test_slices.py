@@ -7,15 +7,14 @@ import jax
 import numpy as np
 import pytest
 from crossings import crossings, replica_groups
-from test_sharding import (
-    BATCH, WIDE, bytes_with_letter, collectives, on_one_device, root_mean_square, start,
-    three_steps, train_config,
+from step_checks import (
+    BATCH, WIDE, alone, bytes_with_letter, check_equal, collectives, largest_error, parameters,
+    place_batch, start, three_steps, train_config,
 )
 
 from batiste.configs.experiment import Experiment
-from batiste.data import Batch
 from batiste.models import TransformerConfig
-from batiste.sharding import MeshConfig, make_mesh, place
+from batiste.sharding import MeshConfig, make_mesh
 
 MESHES = [dict(slice=2, data=4), dict(slice=2, data=2, tensor=2)]
 # Two slices of two devices, for laws that need no more.
@@ -26,27 +25,17 @@ SMALL = TransformerConfig(
 )
 
 
-def worst_error(mine, theirs) -> float:
-    """The largest relative error of a parameter; see test_sharding.py for the floor."""
-    return float(np.max(jax.tree.leaves(jax.tree.map(
-        lambda a, b: root_mean_square(a - b) / max(root_mean_square(b), 0.01), mine, theirs))))
-
-
 @pytest.mark.parametrize(
     "sizes,zero", [(MESHES[0], 0), (MESHES[0], 2), (MESHES[1], 1), (MESHES[1], 3)], ids=str)
 def test_slices_equal_one_device(sizes, zero):
-    history, params = three_steps(train_config("sgd"), MeshConfig(**sizes, zero=zero))
-    history_alone, params_alone = on_one_device("sgd")
-    np.testing.assert_allclose(history, history_alone, rtol=1e-6)
-    assert worst_error(params, params_alone) <= 1e-6
+    run = three_steps(train_config("sgd"), MeshConfig(**sizes, zero=zero))
+    check_equal(run, alone(train_config("sgd")))
 
 
 def test_micro_batches_and_four_slices_equal_one_device():
     config = train_config("sgd", accumulation=2)
-    history, params = three_steps(config, MeshConfig(slice=4, data=1, tensor=2, zero=1))
-    history_alone, params_alone = on_one_device("sgd")
-    np.testing.assert_allclose(history, history_alone, rtol=1e-6)
-    assert worst_error(params, params_alone) <= 1e-6
+    run = three_steps(config, MeshConfig(slice=4, data=1, tensor=2, zero=1))
+    check_equal(run, alone(train_config("sgd")))
 
 
 def test_groups_are_read_in_every_notation():
@@ -67,15 +56,14 @@ def parts(letters: str, sizes: dict[str, int]) -> int:
 
 def shares(program, sizes: dict[str, int]) -> list[tuple[str, int]]:
     """The letters of each parameter, and how many of its entries a device has a share of."""
-    names, leaves = jax.tree.leaves(program.letters), jax.tree.leaves(program.abstract_state.params)
-    return [(name, leaf.size // parts(name, sizes)) for name, leaf in zip(names, leaves)]
+    return [(name, leaf.size // parts(name, sizes)) for name, leaf in parameters(program)]
 
 
 def compiled(config, sizes: dict[str, int], zero: int = 0, model=WIDE):
     """The program, the step, a batch, and the compiled text."""
     devices = jax.devices()[: math.prod(sizes.values())]
     mesh, program, step = start(config, MeshConfig(**sizes, zero=zero), devices, model)
-    batch = place(mesh, BATCH, Batch(*("BT",) * 5))
+    batch = place_batch(mesh)
     with jax.set_mesh(mesh):
         text = step.jitted.lower(program.abstract_state, batch).compile().as_text()
     return program, step, batch, text
@@ -111,17 +99,17 @@ def test_words_and_places_are_looked_up_where_their_tables_lie():
         assert f"{rows_of_a_slice}{{2,1,0}} all-gather" not in text
     (loss, params), (loss_alone, params_alone) = results
     np.testing.assert_allclose(loss, loss_alone, rtol=1e-6)
-    assert worst_error(params, params_alone) <= 1e-6
+    assert largest_error(params, params_alone) <= 1e-6
 
 
 @pytest.mark.parametrize("zero", [0, 1])
 def test_gradients_of_micro_batches_are_summed_over_data_once(zero):
     """Scattered at the end of the step, and gathered again as gradients or as parameters."""
     program, _, _, text = compiled(train_config("sgd", accumulation=2), dict(data=4, tensor=2), zero)
-    names, leaves = jax.tree.leaves(program.letters), jax.tree.leaves(program.abstract_state.params)
-    sizes = [leaf.size * 4 // (2 if set(name) & set("NKFV") else 1)
-             for name, leaf in zip(names, leaves)]
-    split = sum(size for name, size in zip(names, sizes) if "D" in name)
+    named = [(name, leaf.size * 4 // (2 if set(name) & set("NKFV") else 1))
+             for name, leaf in parameters(program)]
+    sizes = [size for _, size in named]
+    split = sum(size for name, size in named if "D" in name)
     over_data = collectives("\n".join(
         line for line in text.splitlines()
         if "replica_groups" in line and replica_groups(line) == [[0, 2, 4, 6], [1, 3, 5, 7]]

@@ -32,10 +32,19 @@ def tpu_devices(topology: str, slices: int = 1):
         platform="tpu", topology_name=topology, **several).devices
 
 
-def compile_step(*arguments, **options):
-    """The program and the step of `lower_step`, compiled by the TPU's own compiler."""
+def compile_step(*arguments, optimized: bool = True, **options):
+    """The program and the step of `lower_step`, compiled by the TPU's own compiler.
+
+    optimized: with False it takes a fifth of the time. What is sent and where it lies are decided
+    before; fusions, the order of work and how much memory is reused are not.
+    """
     program, lowered = lower_step(*arguments, **options)
-    return program, lowered.compile()
+    before = jax.config.jax_optimization_level
+    jax.config.update("jax_optimization_level", before if optimized else "O0")
+    try:
+        return program, lowered.compile()
+    finally:
+        jax.config.update("jax_optimization_level", before)
 
 
 def lower_step(
@@ -57,10 +66,14 @@ def lower_step(
         return program, step.jitted.lower(program.abstract_state, batch)
 
 
-def test_zero_2_reduces_by_scattering_on_a_tpu():
-    texts = {
-        zero: compile_step("v5e:2x4", MeshConfig(data=8, zero=zero))[1].as_text() for zero in (0, 2)
-    }
+@pytest.fixture(scope="module")
+def by_zero() -> dict:
+    """The step on eight chips, compiled, by its ZeRO level."""
+    return {zero: compile_step("v5e:2x4", MeshConfig(data=8, zero=zero))[1] for zero in (0, 2, 3)}
+
+
+def test_zero_2_reduces_by_scattering_on_a_tpu(by_zero):
+    texts = {zero: by_zero[zero].as_text() for zero in (0, 2)}
     # The TPU compiler's name for a fused all-reduce and slice, which is a reduce-scatter; it fuses
     # the large gradients and leaves the small ones.
     scatters = {zero: len(re.findall(r"%all-reduce-scatter[.\d]* ", texts[zero])) for zero in texts}
@@ -77,16 +90,16 @@ def test_tensor_parallel_sums_travel_once_and_in_bfloat16():
     assert "all-to-all" not in text
 
 
-def test_zero_3_takes_less_memory_per_chip_than_zero_0():
-    arguments = {}
-    for zero in (0, 3):
-        program, compiled = compile_step("v6e:2x2", MeshConfig(data=2, tensor=2, zero=zero))
-        arguments[zero] = compiled.memory_analysis().argument_size_in_bytes
-    assert arguments[3] < 0.6 * arguments[0]
+def test_zero_3_takes_less_memory_per_chip_than_zero_0(by_zero):
+    arguments = {
+        zero: step.memory_analysis().argument_size_in_bytes for zero, step in by_zero.items()}
+    # A third of the state is parameters; norms and the batch stay whole.
+    assert arguments[2] < 0.45 * arguments[0] and arguments[3] < 0.2 * arguments[0]
 
 
 def test_float16_compiles_too():
-    compile_step("v5p:2x2x1", MeshConfig(data=2, tensor=2), dataclasses.replace(MODEL, dtype="float16"))
+    model = dataclasses.replace(MODEL, dtype="float16")
+    compile_step("v5p:2x2x1", MeshConfig(data=2, tensor=2), model, optimized=False)
 
 
 def test_experts_exchange_only_what_there_is_and_multiply_nothing_twice():

@@ -1,28 +1,40 @@
-"""Objectives, optimizers, the step, the loop, and everything a run writes down."""
+"""Objectives, optimizers, the step, the loop, and everything a run writes down.
 
-from batiste.train.checkpoint import Checkpoints
-from batiste.train.config import ObjectiveConfig, TrainConfig
-from batiste.train.flops import flops_per_token, total_peak_flops
-from batiste.train.decisions import (
-    Decision, RollBack, decide, decided, decisions_of, roll_back, skipped, start_of, steered,
-)
-from batiste.train.diagnosis import diagnose, diagnosis
-from batiste.train.faults import faulty_batches, parse_fault
-from batiste.train.ledger import Ledger
-from batiste.train.loop import Records, Run, fit
-from batiste.train.metrics import MetricsWriter, Progress, mfu_formula_line
-from batiste.train.monitor import Monitor, Watched
-from batiste.train.objectives import causal_loss
-from batiste.train.report import ReportFacts, write_report
-from batiste.train.resume import RESUME_MODES, check_mode, check_same
-from batiste.train.state import Program, TrainState, from_checkpoint, make_program
-from batiste.train.step import make_train_step
+A name is imported when it is first asked for: what reads a work directory afterwards, or waits
+beside a run, neither waits for jax nor holds 200 MB of it.
+"""
 
-__all__ = [
-    "Checkpoints", "Decision", "Ledger", "MetricsWriter", "Monitor", "ObjectiveConfig",
-    "Program", "Progress", "RESUME_MODES", "Records", "ReportFacts", "RollBack", "Run",
-    "TrainConfig", "TrainState", "Watched", "causal_loss", "check_mode", "check_same", "decide",
-    "decided", "decisions_of", "diagnose", "diagnosis", "faulty_batches", "fit", "flops_per_token", "from_checkpoint", "make_program",
-    "make_train_step", "mfu_formula_line", "parse_fault", "roll_back", "skipped", "start_of", "steered",
-    "total_peak_flops", "write_report",
-]
+import importlib
+
+_MODULES = {
+    "account": ("Account", "read_account"),
+    "checkpoint": ("Checkpoints",),
+    "decisions": (
+        "Decision", "RollBack", "decide", "decided", "decisions_of", "roll_back", "skipped",
+        "start_of", "steered",
+    ),
+    "diagnosis": ("diagnose", "diagnosis"),
+    "faults": ("faulty_batches", "parse_fault"),
+    "config": ("ObjectiveConfig", "TrainConfig"),
+    "flops": ("flops_per_token", "total_peak_flops"),
+    "ledger": ("Ledger", "compilation_booked", "last_saved"),
+    "loop": ("Records", "Run", "fit"),
+    "manifest": ("Found",),
+    "metrics": ("MetricsWriter", "Progress", "mfu_formula_line"),
+    "monitor": ("Monitor", "Watched"),
+    "objectives": ("causal_loss",),
+    "report": ("ReportFacts", "write_report"),
+    "resume": ("RESUME_MODES", "arrays_of", "check_mode", "check_override", "check_same"),
+    "state": ("Program", "TrainState", "from_checkpoint", "make_program"),
+    "step": ("make_train_step",),
+}
+_PLACES = {name: module for module, names in _MODULES.items() for name in names}
+__all__ = sorted(_PLACES)
+
+
+def __getattr__(name: str):
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_PLACES[name]}"), name)
+    globals()[name] = value
+    return value

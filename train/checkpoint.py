@@ -1,104 +1,280 @@
-"""Checkpoints through Orbax: asynchronous, sharded, and never latest unless committed.
+"""Checkpoints through Orbax: asynchronous, sharded, hashed when written, verified when read."""
 
-The place for integrity manifests (hash on commit, verify on restore, fall back) is here.
-"""
-
+import json
+import logging
 import pathlib
+import shutil
+import threading
+import time
+import warnings
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 
+from batiste.sharding import is_first, together
+from batiste.train import manifest
 from batiste.train.config import CheckpointConfig
+from batiste.train.manifest import CHECKPOINT_FOLDER, UNFINISHED, Found
 from batiste.train.state import TrainState
 
-CHECKPOINT_FOLDER = "checkpoints"
-
-
-class _Manager(ocp.CheckpointManager):
-    """Orbax's, without its own questions to jax's preemption service.
-
-    The service answers yes to one number, one above the last that any process asked about. The
-    loop asks about 1, 2, 3 and so on (train/stopping.py); Orbax would ask about the step between
-    two of them.
-    """
-
-    def reached_preemption(self, step: int) -> bool:
-        del step
-        return False
+ARRAYS = "state"
+META_FILE = "meta.json"
+SAVE_SECONDS = 900  # Longer than that a save does not take: its disk or a process hangs.
 
 
 class Checkpoints:
-    """The committed states of a run. Opening sweeps what a killed save left behind.
+    """The committed states of a run; only `save` and what follows it change the directory.
 
-    All processes of a run make the same calls, in the same order.
+    All processes of a run make the same calls, in the same order. report: is called with the name
+    and the fields of what happens ("saved", "save_failed"), from a thread too.
     """
 
-    def __init__(self, workdir: pathlib.Path, config: CheckpointConfig):
-        policies = ocp.checkpoint_managers
-        keep = [policies.LatestN(config.keep)]
-        if config.keep_every is not None:
-            keep.append(policies.EveryNSteps(config.keep_every))
-        self._manager = _Manager(
-            pathlib.Path(workdir, CHECKPOINT_FOLDER).absolute(),
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=policies.AnyPreservationPolicy(keep),
-                cleanup_tmp_directories=True,
-                # By default an empty directory named like a step counts as a checkpoint.
-                atomicity_options=ocp.options.AtomicityOptions(
-                    mode=ocp.options.AtomicityMode.COMMIT_FILE
-                ),
-            ),
-        )
+    def __init__(
+        self,
+        workdir: pathlib.Path,
+        config: CheckpointConfig,
+        report: Callable[..., None] = lambda event, **fields: None,
+    ):
+        self.folder = pathlib.Path(workdir, CHECKPOINT_FOLDER).absolute()
+        self._config, self._report = config, report
+        self._orbax = ocp.AsyncCheckpointer(
+            ocp.PyTreeCheckpointHandler(), timeout_secs=SAVE_SECONDS)
+        self._opened = False
+        self._save: _Save | None = None
+        self._failures = 0
+        _silence_orbax()
 
     @property
     def latest_step(self) -> int | None:
-        """The newest committed step, None if there is none."""
-        return self._manager.latest_step()
+        """The newest committed step, None if there is none; `newest_verified` reads its files."""
+        steps = [step for step in manifest.numbered(self.folder)
+                 if manifest.is_committed(self.folder, step)]
+        return max(steps, default=None)
 
-    @property
-    def steps(self) -> list[int]:
-        """The committed steps."""
-        return sorted(self._manager.all_steps())
+    def newest_verified(self) -> Found:
+        """The newest step of which every file is what was written; process 0 reads them."""
+        found = together(
+            "verify the checkpoints",
+            lambda: json.dumps(manifest.newest_verified(self.folder)) if is_first() else "",
+            SAVE_SECONDS,
+        )[0]
+        step, passed_over = json.loads(found)
+        return Found(step, {int(number): why for number, why in passed_over.items()})
 
-    def forget_after(self, step: int) -> None:
-        """Deletes the committed states of later steps."""
-        with jax.transfer_guard("allow"):
-            for later in [saved for saved in self.steps if saved > step]:
-                self._manager.delete(later)
+    def verified(self) -> list[int]:
+        """All steps of which every file is what was written, ascending; process 0 reads them."""
+        def read() -> str:
+            return json.dumps([step for step in manifest.numbered(self.folder)
+                               if manifest.problem(self.folder, step) is None])
 
-    def save(self, step: int, state: TrainState, meta: dict[str, Any]) -> None:
-        """Starts saving; returns when the arrays are copied and the step may donate them."""
-        args = ocp.args.Composite(
-            state=ocp.args.StandardSave(state._asdict()), meta=ocp.args.JsonSave(meta)
-        )
-        # In Orbax, processes wait for each other by sums over all devices, fetched implicitly.
-        with jax.transfer_guard("allow"):
-            self._manager.save(step, args=args)
+        return json.loads(together(
+            "verify all checkpoints", read if is_first() else str, SAVE_SECONDS)[0])
 
     def meta(self, step: int) -> dict[str, Any]:
         """What was saved beside the arrays of a step: config, fingerprint, validation losses."""
-        args = ocp.args.Composite(meta=ocp.args.JsonRestore())
-        return self._manager.restore(step, args=args)["meta"]
+        return json.loads((self.folder / str(step) / META_FILE).read_bytes())
 
-    def restore(self, step: int, abstract_state: TrainState) -> TrainState:
-        """The state of a step, laid out as `abstract_state` says (shapes, dtypes, shardings)."""
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state._asdict()))
-        return TrainState(**self._manager.restore(step, args=args)["state"])
+    def restore(self, step: int, abstract: Any) -> Any:
+        """The arrays of a step, laid out as `abstract` says (shapes, dtypes, shardings).
 
-    def restore_params(self, step: int, params: Any) -> Any:
-        """Only the parameters of a step, laid out as the abstract `params` say."""
-        args = ocp.args.PyTreeRestore(
-            item={"params": params},
-            restore_args=ocp.checkpoint_utils.construct_restore_args({"params": params}),
-            partial_restore=True,
-        )
-        return self._manager.restore(step, args=ocp.args.Composite(state=args))["state"]["params"]
+        abstract: a TrainState, or a dict with some of its fields.
+        """
+        item = abstract._asdict() if isinstance(abstract, TrainState) else abstract
+        restored = self._orbax.restore(self.folder / str(step) / ARRAYS, args=ocp.args.PyTreeRestore(
+            item=item,
+            restore_args=ocp.checkpoint_utils.construct_restore_args(item),
+            partial_restore=not isinstance(abstract, TrainState),
+        ))
+        return TrainState(**restored) if isinstance(abstract, TrainState) else restored
+
+    def save(self, step: int, state: TrainState, meta: dict[str, Any]) -> None:
+        """Starts saving; returns when the arrays are copied and the step may donate them.
+
+        A save before this one that failed is reported, and this one is its second try. Raises
+        ValueError after `max_failures` in a row.
+        """
+        self._settle()
+        self._open(step)
+        self._save = _Save(self.folder, step, meta)
+        try:
+            # In Orbax, processes wait for each other by sums over all devices, fetched implicitly.
+            with jax.transfer_guard("allow"):
+                self._orbax.save(self._save.unfinished / ARRAYS,
+                                 args=ocp.args.PyTreeSave(state._asdict()))
+        except (OSError, ValueError, jax.errors.JaxRuntimeError) as error:
+            self._save.error = error
+            return
+        self._save.begin(self._finish)
+
+    def failed(self) -> bool:
+        """Whether the save under way has failed, so that the next step is to save again.
+
+        Asked after every step. A second failure in a row waits for the next save that is due. So
+        do several processes, who must all know of a failure before they can act on it.
+        """
+        if jax.process_count() > 1 or self._save is None or self._save.error is None:
+            return False
+        self._settle()
+        return self._failures == 1
+
+    def finish(self, step: int, state: TrainState, meta: dict[str, Any]) -> None:
+        """Returns when the save of the last step is committed; where it fails, tries once more.
+
+        Raises ValueError with the reason when that fails too.
+        """
+        why = self._settle()
+        if why is None:
+            return
+        self.save(step, state, meta)
+        why = self._settle()
+        if why is not None:
+            raise ValueError(
+                f"the checkpoint of step {step} could not be saved: {why}; the newest that was is "
+                f"of step {self.latest_step}. Mend that, and the same command continues"
+            )
 
     def wait(self) -> None:
-        """Returns when every save is committed; raises what a failed one met."""
-        self._manager.wait_until_finished()
+        """Returns when no save is under way; one that failed is reported."""
+        self._settle()
+
+    def set_aside_from(self, step: int) -> None:
+        """Renames the steps from `step` on, and what is named like one: the run goes another way."""
+        def rename() -> str:
+            for found in manifest.numbered(self.folder):
+                if found >= step or not manifest.is_committed(self.folder, found):
+                    manifest.set_aside(self.folder, found)
+            return ""
+
+        together("set newer checkpoints aside", rename if is_first() else str)
 
     def close(self) -> None:
         """Waits, then lets go of the directory."""
-        self._manager.close()
+        if self._save is not None:
+            self._save.join()
+        self._orbax.close()
+
+    def _open(self, step: int) -> None:
+        """Before the first save: sweeps what killed saves left, sets aside what is no step.
+
+        What is as new as this save was passed over when the run started, because it is damaged.
+        """
+        if self._opened:
+            return
+        self._opened = True
+
+        def clean() -> str:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            manifest.sweep(self.folder)
+            return ""
+
+        together("open the checkpoints", clean if is_first() else str)
+        self.set_aside_from(step)
+
+    def _settle(self) -> str | None:
+        """Joins the save under way; returns, and has reported, why it failed in any process."""
+        if self._save is None:
+            return None
+        save, self._save = self._save, None
+        reasons = together("finish the save", save.join, SAVE_SECONDS)
+        why = next((f"process {index}: {reason}" if len(reasons) > 1 else reason
+                    for index, reason in enumerate(reasons) if reason), None)
+        if why is None:
+            self._failures = 0
+            return None
+        self._failures += 1
+        self._report("save_failed", step=save.step, why=why, in_a_row=self._failures)
+        limit = self._config.max_failures
+        if limit is not None and self._failures >= limit:
+            raise ValueError(
+                f"{self._failures} saves in a row failed (train.checkpoint.max_failures={limit}), "
+                f"the last with: {why}; the newest checkpoint is of step {self.latest_step}"
+            )
+        return why
+
+    def _finish(self, save: "_Save") -> None:
+        """In the thread of a save: hash, commit, and delete the steps that nothing keeps."""
+        self._orbax.wait_until_finished()
+        if not is_first():
+            return
+        written = time.perf_counter()
+        (save.unfinished / META_FILE).write_text(save.meta)
+        facts = manifest.commit(save.unfinished, save.step)
+        now = time.perf_counter()
+        self._report("saved", step=save.step, seconds=now - save.started,
+                     hash_seconds=now - written, **facts)
+        for step in self._stale(save):
+            manifest.remove(self.folder, step)
+
+    def _stale(self, save: "_Save") -> list[int]:
+        """Committed steps that are neither among the newest, nor at a multiple, nor the best."""
+        config, steps = self._config, manifest.numbered(self.folder)
+        steps = [step for step in steps if manifest.is_committed(self.folder, step)]
+        kept = set(steps[-config.keep:])
+        if config.keep_every is not None:
+            kept |= {step for step in steps if step % config.keep_every == 0}
+        if config.keep_best is not None:
+            losses = {step: loss for step, loss in save.validation if step in steps}
+            kept |= set(sorted(losses, key=losses.__getitem__)[:config.keep_best])
+        return [step for step in steps if step not in kept]
+
+
+class _Save:
+    """One save: what it is of, the thread that commits it, and how it failed."""
+
+    def __init__(self, folder: pathlib.Path, step: int, meta: dict[str, Any]):
+        self.step, self.started = step, time.perf_counter()
+        self.meta = json.dumps(meta, indent=1) + "\n"  # The loop goes on to change it.
+        self.validation = list(meta.get("validation", ()))
+        self.unfinished = folder / f"{step}{UNFINISHED}"
+        self.error: BaseException | None = None
+        self._thread: threading.Thread | None = None
+
+    def begin(self, finish: Callable[["_Save"], None]) -> None:
+        """Finishes in a thread of its own."""
+        def run() -> None:
+            try:
+                finish(self)
+            except Exception as error:
+                self.error = error
+
+        self._thread = threading.Thread(target=run, name=f"save of step {self.step}")
+        self._thread.start()
+
+    def join(self) -> str:
+        """Waits for the end; returns why it failed, or nothing."""
+        if self._thread is not None:
+            self._thread.join(SAVE_SECONDS)
+            if self._thread.is_alive():
+                self.error = TimeoutError(f"not finished after {SAVE_SECONDS} s")
+        if self.error is None:
+            return ""
+        if is_first():
+            shutil.rmtree(self.unfinished, ignore_errors=True)
+        return _reason(self.error)
+
+
+def _reason(error: BaseException) -> str:
+    """What the system said, in one line, out of what the layers above it wrapped around it."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    for known in ("No space left on device", "Disk quota exceeded", "Permission denied",
+                  "File too large", "Read-only file system"):
+        if known in text:
+            return f"{known} ({text[:200]})"
+    return text[:400]
+
+
+def _silence_orbax() -> None:
+    """Keeps Orbax from printing the traceback of a failed save: it is reported in one line."""
+    logger = logging.getLogger("absl")
+    if not any(isinstance(each, _OrbaxFailures) for each in logger.filters):
+        logger.addFilter(_OrbaxFailures())
+        # What it had still wanted to do when the first write failed.
+        warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+
+
+class _OrbaxFailures(logging.Filter):
+    def filter(self, record: logging.LogRecord) -> bool:
+        text = str(record.msg)
+        return not ("background save thread" in text or "_SignalingThread.run() raised" in text)

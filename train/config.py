@@ -16,7 +16,8 @@ class ObjectiveConfig:
 
     loss_chunk: logits are computed for so many positions of each row at a time, and never all at
     once; None computes all.
-    fused: the kernels of model.attention's chip compute the loss, and logits are never in memory.
+    fused: the kernels of model.attention's chip compute the loss, logits are never in memory, and
+    loss_chunk says nothing.
     balance_loss, router_z_loss: weights of the losses of each layer's router (models/router.py).
     """
 
@@ -30,11 +31,17 @@ class ObjectiveConfig:
 
 @dataclasses.dataclass
 class CheckpointConfig:
-    """When to save, and what to keep: every `every` steps; the last `keep`; also each multiple."""
+    """When to save: every `every` steps. What to keep: the last `keep`, and more if asked.
+
+    keep_every: also each step that is a multiple. keep_best: also so many of the lowest validation
+    loss. max_failures: so many saves that fail in a row stop the run; None never does.
+    """
 
     every: int = 100
     keep: int = 2
     keep_every: int | None = None
+    keep_best: int | None = None
+    max_failures: int | None = 5
 
 
 @dataclasses.dataclass
@@ -94,6 +101,8 @@ class TrainConfig:
             "accumulation": self.accumulation, "objective.loss_chunk": self.objective.loss_chunk,
             "checkpoint.every": self.checkpoint.every, "checkpoint.keep": self.checkpoint.keep,
             "checkpoint.keep_every": self.checkpoint.keep_every,
+            "checkpoint.keep_best": self.checkpoint.keep_best,
+            "checkpoint.max_failures": self.checkpoint.max_failures,
             "evaluation.every": self.evaluation.every,
             "evaluation.max_batches": self.evaluation.max_batches,
             "stop.patience": self.stop.patience, "stop.flops": self.stop.flops,

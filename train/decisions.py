@@ -5,7 +5,6 @@ a run that is killed after a decision and continued comes to the same batches an
 """
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,7 +13,7 @@ import jax
 
 from batiste.data import position
 from batiste.train.findings import Finding
-from batiste.train.ledger import LEDGER_FILE, Ledger
+from batiste.train.ledger import LEDGER_FILE, Ledger, read_ledger
 
 FACTOR = 0.5  # What `lower` multiplies the learning rate by.
 MOST = 3  # Roll-backs for one class to one step, before the run gives up.
@@ -125,11 +124,9 @@ def roll_back(
 
 def decided(workdir: pathlib.Path) -> list[Decision]:
     """All decisions of a run's ledger; a torn last line was not decided."""
-    path = workdir / LEDGER_FILE
-    if not path.is_file():
+    if not pathlib.Path(workdir, LEDGER_FILE).is_file():
         return []
-    lines = path.read_bytes().split(b"\n")[:-1]
-    events = [json.loads(line) for line in lines if b'"decision"' in line]
+    events = read_ledger(workdir)
     return [Decision.of(event) for event in events if event["event"] == "decision"]
 
 

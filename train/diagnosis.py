@@ -9,7 +9,7 @@ import numpy as np
 
 from batiste.train.detector import Detector
 from batiste.train.findings import Finding
-from batiste.train.ledger import LEDGER_FILE
+from batiste.train.ledger import LEDGER_FILE, read_ledger
 from batiste.train.metrics import read_all
 
 DIAGNOSIS_FILE = "doctor.md"
@@ -43,9 +43,7 @@ def diagnose(workdir: str | os.PathLike) -> list[Finding]:
 
 
 def _written(workdir: pathlib.Path) -> list[Finding]:
-    path = workdir / LEDGER_FILE
-    lines = path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
-    events = [json.loads(line) for line in lines if b'"finding"' in line]
+    events = read_ledger(workdir) if (workdir / LEDGER_FILE).is_file() else []
     return [Finding.from_event(event) for event in events if event["event"] == "finding"]
 
 

@@ -21,11 +21,11 @@ def accumulate(program: Program, config: TrainConfig, params, batch, step, scale
     def scaled_loss(params, batch, key):
         model = nnx.merge(program.graphdef, params)
         with laid_out(program.layout):
-            terms = causal_loss(model, batch, key, config.objective, config.measures)
+            terms = causal_loss(
+                model, batch, key, config.objective, scale, config.measures)
         health = health_terms(terms, batch) if config.measures else None
-        terms = jax.tree.map(lambda term: term.sum(axis=0), terms._replace(layers=None))
-        terms = terms._replace(health=health)
-        return terms.loss_B if scale is None else terms.loss_B * scale, terms
+        terms = terms._replace(layers=None).of_all_rows()._replace(health=health)
+        return terms.loss if scale is None else terms.loss * scale, terms
 
     differentiate = jax.grad(scaled_loss, has_aux=True)
     k = config.accumulation

@@ -23,7 +23,8 @@ class HealthStatistics(NamedTuple):
     residual stream after each block. entropy: of attention, over its maximum; logit: its largest
     (models.AttentionSums). dead: fraction of the feed-forward's units that are silent at every
     token. router_load: of the busiest expert, over the mean; router_idle: fraction of the experts
-    that nobody chose. loss_B: nats per token of each row; checksum_B: equal for equal rows.
+    that nobody chose. loss_B: cross-entropy of each row in nats per token; checksum_B: equal for
+    equal rows.
     """
 
     gradient: dict[str, jax.Array]
@@ -66,7 +67,7 @@ def health_statistics(
     ))
     norms = [jax.tree.map(by_depth, tree) for tree in (gradient, parameter, update)]
     statistics = HealthStatistics(
-        *norms, **layers, loss_B=rows.loss_B / jnp.maximum(rows.tokens_B, 1),
+        *norms, **layers, loss_B=rows.cross_entropy_B / jnp.maximum(rows.tokens_B, 1),
         checksum_B=rows.checksum_B,
     )
     return jax.tree.map(lambda leaf: constrain(leaf, ""), statistics)

@@ -28,7 +28,7 @@ class Largest(NamedTuple):
 class Rows(NamedTuple):
     """What each row of the batch has: sums as in Terms, and a checksum of its tokens below 2^24."""
 
-    loss_B: jax.Array
+    cross_entropy_B: jax.Array
     tokens_B: jax.Array
     checksum_B: jax.Array
 
@@ -58,7 +58,7 @@ def health_terms(terms: Any, batch: Any) -> HealthTerms:
             layers.largest_B.max(axis=1),
             None if attention is None else attention.logit_B.max(axis=1),
         ),
-        Rows(terms.loss_B, terms.tokens_B, _checksum_B(batch.tokens_BT)),
+        Rows(terms.cross_entropy_B, terms.tokens_B, _checksum_B(batch.tokens_BT)),
     )
 
 

@@ -56,44 +56,49 @@ def fit(
     ValueError when the loss is not finite, or as the monitor does, which may also raise RollBack.
     """
     pending = None
-    reason = "done"
+    reason, ledger = "done", records.ledger
     first = int(jax.device_get(state.step))
     with stop_requests() as stop_request, jax.transfer_guard("disallow"):
         for step in range(first + 1, run.last_step + 1):
-            state, metrics = run.train_step(state, next(run.batches))
+            ledger.enter("data wait")
+            batch = next(run.batches)
+            # While the device was still at the step before, nothing has waited for the data.
+            waited = pending is None or pending[1]["loss"].is_ready()
+            ledger.enter("compilation" if step == first + 1 else "step",
+                         was="data wait" if waited else "step")
+            state, metrics = run.train_step(state, batch)
+            ledger.enter("step")
             if pending is not None:
                 _record(records, *pending)
             pending = (step, metrics)
-            if step == first + 1:
-                jax.block_until_ready(metrics)
-                records.ledger.lap("compile and first step")
 
             asked = stop_request()
             last = step == run.last_step or asked is not None
             evaluation_due = step % config.evaluation.every == 0 or step == run.last_step
-            if not (last or evaluation_due or step % config.checkpoint.every == 0):
+            save_due = step % config.checkpoint.every == 0 or records.checkpoints.failed()
+            if not (last or evaluation_due or save_due):
                 continue
             _record(records, *pending)
             pending = None
-            records.ledger.lap("train")
             if evaluation_due:
+                ledger.enter("evaluation")
                 loss = run.evaluate(state)
                 records.metrics.write(step, "validation", loss=loss)
                 records.progress.note(f"step {step:,}  validation loss {loss:.4f}")
                 records.meta["validation"].append([step, loss])
                 if records.monitor is not None:
                     records.monitor.validated(step, loss)
-                records.ledger.lap("evaluate")
                 if _out_of_patience(records.meta["validation"], config.stop.patience):
                     reason, last = "patience", True
-            if last or step % config.checkpoint.every == 0:
+            if last or save_due:
+                ledger.enter("save blocked")
                 records.checkpoints.save(step, state, records.meta)
-                records.ledger.lap("checkpoint")
             if last:
                 reason = asked or stop_request() or reason
                 break
-        records.checkpoints.wait()
-        records.ledger.lap("checkpoint")
+        ledger.enter("save blocked")
+        records.checkpoints.finish(step, state, records.meta)
+        ledger.enter("idle")
     records.progress.close()
     return state, reason
 
@@ -106,6 +111,7 @@ def _record(records: Records, step: int, metrics: dict[str, jax.Array]) -> None:
         for name, value in metrics.items() if name != "health"
     }
     values = {name: float(np.mean(value)) for name, value in jax.device_get(shown).items()}
+    records.ledger.reached(step)
     records.progress.update(step, values["loss"])
     rate = records.progress.tokens_per_second
     if rate is not None:
@@ -114,7 +120,7 @@ def _record(records: Records, step: int, metrics: dict[str, jax.Array]) -> None:
     if records.monitor is not None:
         records.monitor.look(records.metrics, step, metrics["health"], values)
     elif not math.isfinite(values["loss"]) and "loss_scale" not in values:
-        records.checkpoints.wait()
+        records.checkpoints.close()
         raise ValueError(
             f"the loss of step {step} is {values['loss']}: lower train.schedule.learning_rate or "
             f"train.optimizer.clip_norm; the last checkpoint is of step "

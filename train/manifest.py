@@ -10,7 +10,7 @@ import pathlib
 import shutil
 from typing import NamedTuple
 
-from batiste.data import damage, hash_files
+from batiste.data import damage, digest_of, hash_files
 
 CHECKPOINT_FOLDER = "checkpoints"
 MANIFEST_FILE = "manifest.json"
@@ -27,7 +27,8 @@ class Found(NamedTuple):
 def commit(unfinished: pathlib.Path, step: int) -> dict[str, int]:
     """Turns `unfinished` into the committed step; returns its number of files and bytes."""
     files = hash_files(unfinished)
-    text = json.dumps({"step": step, "files": files}, indent=1) + "\n"
+    manifest = {"step": step, "files": files}
+    text = json.dumps(manifest | {"digest": digest_of(manifest)}, indent=1) + "\n"
     with open(unfinished / MANIFEST_FILE, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
@@ -66,11 +67,24 @@ def newest_verified(folder: pathlib.Path) -> Found:
     return Found(None, passed_over)
 
 
+def verify_all(workdir: pathlib.Path) -> dict[int, str | None]:
+    """What is wrong with each step of a work directory, oldest first; needs no device.
+
+    Raises ValueError where there is nothing to verify.
+    """
+    folder = pathlib.Path(workdir, CHECKPOINT_FOLDER)
+    steps = numbered(folder)
+    if not steps:
+        raise ValueError(f"workdir={workdir}: no checkpoints there; expected the --workdir of a "
+                         "`batiste train`")
+    return {step: problem(folder, step) for step in steps}
+
+
 def set_aside(folder: pathlib.Path, step: int) -> None:
-    """Renames what has the name of a step and is none, so that nothing is lost or mistaken."""
+    """Renames what has the name of a step, so that nothing is lost or mistaken."""
     path, count = folder / str(step), 1
-    if not path.exists():
-        return
+    if not path.is_dir() or not any(path.iterdir()):
+        return  # A directory may be renamed to the name of an empty one.
     while (target := folder / f"{step}.set_aside_{count}").exists():
         count += 1
     os.rename(path, target)
@@ -79,7 +93,7 @@ def set_aside(folder: pathlib.Path, step: int) -> None:
 def sweep(folder: pathlib.Path) -> None:
     """Removes what killed saves and deletions left behind."""
     for path in folder.glob(f"*{UNFINISHED}"):
-        shutil.rmtree(path)
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def remove(folder: pathlib.Path, step: int) -> None:
@@ -94,14 +108,13 @@ def _manifest(folder: pathlib.Path, step: int) -> dict | str:
     path = folder / str(step) / MANIFEST_FILE
     try:
         manifest = json.loads(path.read_bytes())
-        named, files = manifest["step"], manifest["files"]
-        shaped = all(len(each) == 2 for each in files.values())
+        whole = manifest.pop("digest") == digest_of(manifest)
     except FileNotFoundError:
         return f"{path} is missing: a partial or foreign directory"
     except (ValueError, LookupError, TypeError, AttributeError):
+        whole = False
+    if not whole:
         return f"{path} is damaged"
-    if not shaped:
-        return f"{path} is damaged"
-    if named != step:
-        return f"{path} is of step {named}: a renamed directory"
+    if manifest["step"] != step:
+        return f"{path} is of step {manifest['step']}: a renamed directory"
     return manifest

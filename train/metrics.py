@@ -1,8 +1,9 @@
 """What a run writes down as it goes: metrics.jsonl, TensorBoard events, a line on the terminal.
 
-metrics.jsonl holds one strict JSON object per line: "step", "kind" and numbers; those of kind "health"
-are lists by layer, and objects of such lists by parameter (train/health_record.py). JSON has no NaN or infinity, and a diverged run must be readable, so they are written as
-the strings "nan", "inf" and "-inf", which `read_metrics` turns back into floats.
+metrics.jsonl holds one strict JSON object per line: "step", "kind" and numbers; those of kind
+"health" are lists by layer, and objects of such lists by parameter (train/health_record.py). JSON
+has no NaN or infinity, and a diverged run must be readable, so they are written as the strings
+"nan", "inf" and "-inf", which `read_metrics` turns back into floats.
 """
 
 import collections
@@ -84,11 +85,13 @@ class MetricsWriter:
     be computed again; TensorBoard hides them too. A record is on its way to the disk when `write`
     returns (flushed), so a killed process loses at most the record it was writing.
 
-    workdir: None writes nothing, for all processes of a run but the first.
+    workdir: None writes nothing, for all processes of a run but the first. `reached` is the last
+    step that was recorded before.
     """
 
     def __init__(self, workdir: str | os.PathLike | None, steps_done: int):
         self._file = self._tensorboard = None
+        self.reached = steps_done
         if workdir is None:
             return
         import tensorboardX  # costs 0.3 s, and only a process that writes needs it
@@ -97,7 +100,9 @@ class MetricsWriter:
         workdir.mkdir(parents=True, exist_ok=True)
         path = workdir / METRICS_FILE
         temporary = path.with_suffix(".tmp")
-        kept = [record for record in read_all(workdir) if record["step"] <= steps_done]
+        records = read_all(workdir)
+        self.reached = max((record["step"] for record in records), default=steps_done)
+        kept = [record for record in records if record["step"] <= steps_done]
         with open(temporary, "w", encoding="utf-8") as file:
             file.writelines(map(_encode, kept))
             file.flush()

@@ -69,7 +69,13 @@ def draw_curve(path: pathlib.Path, train: list[tuple[int, float]],
 
     figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    draw_losses(figure.add_subplot(), train, validation)
+    figure.savefig(path)
+
+
+def draw_losses(axes: Any, train: list[tuple[int, float]],
+                validation: list[tuple[int, float]]) -> None:
+    """Draws the same on axes of matplotlib."""
     steps, losses = zip(*train)
     axes.plot(steps, losses, color="#9db8cf", linewidth=0.6, label="training, each step")
     axes.plot(steps, smoothed(losses), color="#1f5582", linewidth=1.8, label="training, smoothed")
@@ -81,7 +87,6 @@ def draw_curve(path: pathlib.Path, train: list[tuple[int, float]],
     axes.grid(color="#e6e6e6", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    figure.savefig(path)
 
 
 def smoothed(losses: tuple[float, ...]) -> np.ndarray:

@@ -1,45 +1,88 @@
 """Whether a run may continue from what its work directory holds."""
 
+from collections.abc import Sequence
 from typing import Any
 
+import jax
+
+from batiste.train.manifest import Found
+
 RESUME_MODES = ("auto", "must", "never")
+NAMED_AT_MOST = 8
 
 
-def check_mode(mode: str, latest_step: int | None, workdir: str) -> None:
+def check_mode(mode: str, found: Found, last_saved: int | None, workdir: str) -> None:
     """Raises ValueError when `mode` does not allow what was found.
 
     "auto" continues if there is a checkpoint, "must" demands one, "never" refuses to find one.
+    last_saved: the newest step that was ever saved here. Nothing starts from scratch where one was.
     """
     if mode not in RESUME_MODES:
         raise ValueError(f"resume={mode!r}: expected one of {', '.join(RESUME_MODES)}")
-    if mode == "must" and latest_step is None:
+    there = found.step if found.step is not None else max(found.passed_over, default=None)
+    if mode == "never" and there is not None:
+        raise ValueError(
+            f"resume=never, but {workdir} holds a checkpoint of step {there}: choose another "
+            "--workdir, or use --resume=auto to continue"
+        )
+    if found.step is not None or mode == "never":
+        return
+    if found.passed_over:
+        raise ValueError(
+            f"{workdir} holds no checkpoint that verifies: {'; '.join(found.passed_over.values())}. "
+            "Bring the files back, or choose another --workdir to start from scratch"
+        )
+    if last_saved is not None:
+        raise ValueError(
+            f"{workdir} holds no checkpoint, but its ledger says that step {last_saved} was saved: "
+            "bring the checkpoints back, or choose another --workdir to start from scratch"
+        )
+    if mode == "must":
         raise ValueError(
             f"resume=must, but {workdir} holds no committed checkpoint: check --workdir, or use "
             "--resume=auto to start from scratch"
         )
-    if mode == "never" and latest_step is not None:
-        raise ValueError(
-            f"resume=never, but {workdir} holds a checkpoint of step {latest_step}: choose another "
-            "--workdir, or use --resume=auto to continue"
-        )
 
 
 def check_same(
-    stored: dict[str, Any], given: dict[str, Any], free_to_change: tuple[str, ...]
-) -> None:
-    """Raises ValueError naming every field that differs between two flat configs.
+    stored: dict[str, Any], given: dict[str, Any], free_to_change: Sequence[str] = ()
+) -> list[str]:
+    """Raises ValueError naming what differs between a checkpoint and a run; returns what may.
 
-    free_to_change: beginnings of the names of fields that may differ.
+    free_to_change: beginnings of the names of what may differ.
     """
-    absent = object()
-    changed = [
-        f"{name} was {stored.get(name, 'absent')!r}, is {given.get(name, 'absent')!r}"
-        for name in sorted(stored.keys() | given.keys())
-        if not name.startswith(free_to_change)
-        and stored.get(name, absent) != given.get(name, absent)
-    ]
-    if changed:
+    absent, changes, allowed = object(), [], []
+    for name in sorted(stored.keys() | given.keys()):
+        was, now = stored.get(name, absent), given.get(name, absent)
+        if was == now:
+            continue
+        shown = ["absent" if value is absent else repr(value) for value in (was, now)]
+        change = f"{name} was {shown[0]}, is {shown[1]}"
+        (allowed if name.startswith(tuple(free_to_change)) else changes).append(change)
+    if changes:
+        more = len(changes) - NAMED_AT_MOST
+        rest = f"; and {more} more" if more > 0 else ""
         raise ValueError(
-            f"the checkpoint is of another configuration: {'; '.join(changed)}. Change it back, or "
-            "choose another --workdir"
+            f"the checkpoint is of another run: {'; '.join(changes[:NAMED_AT_MOST])}{rest}. Change "
+            "it back, choose another --workdir, or, if it is meant, name it in --resume_override"
         )
+    return allowed
+
+
+def check_override(names: Sequence[str], known: Sequence[str]) -> None:
+    """Raises ValueError for a name that begins none of `known`."""
+    for name in names:
+        if not any(each.startswith(name) for each in known) or not name:
+            raise ValueError(
+                f"resume_override={name}: expected fields of the config, such as "
+                "train.schedule.learning_rate, or data, or tokenizer"
+            )
+
+
+def arrays_of(tree: Any) -> dict[str, str]:
+    """Dtype and shape of each array, by its path: what code must expect to read a checkpoint."""
+    return {
+        f"array {jax.tree_util.keystr(path, simple=True, separator='.')}":
+            f"{leaf.dtype}{list(leaf.shape)}"
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }

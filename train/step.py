@@ -164,7 +164,7 @@ def _update(
     updates = faulty_updates(
         parse_fault(config.faults), updates, state.step + 1, _places(program))
     metrics = {
-        "loss": terms.loss_B / tokens,
+        "loss": terms.loss / tokens,
         "cross_entropy": terms.cross_entropy_B / tokens,
         "tokens": terms.tokens_B,
         "gradient_norm": optax.tree.norm(gradients),

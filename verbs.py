@@ -1,0 +1,304 @@
+"""The verbs of the command line: what flags each has, and what each does with them."""
+
+import functools
+import os
+import pathlib
+import re
+import signal
+import sys
+from collections.abc import Callable
+from typing import NamedTuple
+
+from absl import flags
+from ml_collections import config_flags
+
+from batiste import exit_codes
+
+# Where a launcher says how many processes it has started.
+LAUNCHER_COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
+
+
+class Verb(NamedTuple):
+    """How a verb is written and what it does, for `batiste --help`; its flags; and it itself."""
+
+    usage: str
+    about: str
+    define: Callable[[flags.FlagValues, list[str]], None]
+    call: Callable[[flags.FlagValues], int]
+
+
+def _define_config(values: flags.FlagValues, argv: list[str]) -> None:
+    config_flags.DEFINE_config_file(
+        "config", None, "Python file with get_config; FILE:ARG passes it ARG.", flag_values=values,
+        sys_argv=argv)
+
+
+def _define_workdir(values: flags.FlagValues) -> None:
+    flags.DEFINE_string("workdir", None, "Directory of the run.", flag_values=values)
+
+
+def _define_processes(values: flags.FlagValues) -> None:
+    flags.DEFINE_bool(
+        "distributed", None, "This is one of several processes; take which, and where the others "
+        "are, from SLURM, Open MPI, Kubernetes or Cloud TPU.", flag_values=values)
+    flags.DEFINE_string("coordinator_address", None, "Where process 0 listens, HOST:PORT, instead "
+                        "of --distributed.", flag_values=values)
+    flags.DEFINE_integer("num_processes", None, "Processes of this run.", 1, flag_values=values)
+    flags.DEFINE_integer("process_id", None, "Which one this is, from 0.", 0, flag_values=values)
+
+
+def _connect(values: flags.FlagValues) -> bool:
+    """Joins the other processes, if this is one of several; whether this one is to print."""
+    from batiste.sharding import connect, is_first
+
+    by_hand = {name: values[name].value
+               for name in ("coordinator_address", "num_processes", "process_id")}
+    given = [f"--{name}" for name, value in by_hand.items() if value is not None]
+    if given and values.distributed is not None:
+        flag = "--distributed" if values.distributed else "--nodistributed"
+        raise ValueError(f"{flag} and {given[0]} exclude each other: leave one of them out")
+    if given or values.distributed:
+        connect(**by_hand, lost_code=exit_codes.LOST_PEER)
+    elif values.distributed is None:
+        for name in LAUNCHER_COUNTS:
+            if int(os.environ.get(name, 1)) > 1:
+                raise ValueError(
+                    f"{name}={os.environ[name]}: a launcher has started several of these; say "
+                    "--distributed if they are one run, --nodistributed if each is its own"
+                )
+    return is_first()
+
+
+def _define_prepare(values: flags.FlagValues, argv: list[str]) -> None:
+    _define_config(values, argv)
+    _define_workdir(values)
+
+
+def _prepare(values: flags.FlagValues) -> int:
+    from batiste import main
+
+    prepared = main.prepare(given_experiment(values), _required(values, "workdir"))
+    for split in ("train", "validation"):
+        print(f"{split}: {prepared.num_records(split):,} records, {prepared.num_bytes(split):,} bytes")
+    print(prepared.directory)
+    return 0
+
+
+def _define_train(values: flags.FlagValues, argv: list[str]) -> None:
+    _define_prepare(values, argv)
+    _define_processes(values)
+    flags.DEFINE_string(
+        "resume", "auto", "auto: continue if there is a checkpoint; must: demand one; never: "
+        "refuse to find one.", flag_values=values)
+    flags.DEFINE_list(
+        "resume_override", [], "What may differ from the checkpoint's on purpose: fields of the "
+        "config (train.schedule.learning_rate,...), data, tokenizer.", flag_values=values)
+    flags.DEFINE_bool(
+        "force", False, "Train although the memory will not suffice.", flag_values=values)
+
+
+def _train(values: flags.FlagValues) -> int:
+    from batiste import main
+    from batiste.train.ledger import process_started
+
+    workdir = _required(values, "workdir")
+    if values.config is None:
+        experiment = main.load_experiment(workdir)
+    else:
+        experiment = given_experiment(values)
+    prints = _connect(values)
+    result = main.train(experiment, workdir, values.resume, values.resume_override, values.force,
+                        process_started())
+    if result.validation is None:
+        if prints:
+            print(f"stopped by {result.reason} after step {result.step}, saved; the same command "
+                  "continues")
+        return exit_codes.BY_REASON[result.reason]
+    if not prints:
+        return 0
+    if result.reason == "patience":
+        print(f"stopped early after step {result.step}: the validation loss no longer falls")
+    _print_perplexity(result.validation)
+    report = pathlib.Path(workdir, "report.md")
+    samples = re.search(r"^## Samples\n.*?(?=^## )", report.read_text(), re.S | re.M)
+    print(f"\n{samples[0]}" if samples else "", f"report: {report}", sep="\n")
+    return 0
+
+
+def _define_reading(values: flags.FlagValues, argv: list[str]) -> None:
+    del argv
+    _define_workdir(values)
+
+
+def _doctor_checkpoints(values: flags.FlagValues) -> int:
+    from batiste.train.manifest import verify_all
+
+    found = verify_all(_required(values, "workdir"))
+    for step, problem in found.items():
+        print(f"step {step}: {problem or 'every file is what was written'}")
+    return exit_codes.FAILED if any(found.values()) else exit_codes.DONE
+
+
+def _report(values: flags.FlagValues) -> int:
+    from batiste.train.page import report
+
+    text, page = report(_required(values, "workdir"))
+    print(f"{text}\n\n{page}")
+    return 0
+
+
+def _define_supervise(values: flags.FlagValues, argv: list[str]) -> None:
+    del argv
+    flags.DEFINE_multi_string(
+        "command", None, "The command to supervise, a word each; or all of it after --.",
+        flag_values=values)
+    flags.DEFINE_integer("retries", 5, "Starts in a row without a new committed step before giving "
+                         "up.", 0, flag_values=values)
+    flags.DEFINE_float("wait", 1.0, "Seconds before the first of them; doubled for each further.",
+                       0.0, flag_values=values)
+    flags.DEFINE_float("longest_wait", 300.0, "Seconds at most.", 0.0, flag_values=values)
+    flags.DEFINE_float("grace", 120.0, "Seconds from SIGTERM to SIGKILL.", 0.0, flag_values=values)
+
+
+def _supervise(values: flags.FlagValues) -> int:
+    from batiste.supervise import Patience, Supervisor
+
+    command = values.command or []
+    # Only what is needed here: whatever else is wrong with them, the command says.
+    told = dict(re.findall(r"--?(workdir|resume)[= ](\S+)", " ".join(command)))
+    if command[:1] != ["train"] or "workdir" not in told:
+        raise ValueError(f"got {' '.join(command) or 'no command'!r} to supervise: expected the "
+                         "command after two dashes, as in batiste supervise -- train --workdir=DIR")
+    patience = Patience(values.retries, values.wait, values.longest_wait, values.grace)
+    supervisor = Supervisor(
+        [sys.executable, "-m", "batiste", *command], pathlib.Path(told["workdir"]), patience)
+    return supervisor.run(told.get("resume", "auto"))
+
+
+def _define_plan(values: flags.FlagValues, argv: list[str]) -> None:
+    _define_config(values, argv)
+    flags.DEFINE_string("topology", None, "TPUs, such as v5p:4x4x4.", flag_values=values)
+    flags.DEFINE_string("gpu", None, "GPUs, such as h200:8.", flag_values=values)
+    flags.DEFINE_bool(
+        "cpu", False, "The CPU of this machine, measured for 12 seconds.", flag_values=values)
+    flags.DEFINE_float(
+        "tokens", None, "Token budget; the config's steps, if left out.", 1.0, flag_values=values)
+    flags.DEFINE_float(
+        "price_per_chip_hour", None, "For the cost of the budget.", 0.0, flag_values=values)
+    flags.DEFINE_bool(
+        "compile", False, "Compile the best plan for the TPUs and compare.", flag_values=values)
+    flags.DEFINE_bool(
+        "apply", False, "Print only the overrides of the best plan, to paste.", flag_values=values)
+
+
+def _plan(values: flags.FlagValues) -> int:
+    from batiste import forecast
+    from batiste.planning import Budget, gpu_machine, tpu_machine
+
+    experiment = given_experiment(values)
+    places = [name for name in ("topology", "gpu", "cpu") if values[name].value]
+    if len(places) != 1:
+        raise ValueError(f"expected one of --topology, --gpu and --cpu, got {places or 'none'}")
+    machine = None
+    if not values.cpu:
+        machine = tpu_machine(values.topology) if values.topology else gpu_machine(values.gpu)
+    tokens, config = values.tokens, experiment.train
+    if tokens is None:
+        tokens = config.num_steps * config.batch_size * experiment.data.sequence_length
+    budget = Budget(tokens, values.price_per_chip_hour)
+    print(forecast.plan(experiment, machine, budget, values.compile, values.apply))
+    return 0
+
+
+def _define_evaluate(values: flags.FlagValues, argv: list[str]) -> None:
+    del argv
+    _define_workdir(values)
+    _define_processes(values)
+
+
+def _evaluate(values: flags.FlagValues) -> int:
+    from batiste import main
+
+    workdir = _required(values, "workdir")
+    prints = _connect(values)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # jax takes it, for training alone to ask about.
+    result = main.evaluate(workdir)
+    if prints:
+        _print_perplexity(result)
+    return 0
+
+
+def _define_generate(values: flags.FlagValues, argv: list[str]) -> None:
+    _define_evaluate(values, argv)
+    flags.DEFINE_multi_string("prompt", None, "Text to continue; may be repeated.", flag_values=values)
+    flags.DEFINE_float("temperature", None, "0 is greedy.", 0.0, flag_values=values)
+    flags.DEFINE_integer("top_k", None, "Keep the k likeliest tokens.", 1, flag_values=values)
+    flags.DEFINE_float("top_p", None, "Keep the likeliest tokens up to p.", flag_values=values)
+    flags.DEFINE_integer("seed", None, "Another seed, another text.", flag_values=values)
+    flags.DEFINE_integer("max_tokens", None, "Stop after so many.", 1, flag_values=values)
+
+
+def _generate(values: flags.FlagValues) -> int:
+    import dataclasses
+
+    from batiste import main
+
+    workdir = _required(values, "workdir")
+    config = main.load_experiment(workdir).sample
+    given = {name: values[name].value for name in
+             ("temperature", "top_k", "top_p", "seed", "max_tokens") if values[name].present}
+    config = dataclasses.replace(config, **given)
+    prompts = values.prompt if values.prompt else list(config.prompts)
+    say = functools.partial(print, end="", flush=True) if _connect(values) else lambda text: None
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # As for `evaluate`.
+    if len(prompts) == 1:
+        say(prompts[0])
+        main.generate(workdir, prompts, config, lambda text: say(text[0]))
+        say("\n")
+        return 0
+    for prompt, text in zip(prompts, main.generate(workdir, prompts, config), strict=True):
+        say(f"=== {prompt!r}\n{prompt}{text}\n")
+    return 0
+
+
+def _print_perplexity(result) -> None:
+    error = "" if result.standard_error is None else f" ± {result.standard_error:.4f}"
+    print(f"validation: loss {result.loss:.4f} nats per token, perplexity {result.perplexity:.2f}, "
+          f"{result.bits_per_byte:.4f}{error} bits per byte, {result.tokens:,} tokens")
+
+
+def given_experiment(values: flags.FlagValues):
+    from batiste.configs.experiment import Experiment
+
+    _required(values, "config")
+    if not isinstance(values.config, Experiment):
+        raise ValueError(f"config: get_config must return an Experiment, got {type(values.config)}")
+    return values.config
+
+
+def _required(values: flags.FlagValues, name: str):
+    value = values[name].value
+    if value is None:
+        raise ValueError(f"--{name} is needed (batiste --help shows how)")
+    return value
+
+
+VERBS = {
+    "plan": Verb(
+        "--config=FILE --topology=TPU", "memory, time and cost of every mesh, before a run",
+        _define_plan, _plan),
+    "prepare": Verb(
+        "--config=FILE --workdir=DIR", "raw text to tokenized records", _define_prepare, _prepare),
+    "train": Verb(
+        "--config=FILE --workdir=DIR", "prepare, train, evaluate, sample; again: continue",
+        _define_train, _train),
+    "supervise": Verb("-- train --workdir=DIR ...", "start a run again until it is done",
+                      _define_supervise, _supervise),
+    "evaluate": Verb(
+        "--workdir=DIR", "loss, perplexity, bits per byte", _define_evaluate, _evaluate),
+    "report": Verb("--workdir=DIR", "where its time went, and plots", _define_reading, _report),
+    "doctor checkpoints": Verb(
+        "--workdir=DIR", "read every byte of every checkpoint", _define_reading,
+        _doctor_checkpoints),
+    "generate": Verb("--workdir=DIR --prompt=TEXT", "stream text", _define_generate, _generate),
+}
