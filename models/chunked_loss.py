@@ -1,4 +1,4 @@
-"""The loss in chunks of time: never all logits, the head gathered once and its gradient summed once.
+"""The loss in chunks of time: never all logits, the head gathered once, its gradient summed once.
 
 Each device goes through its own rows with its own part of the vocabulary, and makes a chunk's
 gradients while its logits are there, so that no product is computed twice. Left to the compiler,
@@ -18,12 +18,12 @@ from batiste.models.layers import dot, sum_dtype, weight_gradient
 from batiste.models.token_loss import LossRules, logit_slopes, token_losses, vocabulary_sums
 from batiste.sharding import axes_of, layout, per_device, spec
 
-# Between blocks this axis splits time, here the vocabulary: each chunk of time is made whole over it.
+# Between blocks this axis splits time, here the vocabulary: each chunk is made whole over it.
 SHARED = "tensor"
 
 
 class Head(NamedTuple):
-    """The weight that makes logits, its letters ("VD" or "DV"), and the logits' soft cap or None."""
+    """The weight that makes logits, its letters ("VD" or "DV"), the logits' soft cap or None."""
 
     weight: jax.Array
     letters: str
@@ -58,7 +58,7 @@ def chunked_loss(
     """The sum of all tokens' weighted losses, and each row's sum of weighted cross-entropies.
 
     x_BTD: after the last norm, in the compute dtype. scale: what the loss will be multiplied by
-    before it is differentiated (float16's loss scale), so that no gradient vanishes here; None is 1.
+    before it is differentiated (float16's loss scale), so that no gradient vanishes; None is 1.
     chunk: positions of each row at a time. Both are float32; only the loss has a gradient.
     """
     parts = math.prod(

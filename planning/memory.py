@@ -123,7 +123,7 @@ class Account:
 
         The compiler casts stacked weights before the loop over layers, and gathers all that a stage
         has before the loop over ticks. Weights do not change between micro-batches, so the
-        embedding, if it is gathered, then stays gathered; and so does the head of an unchunked loss.
+        embedding, if it is gathered, then stays gathered; so does the head of an unchunked loss.
         """
         state, mesh = self.state(choice.mesh), choice.mesh
         kept = self.doubled(choice) + (state.parameters * self.item / 4 if self.item < 4 else 0.0)
@@ -206,8 +206,8 @@ class Account:
             return 0.0
         sizes = choice.sizes
         logits = self.tokens(choice) / self.chunks * model.vocab_size
-        # A chunk's derivative is made inside the products that take it; of all logits there are also
-        # the softmax and, in the compute dtype, the derivative.
+        # A chunk's derivative is made inside the products that take it; of all logits there are
+        # also the softmax and, in the compute dtype, the derivative.
         bytes_each = 4 if objective.loss_chunk else 8 + self.item
         return bytes_each * logits / (sizes["stage"] * sizes["tensor"])
 

@@ -1,4 +1,4 @@
-"""Laws of the loss in chunks: it is the loss of all logits, and moves the head once in each direction."""
+"""Laws of the loss in chunks: it is that of all logits, and moves the head once in each direction."""
 
 import dataclasses
 import functools
@@ -16,8 +16,8 @@ from batiste.models import (
 )
 from batiste.sharding import MeshConfig, laid_out, make_mesh, spec
 
-# B 8, T 56, D 24, V 40: of a device's 7, 14, 28 or 56 places a chunk of 16 has 2, 4, 8 or 16, so that
-# on each mesh the last chunk is shorter.
+# B 8, T 56, D 24, V 40: of a device's 7, 14, 28 or 56 places a chunk of 16 has 2, 4, 8 or 16, so
+# that on each mesh the last chunk is shorter.
 SHAPE, CHUNK = (8, 56), 16
 RULES = LossRules(label_smoothing=0.1, z_loss=0.01)
 MODEL = TransformerConfig(
@@ -141,7 +141,7 @@ def test_float16_gradients_do_not_vanish():
 
 
 def moves_of_the_head(text: str, vocabulary: int) -> list[tuple[str, str, str]]:
-    """Kind, shape of the result and computation of every collective of an array with dims D and V."""
+    """Kind, shape of the result, computation of every collective of an array with dims D and V."""
     kinds, found = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute", []
     for name, lines in computations(text).items():
         for line in lines:

@@ -172,7 +172,7 @@ def test_a_pipeline_waits_for_its_first_and_last_ticks():
     assert times[4, 4].exposed["stage"] > times[4, 1].exposed["stage"]
     # Gradients are summed once a step; by ZeRO-2 at every tick, with a fourth of a stage's layers
     # each where rounds are four.
-    assert times[4, 4].exposed["data"] == times[4, 1].exposed["data"] == times[16, 1].exposed["data"]
+    assert len({times[flow].exposed["data"] for flow in ((4, 4), (4, 1), (16, 1))}) == 1
 
     def scattered(micro_batches, interleave):
         sizes = dict(micro_batches=micro_batches, interleave=interleave, zero=2)
@@ -430,13 +430,15 @@ def test_predicted_memory_and_flops_are_the_compilers():
     expected = product_flops(Account(given), tpu_machine("v5e:2x4"), choice)
     assert found.flops == pytest.approx(expected, rel=0.1)
     assert found.collectives["all-gather"] > 0
-    # The head is gathered once in the compute dtype, and its gradient scattered once in fp32: V over
+    # The head is gathered once in the compute dtype, its gradient scattered once in fp32: V over
     # `tensor`, D over `data`, none of it for each of four chunks.
     instructions = [
         line for line in compiled.text.splitlines() if re.search(r"(all-|reduce-)\w+\(", line)]
-    moves = [line for line in instructions if "shard_map/all_gather" in line and "[512,1024]" in line]
+    moves = [
+        line for line in instructions if "shard_map/all_gather" in line and "[512,1024]" in line]
     assert len(moves) == 1 and " = bf16[512,1024]" in moves[0]
-    moves = [line for line in instructions if "shard_map/reduce_scatter" in line and ",1024]" in line]
+    moves = [
+        line for line in instructions if "shard_map/reduce_scatter" in line and ",1024]" in line]
     assert len(moves) == 1 and " = f32[128,1024]" in moves[0]
 
 
