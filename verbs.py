@@ -131,9 +131,9 @@ def _define_reading(values: flags.FlagValues, argv: list[str]) -> None:
 
 
 def _doctor(values: flags.FlagValues) -> int:
-    from batiste.train.diagnosis import diagnosis
+    from batiste.train.diagnosis import write_diagnosis
 
-    print(diagnosis(_required(values, "workdir")), end="")
+    print(write_diagnosis(_required(values, "workdir")), end="")
     return 0
 
 

@@ -13,7 +13,7 @@ from batiste.data import DataConfig, SourceConfig
 from batiste.inference import SamplingConfig
 from batiste.models import TransformerConfig
 from batiste.sharding import MeshConfig
-from batiste.train import diagnose, diagnosis, loop
+from batiste.train import diagnose, loop, write_diagnosis
 from batiste.train.metrics import read_metrics
 
 STEPS, POISON = 120, 40
@@ -119,7 +119,7 @@ def test_rolling_back_ends_as_good_as_if_it_had_never_been(run):
 
     (found,) = diagnose(workdir)
     assert (found.kind, found.step) == ("data_fault", POISON) and len(found.examples) == 8
-    text = diagnosis(workdir)
+    text = write_diagnosis(workdir)
     assert "data_fault" in text and found.remedy in text
     assert (workdir / "doctor.png").exists() and (workdir / "doctor.md").read_text() == text
 

@@ -13,7 +13,7 @@ _MODULES = {
         "Decision", "RollBack", "decide", "decided", "decisions_of", "roll_back", "skipped",
         "start_of", "steered",
     ),
-    "diagnosis": ("diagnose", "diagnosis"),
+    "diagnosis": ("diagnose", "write_diagnosis"),
     "faults": ("faulty_batches", "parse_fault"),
     "config": ("ObjectiveConfig", "TrainConfig"),
     "flops": ("flops_per_token", "total_peak_flops"),

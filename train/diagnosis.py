@@ -54,7 +54,7 @@ def _flat(config: Any, prefix: str = "") -> dict[str, Any]:
             for name, value in _flat(part, f"{prefix}.{key}" if prefix else key).items()}
 
 
-def diagnosis(workdir: str | os.PathLike) -> str:
+def write_diagnosis(workdir: str | os.PathLike) -> str:
     """The findings as Markdown; writes it and its plots into the work directory, too."""
     workdir = pathlib.Path(workdir)
     findings = diagnose(workdir)

@@ -17,7 +17,7 @@ class PoliciesConfig:
     the run ends with an error.
     """
 
-    not_finite: str = "skip"
+    not_finite: str = "stop"
     loss_spike: str = "log"
     gradient_explosion: str = "log"
     vanishing_gradients: str = "log"

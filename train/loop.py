@@ -57,7 +57,7 @@ def fit(
     """
     pending = None
     reason, ledger = "done", records.ledger
-    first = int(jax.device_get(state.step))
+    step = first = int(jax.device_get(state.step))
     with stop_requests() as stop_request, jax.transfer_guard("disallow"):
         for step in range(first + 1, run.last_step + 1):
             ledger.enter("data wait")
