@@ -9,7 +9,7 @@ import pytest
 
 from batiste.train import ledger as module
 from batiste.train.account import Account, read_account
-from batiste.train.ledger import FLUSH_SECONDS, LEDGER_FILE, Ledger, note, read_ledger
+from batiste.train.ledger import FLUSH_SECONDS, LEDGER_FILE, Ledger, last_saved, note, read_ledger
 
 
 class Clocks:
@@ -295,3 +295,15 @@ def test_processes_other_than_the_first_write_nothing():
         ledger.reached(1)
         ledger.book("compilation", 1.0)
         ledger.close("done")
+
+
+def test_the_newest_saved_step_is_none_that_the_run_has_gone_back_behind(tmp_path):
+    assert last_saved(tmp_path) is None
+    with Ledger(tmp_path) as ledger:
+        ledger.begin()
+        for step in (5, 10):
+            ledger.write("saved", step=step)
+        assert last_saved(tmp_path) == 10
+        for to, expected in ((5, 5), (0, None)):
+            ledger.write("decision", action="roll_back", to=to)
+            assert last_saved(tmp_path) == expected

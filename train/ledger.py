@@ -196,11 +196,16 @@ def read_ledger(workdir: str | os.PathLike) -> list[dict[str, Any]]:
 
 
 def last_saved(workdir: str | os.PathLike) -> int | None:
-    """The newest step that a run in `workdir` has ever saved, by its ledger; None for none."""
+    """The newest step that a run in `workdir` has saved and not gone back behind; None for none."""
     if not pathlib.Path(workdir, LEDGER_FILE).is_file():
         return None
-    saved = (event["step"] for event in read_ledger(workdir) if event["event"] == "saved")
-    return max(saved, default=None)
+    newest = 0
+    for event in read_ledger(workdir):
+        if event["event"] == "saved":
+            newest = max(newest, event["step"])
+        elif event["event"] == "decision" and event["action"] == "roll_back":
+            newest = min(newest, event["to"])
+    return newest or None
 
 
 def boot_id() -> str | None:
