@@ -130,6 +130,13 @@ def _define_reading(values: flags.FlagValues, argv: list[str]) -> None:
     _define_workdir(values)
 
 
+def _doctor(values: flags.FlagValues) -> int:
+    from batiste.train.diagnosis import write_diagnosis
+
+    print(write_diagnosis(_required(values, "workdir")), end="")
+    return 0
+
+
 def _doctor_checkpoints(values: flags.FlagValues) -> int:
     from batiste.train.manifest import verify_all
 
@@ -297,6 +304,8 @@ VERBS = {
     "evaluate": Verb(
         "--workdir=DIR", "loss, perplexity, bits per byte", _define_evaluate, _evaluate),
     "report": Verb("--workdir=DIR", "where its time went, and plots", _define_reading, _report),
+    "doctor": Verb("--workdir=DIR", "what went wrong, where, and what to try", _define_reading,
+                   _doctor),
     "doctor checkpoints": Verb(
         "--workdir=DIR", "read every byte of every checkpoint", _define_reading,
         _doctor_checkpoints),

@@ -36,7 +36,7 @@ from batiste.models import TransformerConfig
 from batiste.train.account import read_account
 from batiste.train.ledger import LEDGER_FILE
 from batiste.train.manifest import CHECKPOINT_FOLDER, newest_verified, numbered
-from batiste.train.metrics import read_metrics
+from batiste.train.metrics import METRICS_FILE, read_metrics
 
 KILLS = flags.DEFINE_integer("kills", 100, "How often the run is killed or stopped.", 1)
 SEED = flags.DEFINE_integer("seed", 0, "Of the moments and the damage.")
@@ -146,6 +146,12 @@ class Run:
         before = self._recoveries()
         return lambda: self._recoveries() > before
 
+    def steps_later(self, steps: int) -> Callable[[], bool]:
+        """Whether so many more steps have been written down."""
+        path = self.workdir / METRICS_FILE
+        wanted = path.read_bytes().count(b'"train"') + steps
+        return lambda: path.read_bytes().count(b'"train"') >= wanted
+
     def newest(self) -> int:
         """The newest step that verifies, 0 for none."""
         return newest_verified(self.workdir / CHECKPOINT_FOLDER).step or 0
@@ -172,7 +178,7 @@ def after_a_step(run: Run, dice: random.Random) -> None:
     """SIGKILL while it trains."""
     run.start()
     if run.until(run.next_step()):
-        time.sleep(dice.uniform(0, 0.2))
+        run.until(run.steps_later(dice.randrange(STEPS_PER_KILL)))
     kill(run, dice)
 
 
@@ -189,7 +195,7 @@ def in_a_save(run: Run, dice: random.Random) -> None:
 def sigterm(run: Run, dice: random.Random) -> None:
     """SIGTERM: saves, and says so by its exit code."""
     run.start()
-    going = run.until(run.next_step())
+    going = run.until(run.next_step()) and run.until(run.steps_later(dice.randrange(9)))
     dice.choice(run.processes).send_signal(signal.SIGTERM)
     codes = run.wait()
     assert not going or codes in ([143] * run.count, [0] * run.count), codes

@@ -7,6 +7,7 @@
 from batiste.data.config import DataConfig, SourceConfig
 from batiste.data.file_hashes import damage, digest_of, hash_files
 from batiste.data.loader import Loader
+from batiste.data.order import position
 from batiste.data.packing import Batch
 from batiste.data.prepare import prepare
 from batiste.data.prepared import Prepared, load_prepared
@@ -14,5 +15,5 @@ from batiste.data.tokenizer import Tokenizer, load_tokenizer
 
 __all__ = [
     "Batch", "DataConfig", "Loader", "Prepared", "SourceConfig", "Tokenizer", "damage",
-    "digest_of", "hash_files", "load_prepared", "load_tokenizer", "prepare",
+    "digest_of", "hash_files", "load_prepared", "load_tokenizer", "position", "prepare",
 ]

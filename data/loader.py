@@ -1,11 +1,11 @@
 """The batch of a step, as a pure function of (seed, mixture, step)."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from batiste.data.order import Order
+from batiste.data.order import Order, position
 from batiste.data.packing import Batch, unpack
 from batiste.data.prepared import Prepared
 
@@ -59,12 +59,21 @@ class Loader:
         positions = np.arange(start, start + self._batch_size)[_all_if_none(rows)]
         return self._unpack(self._read(self._order.records_at(positions)))
 
-    def iterate(self, start_step: int, rows: Rows = None) -> Iterator[Batch]:
+    def records(self, step: int) -> np.ndarray:
+        """Returns the numbers of the records in the global batch of `step`, by row."""
+        start = step * self._batch_size
+        return self._order.records_at(np.arange(start, start + self._batch_size))
+
+    def iterate(
+        self, start_step: int, rows: Rows = None, skipped: Sequence[tuple[int, int]] = ()
+    ) -> Iterator[Batch]:
         """Returns the batches from `start_step` on without end, read ahead in threads.
 
+        skipped: batches [start, stop) that are left out of the order; those after them move up.
         `close()` on it stops the threads.
         """
-        return _read_ahead(lambda step: self.batch(step, rows), start_step, sys.maxsize)
+        return _read_ahead(
+            lambda step: self.batch(position(step, skipped), rows), start_step, sys.maxsize)
 
     def epoch_batches(self, rows: Rows = None) -> Iterator[Batch]:
         """Returns each record once, in the stored order; rows beyond the last have weight 0."""

@@ -88,3 +88,17 @@ def _mix(values: np.ndarray) -> np.ndarray:
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))
+
+
+def position(step: int, skipped: Sequence[tuple[int, int]]) -> int:
+    """The place in the order of the batch that is read as number `step`, both from 0.
+
+    skipped: places [start, stop) that are never read; everything after them moves up.
+    """
+    place, reached = step, 0
+    for start, stop in sorted(skipped):
+        start = max(start, reached)
+        if stop > start and place >= start:
+            place += stop - start
+            reached = stop
+    return place

@@ -3,6 +3,7 @@
 from batiste.models.attention_choice import resolve_attention
 from batiste.models.chunked_loss import Rows
 from batiste.models.config import TransformerConfig
+from batiste.models.layer_sums import AttentionSums, LayerSums
 from batiste.models.mixture import rebalanced
 from batiste.models.parameter import letters_tree
 from batiste.models.router import RouterSums
@@ -10,6 +11,7 @@ from batiste.models.token_loss import LossRules, token_losses, vocabulary_sums
 from batiste.models.transformer import Cache, Transformer
 
 __all__ = [
-    "Cache", "LossRules", "RouterSums", "Rows", "Transformer", "TransformerConfig", "letters_tree",
-    "rebalanced", "resolve_attention", "token_losses", "vocabulary_sums",
+    "AttentionSums", "Cache", "LayerSums", "LossRules", "RouterSums", "Rows", "Transformer",
+    "TransformerConfig", "letters_tree", "rebalanced", "resolve_attention", "token_losses",
+    "vocabulary_sums",
 ]

@@ -9,6 +9,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from batiste.models.attention_choice import OneOf, attention
 from batiste.models.config import TransformerConfig
+from batiste.models.layer_sums import AttentionSums, attention_sums
 from batiste.models.layers import Norm, add_bias, project, residual_gain
 from batiste.models.parameter import matrix, vector
 from batiste.models.positions import alibi_slopes, rotate
@@ -54,8 +55,10 @@ class Attention(nnx.Module):
         rotation: tuple[jax.Array, jax.Array] | None,
         cache: LayerCache | None,
         dropout_key: jax.Array | None,
-    ) -> tuple[jax.Array, LayerCache | None]:
-        """Returns out_BTD, and the cache with this call's keys and values written into it."""
+        measured: bool,
+    ) -> tuple[jax.Array, LayerCache | None, AttentionSums | None]:
+        """Returns out_BTD, the cache with this call's keys and values written into it, and, if
+        `measured`, what the attention looks like."""
         q_BTNH = add_bias(project(x_BTD, self.query_DNH[...]), self.query_bias_NH)
         k_BTKH = add_bias(project(x_BTD, self.key_DKH[...]), self.key_bias_KH)
         v_BTKH = add_bias(project(x_BTD, self.value_DKH[...]), self.value_bias_KH)
@@ -71,6 +74,11 @@ class Attention(nnx.Module):
                 _write(cache.k_BSKH, k_BTKH, mask), _write(cache.v_BSKH, v_BTKH, mask)
             )
             k_BSKH, v_BSKH = cache
+        logits = dict(
+            scale=self.scale, soft_cap=self.soft_cap,
+            alibi_slopes_N=alibi_slopes(q_BTNH.shape[2]) if self.alibi else None,
+        )
+        sums = attention_sums(q_BTNH, k_BSKH, mask, logits) if measured else None
         dropout_seeds_BN = None
         if dropout_key is not None:
             shape = (q_BTNH.shape[0], q_BTNH.shape[2])
@@ -82,16 +90,14 @@ class Attention(nnx.Module):
             constrain(k_BSKH, keys),
             constrain(v_BSKH, keys),
             mask,
-            scale=self.scale,
-            soft_cap=self.soft_cap,
+            **logits,
             sinks_N=None if self.sinks_N is None else self.sinks_N[...],
-            alibi_slopes_N=alibi_slopes(q_BTNH.shape[2]) if self.alibi else None,
             dropout_rate=self.dropout_rate,
             dropout_seeds_BN=dropout_seeds_BN,
         )
         out_BTNH = checkpoint_name(out_BTNH, "attended")
         out_BTD = add_bias(project(out_BTNH, self.out_NHD[...], (0, 1)), self.out_bias_D)
-        return out_BTD, cache
+        return out_BTD, cache, sums
 
 
 def _write(cache_BSKH: jax.Array, new_BTKH: jax.Array, mask: AttentionMask) -> jax.Array:

@@ -197,14 +197,19 @@ class FeedForward(nnx.Module):
         self.gate_bias_F = vector("F", sizes, 0.0) if config.bias and config.gated else None
         self.down_bias_D = vector("D", sizes, 0.0) if config.bias else None
 
-    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+    def hidden(self, x_BTD: jax.Array) -> jax.Array:
+        """What the units say, h_BTF."""
         h_BTF = checkpoint_name(add_bias(project(x_BTD, self.up_DF[...]), self.up_bias_F), "up")
         if self.gate_DF is None:
             h_BTF = activate(self.activation, h_BTF)
         else:
             gate_BTF = add_bias(project(x_BTD, self.gate_DF[...]), self.gate_bias_F)
             h_BTF *= activate(self.activation, checkpoint_name(gate_BTF, "gate"))
-        return add_bias(project(constrain(h_BTF, "BTF"), self.down_FD[...]), self.down_bias_D)
+        return constrain(h_BTF, "BTF")
+
+    def output(self, h_BTF: jax.Array) -> jax.Array:
+        """What the residual stream gains by them, out_BTD."""
+        return add_bias(project(h_BTF, self.down_FD[...]), self.down_bias_D)
 
 
 def activate(name: str, x: jax.Array) -> jax.Array:

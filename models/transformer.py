@@ -15,6 +15,7 @@ from batiste.models.attention import Attention, LayerCache
 from batiste.models.attention_choice import OneOf, fused_losses
 from batiste.models.chunked_loss import Head, Rows, chunked_loss
 from batiste.models.config import TransformerConfig
+from batiste.models.layer_sums import LayerSums, layer_sums
 from batiste.models.layers import PRODUCT, FeedForward, Norm, dropout, lookup, project
 from batiste.models.mixture import Mixture
 from batiste.models.parameter import gathered, matrix
@@ -55,6 +56,7 @@ class LayerOutput(NamedTuple):
 
     cache: LayerCache | None
     router: RouterSums | None
+    sums: LayerSums | None
 
 
 class Block(nnx.Module):
@@ -76,32 +78,35 @@ class Block(nnx.Module):
         self.norms_the_sum = config.norm_placement == "post"
         self.dropout_rate = config.dropout
 
-    def __call__(self, x_BTD, mask, rotation, cache, dropout_key):
+    def __call__(self, x_BTD, mask, rotation, cache, dropout_key, measured):
         """Returns x_BTD after the block, and the LayerOutput."""
         keys = (None,) * 3 if dropout_key is None else jax.random.split(dropout_key, 3)
         h_BTD = x_BTD if self.attention_norm is None else self.attention_norm(x_BTD)
-        h_BTD, cache = self.attention(whole_time(h_BTD, cache), mask, rotation, cache, keys[0])
+        h_BTD, cache, attention = self.attention(
+            whole_time(h_BTD, cache), mask, rotation, cache, keys[0], measured)
         h_BTD = checkpoint_name(split_time(h_BTD, cache), "attention")
         h_BTD = dropout(h_BTD, self.dropout_rate, keys[1])
         x_BTD = self._add(x_BTD, h_BTD, self.attention_post_norm)
         h_BTD = x_BTD if self.feed_forward_norm is None else self.feed_forward_norm(x_BTD)
-        h_BTD, router = self._feed(h_BTD, mask, cache)
+        h_BTD, router, units_BTF = self._feed(h_BTD, mask, cache)
         h_BTD = checkpoint_name(h_BTD, "feed_forward")
         h_BTD = dropout(h_BTD, self.dropout_rate, keys[2])
         x_BTD = self._add(x_BTD, h_BTD, self.feed_forward_post_norm)
-        return x_BTD, LayerOutput(cache, router)
+        sums = layer_sums(x_BTD, mask, units_BTF, attention) if measured else None
+        return x_BTD, LayerOutput(cache, router, sums)
 
     def _feed(self, x_BTD, mask, cache):
-        """The feed-forward, the experts, or both and their sum; and what the router did."""
-        out_BTD = routed_BTD = router = None
+        """The feed-forward, the experts, or both and their sum; what the router and the units did."""
+        out_BTD = routed_BTD = router = units_BTF = None
         if self.feed_forward is not None:
-            out_BTD = split_time(self.feed_forward(whole_time(x_BTD, cache)), cache)
+            units_BTF = self.feed_forward.hidden(whole_time(x_BTD, cache))
+            out_BTD = split_time(self.feed_forward.output(units_BTF), cache)
         if self.mixture is not None:
             routed_BTD, router = self.mixture(
                 x_BTD, mask.query_segments_BT, between_blocks=cache is None
             )
         parts = [part for part in (out_BTD, routed_BTD) if part is not None]
-        return sum(parts[1:], start=parts[0]), router
+        return sum(parts[1:], start=parts[0]), router, units_BTF
 
     def _add(self, x_BTD: jax.Array, h_BTD: jax.Array, norm: Norm | None) -> jax.Array:
         """pre: x + h. sandwich: x + norm(h). post: norm(x + h)."""
@@ -163,12 +168,13 @@ class Transformer(nnx.Module):
         positions_BT: jax.Array | None = None,
         segments_BT: jax.Array | None = None,
         dropout_key: jax.Array | None = None,
-    ) -> tuple[jax.Array, RouterSums | None]:
-        """The last hidden states, x_BTD in the compute dtype, and the routers' sums by layer.
+        measured: bool = False,
+    ) -> tuple[jax.Array, LayerOutput]:
+        """The last hidden states, x_BTD in the compute dtype, and what the layers did, by layer.
 
         positions_BT: place of each token in its document, int32; None counts along the row.
         segments_BT: document of each token, int32, 0 for padding; None is one document a row.
-        dropout_key: None turns dropout off.
+        dropout_key: None turns dropout off. measured: whether layers sum up what they do.
         Rows are in the order of `time_order`; where that is not their own, positions_BT is needed,
         or ValueError.
         """
@@ -180,8 +186,7 @@ class Transformer(nnx.Module):
                 )
             positions_BT = _places(tokens_BT)
         segments = (segments_BT, segments_BT)
-        x_BTD, output = self._stack(tokens_BT, positions_BT, segments, None, dropout_key)
-        return x_BTD, output.router
+        return self._stack(tokens_BT, positions_BT, segments, None, dropout_key, measured)
 
     def extend(self, tokens_BT: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
         """The hidden states of tokens that continue each row of the cache, and the cache after.
@@ -237,7 +242,7 @@ class Transformer(nnx.Module):
         zeros = functools.partial(jnp.zeros, shape, config.dtype)
         return Cache(zeros(), zeros(), jnp.zeros((batch,), jnp.int32))
 
-    def _stack(self, tokens_BT, positions_BT, segments, cache, dropout_key):
+    def _stack(self, tokens_BT, positions_BT, segments, cache, dropout_key, measured=False):
         config = self.config
         embed_key = layers_key = None
         if dropout_key is not None and config.dropout > 0:
@@ -255,7 +260,7 @@ class Transformer(nnx.Module):
                 mask = OneOf(tuple(masks.values()), layer.kinds) if kind is None else masks[kind]
                 x_BTD = checkpoint_name(x_BTD, LAYER_INPUT)
                 block = nnx.merge(graphdef, gathered(layer.weights))
-                return block(x_BTD, mask, turn, layer.cache, layer.keys)
+                return block(x_BTD, mask, turn, layer.cache, layer.keys, measured)
 
             return _scan_pattern(config, pattern, apply, x_BTD, layers)
 

@@ -89,11 +89,30 @@ class AttentionMask:
             visible_BTS = visible_BTS & condition
         return visible_BTS
 
+    def every(self, stride: int) -> "AttentionMask":
+        """The mask of every `stride`-th query alone, counted from 1, over all keys."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        if self.query_segments_BT is not None:
+            fields["query_segments_BT"] = self.query_segments_BT[:, stride - 1 :: stride]
+        return _Strided(**fields, stride=stride)
+
     def _sparse_BTS(self, num_queries: int, num_keys: int) -> jax.Array:
         block = self.sparsity.block
         layout = self.sparsity.layout(-(-max(num_queries, num_keys) // block), self.causal)
         rows_BTS = jnp.asarray(layout)[self.place_BT(num_queries) // block]
         return rows_BTS[:, :, np.arange(num_keys) // block]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Strided(AttentionMask):
+    """For the reference; no kernel knows it."""
+
+    stride: int = 1
+
+    def place_BT(self, num_queries: int) -> jax.Array:
+        index_BT = jnp.arange(num_queries, dtype=jnp.int32)[None]
+        place_BT = self.stride * index_BT + self.stride - 1
+        return place_BT if self.query_offset_B is None else place_BT + self.query_offset_B[:, None]
 
 
 def _keys(num_keys: int) -> jax.Array:

@@ -33,8 +33,8 @@ def reference_attention(
     B, T, N, H = q_BTNH.shape
     S, K = k_BSKH.shape[1:3]
     G = N // K
-    scores_BKTGS = _scores(q_BTNH.reshape(B, T, K, G, H), k_BSKH)
-    logits_BKTGS = _logits(scores_BKTGS, mask, scale, soft_cap, alibi_slopes_N)
+    logits_BKTGS = reference_logits(
+        q_BTNH, k_BSKH, mask, scale=scale, soft_cap=soft_cap, alibi_slopes_N=alibi_slopes_N)
     sinks_KG = None if sinks_N is None else sinks_N.astype(jnp.float32).reshape(K, G)
     probabilities_BKTGS, lse_BKTG = _softmax(logits_BKTGS, sinks_KG)
     if dropout_seeds_BN is not None:
@@ -48,6 +48,22 @@ def reference_attention(
     out_BTKGH = _mix(probabilities_BKTGS, v_BSKH)
     lse_BTN = lse_BKTG.swapaxes(1, 2).reshape(B, T, N)
     return out_BTKGH.reshape(B, T, N, H).astype(q_BTNH.dtype), lse_BTN
+
+
+def reference_logits(
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    mask: AttentionMask,
+    *,
+    scale: float,
+    soft_cap: float | None,
+    alibi_slopes_N: jax.Array | None,
+) -> jax.Array:
+    """What the softmax over the keys is taken of, logits_BKTGS in fp32; -inf is hidden."""
+    B, T, N, H = q_BTNH.shape
+    K = k_BSKH.shape[2]
+    scores_BKTGS = _scores(q_BTNH.reshape(B, T, K, N // K, H), k_BSKH)
+    return _logits(scores_BKTGS, mask, scale, soft_cap, alibi_slopes_N)
 
 
 def reference_gradients(

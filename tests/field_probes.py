@@ -11,6 +11,7 @@ import pathlib
 import re
 import shutil
 import tempfile
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -18,12 +19,20 @@ import numpy as np
 from flax import nnx
 
 from batiste import assembly, main
-from batiste.configs.experiment import Experiment
+from batiste.configs.experiment import Experiment, flatten
 from batiste.data import Batch, Loader
 from batiste.evaluation import make_row_losses
 from batiste.models import Transformer
 from batiste.sharding import MeshConfig, laid_out, make_mesh, place, time_order
-from batiste.train import Checkpoints, TrainConfig, TrainState, make_program, make_train_step
+from batiste.train import (
+    Checkpoints, Ledger, Monitor, TrainConfig, TrainState, Watched, make_program, make_train_step,
+    roll_back,
+)
+from batiste.train.detector import Detector
+from batiste.train.findings import Finding
+from batiste.train.health import CLASSES
+from batiste.train.health_record import health_record
+from batiste.train.health_statistics import HealthStatistics
 from batiste.train.local_steps import make_exchange
 from batiste.train.metrics import read_metrics
 
@@ -98,6 +107,41 @@ def two_steps(experiment: Experiment, _):
     program, mesh, step = _program(experiment)
     batch = place(mesh, BATCH, Batch(*("BS",) * 5))
     return step(step(program.initialize(), batch)[0], batch)
+
+
+def watched(experiment: Experiment, _):
+    """What a monitor writes of four steps, says of forty bad ones, and does about each class."""
+    def monitor():
+        meta = {"decisions": []}
+        return Monitor(experiment.train, Watched(
+            meta, Ledger(None), flatten(experiment), lambda line: None, lambda step: range(8)))
+
+    looks, norms = [], {"layers.up_DF": np.ones(2), "head_DV": np.float32(1)}
+    layers = dict.fromkeys(("rms_L", "largest_L", "entropy_L", "logit_L", "dead_L"), np.ones(2))
+    updates = {name: norm / 100 for name, norm in norms.items()}
+    statistics = HealthStatistics(
+        norms, norms, updates, **layers | {"dead_L": np.zeros(2)}, router_load_L=None,
+        router_idle_L=None, loss_B=np.ones(8), checksum_B=np.arange(8))
+    metrics = {"loss": 1.0, "gradient_norm": 1.0, "learning_rate": 1.0}
+    writer = SimpleNamespace(write_health=lambda step, record: looks.append(step))
+    one = monitor()
+    for step in range(1, 5):
+        one.look(writer, step, statistics, metrics)
+    detector = Detector(flatten(experiment))
+    said = []
+    for step in range(40):
+        values = metrics | {"loss": np.nan if step % 20 == 10 else 1.0}
+        record = health_record(statistics, values, 1.0, 0.0)
+        said.append(len(detector.observe({"step": step, **record})))
+    finding = Finding("loss_spike", 50, None, None, (), {}, "", "")
+    goes = roll_back(finding, [30, 40, 45, 49], [], experiment.train.health.roll_back)
+    done = []
+    for kind in CLASSES:
+        try:
+            done.append(monitor()._act([dataclasses.replace(finding, kind=kind)]))
+        except ValueError as error:
+            done.append(str(error))
+    return looks, said, dataclasses.asdict(goes), done
 
 
 def rates(experiment: Experiment, _):

@@ -37,6 +37,7 @@ def train_config(kind: str, accumulation: int = 1) -> TrainConfig:
     """Three steps; with SGD a step is the gradient itself, so all gradients are compared."""
     config = TrainConfig(num_steps=3, batch_size=8, accumulation=accumulation)
     config.schedule.warmup_steps = 1
+    config.health.every = None
     config.optimizer.kind = kind
     config.schedule.learning_rate = 0.3 if kind == "sgd" else 1e-3
     return config

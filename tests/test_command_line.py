@@ -117,6 +117,8 @@ def test_a_wrong_argument_is_one_line_that_names_it(argument, refusal):
     (("evaluate", "--workdir=x", CONFIG), ("--config",)),
     (("evaluate", "--workdir=x", "--", "train"), ("'train'", "--name=value")),
     (("report", "--workdir=x"), ("workdir=x", "no ledger.jsonl", "batiste train")),
+    (("doctor", "--workdir=x"), ("workdir=x", "no config.json", "batiste train")),
+    (("doctor", "checkpoints", "--workdir=x"), ("workdir=x", "no checkpoints", "batiste train")),
     (("supervise",), ("no command", "batiste supervise -- train --workdir=DIR")),
     (("supervise", "--", "train", CONFIG), ("batiste supervise -- train --workdir=DIR",)),
     (("supervise", "--", "evaluate", "--workdir=x"), ("'evaluate --workdir=x'", "-- train")),

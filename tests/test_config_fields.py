@@ -10,6 +10,7 @@ import pytest
 
 from batiste.configs.experiment import Experiment, flatten
 from batiste.data import SourceConfig
+from batiste.train.health import CLASSES
 
 import field_probes as probes
 from field_probes import change
@@ -19,7 +20,7 @@ MODEL = {
     "model.vocab_size": 8, "model.num_layers": 2, "model.model_dim": 8, "model.num_heads": 2,
     "model.num_kv_heads": 2, "model.head_dim": 4, "model.mlp_dim": 8, "model.max_length": 8,
     "train.num_steps": 10, "train.batch_size": 2, "train.schedule.warmup_steps": 4,
-    "data.sequence_length": 8, "data.tokenizer": "bytes",
+    "data.sequence_length": 8, "data.tokenizer": "bytes", "train.health.every": None,
 }
 BYTES = MODEL | {
     "model.vocab_size": 258, "model.num_layers": 1, "model.max_length": 16,
@@ -38,7 +39,7 @@ LLAMA3 = {"model.rope_scaling": "llama3", "model.rope_original_length": 16}
 BASES = {
     probes.shapes: MODEL, probes.logits: MODEL, probes.step_text: MODEL, probes.start: MODEL,
     probes.two_steps: HALF, probes.rates: MODEL, probes.updates: MODEL,
-    probes.tpu_step_text: MODEL, probes.exchanged: MODEL | {"mesh.slice": 2, "train.local.steps": 1},
+    probes.watched: MODEL | {"train.health.every": 1}, probes.tpu_step_text: MODEL, probes.exchanged: MODEL | {"mesh.slice": 2, "train.local.steps": 1},
     probes.pipeline_text: MODEL | {"model.num_layers": 4, "train.batch_size": 16, "mesh.stage": 2,
                                    "mesh.micro_batches": 2},
     probes.layout: MODEL | {"train.batch_size": 8}, probes.records: BYTES,
@@ -84,7 +85,7 @@ CASES = {
     **cases(probes.step_text, "", {
         "model.remat": "full", "model.scan_unroll": 2, "train.accumulation": 2,
         "model.saved": (("up",), {"model.remat": "names"}),
-        "train.objective.loss_chunk": 4,
+        "train.objective.loss_chunk": 4, "train.faults": "frozen:step=4",
     }),
     **cases(probes.tpu_step_text, "", {
         "model.offloaded": (("up",), {"model.remat": "names"}),
@@ -117,6 +118,12 @@ CASES = {
         "matrix_multiplier": 0.5, "vector_multiplier": 0.5,
     }),
     **cases(probes.start, "train.", {"seed": 1}),
+    **cases(probes.watched, "train.", {
+        "health.every": (2, {"train.health.every": 1}), "health.window": 16, "health.roll_back": 3,
+        **{f"health.policies.{kind}": "stop" for kind in CLASSES
+           if kind not in ("not_finite", "slow_input")},
+        "health.policies.not_finite": "log",
+    }),
     **cases(probes.layout, "mesh.", {
         "slice": 2, "stage": 2, "context": 2, "expert": (2, EXPERTS), "data": (8, {"mesh.tensor": 2}),
         "tensor": 2, "zero": 3, "offload_optimizer": True,

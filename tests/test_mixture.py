@@ -212,8 +212,8 @@ def first_load(params) -> np.ndarray:
     state = nnx.state(model, nnx.Param)
     nnx.replace_by_pure_dict(state, params)
     nnx.update(model, state)
-    _, router = model.features(BATCH.tokens_BT, BATCH.positions_BT, BATCH.segments_BT)
-    return np.asarray(router.load_BE.sum(axis=1))
+    _, output = model.features(BATCH.tokens_BT, BATCH.positions_BT, BATCH.segments_BT)
+    return np.asarray(output.router.load_BE.sum(axis=1))
 
 
 @pytest.mark.parametrize("kind", ["adamw", "lion", "adafactor", "muon"])

@@ -54,6 +54,7 @@ def lower_step(
     """The program and the step of `model` lowered for a TPU topology."""
     mesh = make_mesh(mesh_config, tpu_devices(topology, slices))
     config = TrainConfig(batch_size=16) if config is None else config
+    config.health.every = None
     program = make_program(model, config, mesh, mesh_config)
     step = make_train_step(program, config, mesh)
     batch = Batch(*(

@@ -63,6 +63,15 @@ class Checkpoints:
         step, passed_over = json.loads(found)
         return Found(step, {int(number): why for number, why in passed_over.items()})
 
+    def verified(self) -> list[int]:
+        """All steps of which every file is what was written, ascending; process 0 reads them."""
+        def read() -> str:
+            return json.dumps([step for step in manifest.numbered(self.folder)
+                               if manifest.problem(self.folder, step) is None])
+
+        return json.loads(together(
+            "verify all checkpoints", read if is_first() else str, SAVE_SECONDS)[0])
+
     def meta(self, step: int) -> dict[str, Any]:
         """What was saved beside the arrays of a step: config, fingerprint, validation losses."""
         return json.loads((self.folder / str(step) / META_FILE).read_bytes())
@@ -125,6 +134,10 @@ class Checkpoints:
                 f"the checkpoint of step {step} could not be saved: {why}; the newest that was is "
                 f"of step {self.latest_step}. Mend that, and the same command continues"
             )
+
+    def wait(self) -> None:
+        """Returns when no save is under way; one that failed is reported."""
+        self._settle()
 
     def set_aside_from(self, step: int) -> None:
         """Renames the steps from `step` on, and what is named like one: the run goes another way."""

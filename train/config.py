@@ -2,6 +2,8 @@
 
 import dataclasses
 
+from batiste.train.faults import parse_fault
+from batiste.train.health import HealthConfig
 from batiste.train.local_steps import LocalStepsConfig
 from batiste.train.optimizer import OptimizerConfig
 from batiste.train.precision import LossScaleConfig
@@ -60,7 +62,10 @@ class StopConfig:
 
 @dataclasses.dataclass
 class TrainConfig:
-    """`batch_size` is in sequences, over all devices; `accumulation` splits it in time."""
+    """`batch_size` is in sequences, over all devices; `accumulation` splits it in time.
+
+    faults: what to do to a run on purpose (train/faults.py).
+    """
 
     seed: int = 0
     num_steps: int = 1000
@@ -74,6 +79,13 @@ class TrainConfig:
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
     stop: StopConfig = dataclasses.field(default_factory=StopConfig)
+    health: HealthConfig = dataclasses.field(default_factory=HealthConfig)
+    faults: str | None = None
+
+    @property
+    def measures(self) -> bool:
+        """Whether steps compute statistics of their health; local steps do not."""
+        return self.health.every is not None and self.local.steps is None
 
     def validate(self) -> None:
         """Raises ValueError, naming the field and a fix, for a run that cannot be."""
@@ -81,6 +93,9 @@ class TrainConfig:
         make_schedule(self.schedule, self.num_steps)
         self.loss_scale.validate()
         self.local.validate()
+        self.health.validate()
+        if parse_fault(self.faults) is not None and self.local.steps is not None:
+            raise ValueError("train.faults knows no local steps: set train.local.steps=None")
         positive = {
             "num_steps": self.num_steps, "batch_size": self.batch_size,
             "accumulation": self.accumulation, "objective.loss_chunk": self.objective.loss_chunk,

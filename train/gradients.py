@@ -6,6 +6,7 @@ from flax import nnx
 
 from batiste.sharding import constrain, laid_out
 from batiste.train.config import TrainConfig
+from batiste.train.health_terms import health_terms, joined
 from batiste.train.objectives import causal_loss
 from batiste.train.state import Program
 
@@ -20,7 +21,10 @@ def accumulate(program: Program, config: TrainConfig, params, batch, step, scale
     def scaled_loss(params, batch, key):
         model = nnx.merge(program.graphdef, params)
         with laid_out(program.layout):
-            terms = causal_loss(model, batch, key, config.objective, scale).of_all_rows()
+            terms = causal_loss(
+                model, batch, key, config.objective, scale, config.measures)
+        health = health_terms(terms, batch) if config.measures else None
+        terms = terms._replace(layers=None).of_all_rows()._replace(health=health)
         return terms.loss if scale is None else terms.loss * scale, terms
 
     differentiate = jax.grad(scaled_loss, has_aux=True)
@@ -35,12 +39,17 @@ def accumulate(program: Program, config: TrainConfig, params, batch, step, scale
 
     def add(total, micro):
         batch, key = micro
-        return jax.tree.map(jnp.add, total, differentiate(params, batch, key)), None
+        gradients, terms = differentiate(params, batch, key)
+        found = gradients, terms._replace(health=None)
+        return jax.tree.map(jnp.add, total, found), terms.health
 
     micros = (jax.tree.map(split, batch), jax.random.split(dropout_key, k))
-    shapes = jax.eval_shape(differentiate, params, *jax.tree.map(lambda x: x[0], micros))
-    zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-    return jax.lax.scan(add, zero, micros)[0]
+    gradients, terms = jax.eval_shape(
+        differentiate, params, *jax.tree.map(lambda x: x[0], micros))
+    zero = jax.tree.map(
+        lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (gradients, terms._replace(health=None)))
+    (gradients, terms), health = jax.lax.scan(add, zero, micros)
+    return gradients, terms._replace(health=joined(health) if config.measures else None)
 
 
 def _dropout_key(config: TrainConfig, step: jax.Array) -> jax.Array:

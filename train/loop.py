@@ -12,6 +12,7 @@ from batiste.train.checkpoint import Checkpoints
 from batiste.train.config import TrainConfig
 from batiste.train.ledger import Ledger
 from batiste.train.metrics import MetricsWriter, Progress
+from batiste.train.monitor import Monitor
 from batiste.train.state import TrainState
 from batiste.train.stopping import stop_requests
 
@@ -32,13 +33,17 @@ class Run:
 
 @dataclasses.dataclass
 class Records:
-    """Where a run writes. `meta` is saved with every checkpoint; its "validation" list grows."""
+    """Where a run writes. `meta` is saved with every checkpoint; its "validation" list grows.
+
+    monitor: None where steps do not measure their health.
+    """
 
     checkpoints: Checkpoints
     metrics: MetricsWriter
     progress: Progress
     ledger: Ledger
     meta: dict[str, Any]
+    monitor: Monitor | None = None
 
 
 def fit(
@@ -48,11 +53,11 @@ def fit(
 
     The reason is "done", "patience", or the signal that asked for it ("SIGINT", "SIGTERM"); in
     every case the state is saved and committed. All processes of a run call this alike. Raises
-    ValueError when the loss is not finite.
+    ValueError when the loss is not finite, or as the monitor does, which may also raise RollBack.
     """
     pending = None
     reason, ledger = "done", records.ledger
-    first = int(jax.device_get(state.step))
+    step = first = int(jax.device_get(state.step))
     with stop_requests() as stop_request, jax.transfer_guard("disallow"):
         for step in range(first + 1, run.last_step + 1):
             ledger.enter("data wait")
@@ -81,6 +86,8 @@ def fit(
                 records.metrics.write(step, "validation", loss=loss)
                 records.progress.note(f"step {step:,}  validation loss {loss:.4f}")
                 records.meta["validation"].append([step, loss])
+                if records.monitor is not None:
+                    records.monitor.validated(step, loss)
                 if _out_of_patience(records.meta["validation"], config.stop.patience):
                     reason, last = "patience", True
             if last or save_due:
@@ -101,7 +108,7 @@ def _record(records: Records, step: int, metrics: dict[str, jax.Array]) -> None:
     # What each slice measures by itself never travels: a process reports the mean of what it sees.
     shown = {
         name: value if value.ndim == 0 else [shard.data for shard in value.addressable_shards]
-        for name, value in metrics.items()
+        for name, value in metrics.items() if name != "health"
     }
     values = {name: float(np.mean(value)) for name, value in jax.device_get(shown).items()}
     records.ledger.reached(step)
@@ -110,7 +117,9 @@ def _record(records: Records, step: int, metrics: dict[str, jax.Array]) -> None:
     if rate is not None:
         values["tokens_per_second"] = rate
     records.metrics.write(step, "train", **values)
-    if not math.isfinite(values["loss"]) and "loss_scale" not in values:
+    if records.monitor is not None:
+        records.monitor.look(records.metrics, step, metrics["health"], values)
+    elif not math.isfinite(values["loss"]) and "loss_scale" not in values:
         records.checkpoints.close()
         raise ValueError(
             f"the loss of step {step} is {values['loss']}: lower train.schedule.learning_rate or "

@@ -1,8 +1,9 @@
 """What a run writes down as it goes: metrics.jsonl, TensorBoard events, a line on the terminal.
 
-metrics.jsonl holds one strict JSON object per line: "step", "kind" ("train" or "validation") and
-numbers. JSON has no NaN or infinity, and a diverged run must be readable, so they are written as
-the strings "nan", "inf" and "-inf", which `read_metrics` turns back into floats.
+metrics.jsonl holds one strict JSON object per line: "step", "kind" and numbers; those of kind
+"health" are lists by layer, and objects of such lists by parameter (train/health_record.py). JSON
+has no NaN or infinity, and a diverged run must be readable, so they are written as the strings
+"nan", "inf" and "-inf", which `read_metrics` turns back into floats.
 """
 
 import collections
@@ -12,15 +13,17 @@ import os
 import pathlib
 import sys
 import time
+from collections.abc import Callable
 from typing import Any, TextIO
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
 KINDS = ("train", "validation")
+HEALTH = "health"
 
 
 def read_metrics(workdir: str | os.PathLike) -> list[dict[str, Any]]:
-    """Returns the records of metrics.jsonl in file order, empty if there is no file.
+    """Returns the records of KINDS of metrics.jsonl in file order, empty if there is no file.
 
     Each is {"step": int, "kind": str, name: float, ...}. A last line without its end, torn by a
     killed process, is left out.
@@ -28,6 +31,16 @@ def read_metrics(workdir: str | os.PathLike) -> list[dict[str, Any]]:
     Raises:
         ValueError: any other line is not a record.
     """
+    return [record for record in read_all(workdir) if record["kind"] != HEALTH]
+
+
+def read_health(workdir: str | os.PathLike) -> list[dict[str, Any]]:
+    """Returns the records of kind "health" likewise; ValueError as in `read_metrics`."""
+    return [record for record in read_all(workdir) if record["kind"] == HEALTH]
+
+
+def read_all(workdir: str | os.PathLike) -> list[dict[str, Any]]:
+    """Returns the records of every kind."""
     path = pathlib.Path(workdir, METRICS_FILE)
     if not path.exists():
         return []
@@ -39,7 +52,10 @@ def read_metrics(workdir: str | os.PathLike) -> list[dict[str, Any]]:
 def _decode(line: bytes, place: str) -> dict[str, Any]:
     try:
         record = json.loads(line)
-        return {"step": record.pop("step"), "kind": record.pop("kind"),
+        step, kind = record.pop("step"), record.pop("kind")
+        if kind == HEALTH:
+            return {"step": step, "kind": kind, **_each(float, record)}
+        return {"step": step, "kind": kind,
                 **{name: float(value) for name, value in record.items()}}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{place}: expected a JSON object with step, kind and numbers, got "
@@ -47,9 +63,18 @@ def _decode(line: bytes, place: str) -> dict[str, Any]:
 
 
 def _encode(record: dict[str, Any]) -> str:
-    strict = {name: value if not isinstance(value, float) or math.isfinite(value) else str(value)
-              for name, value in record.items()}
-    return json.dumps(strict, allow_nan=False) + "\n"
+    return json.dumps(_each(_strict, record), allow_nan=False, separators=(",", ":")) + "\n"
+
+
+def _strict(value: Any) -> Any:
+    return value if not isinstance(value, float) or math.isfinite(value) else str(value)
+
+
+def _each(call: Callable[[Any], Any], value: Any) -> Any:
+    """`call` applied to every number or string of a record."""
+    if isinstance(value, dict):
+        return {name: _each(call, part) for name, part in value.items()}
+    return [_each(call, part) for part in value] if isinstance(value, list) else call(value)
 
 
 class MetricsWriter:
@@ -75,7 +100,7 @@ class MetricsWriter:
         workdir.mkdir(parents=True, exist_ok=True)
         path = workdir / METRICS_FILE
         temporary = path.with_suffix(".tmp")
-        records = read_metrics(workdir)
+        records = read_all(workdir)
         self.reached = max((record["step"] for record in records), default=steps_done)
         kept = [record for record in records if record["step"] <= steps_done]
         with open(temporary, "w", encoding="utf-8") as file:
@@ -105,6 +130,12 @@ class MetricsWriter:
         self._file.flush()
         for name, value in values.items():
             self._tensorboard.add_scalar(f"{kind}/{name}", value, int(step))
+
+    def write_health(self, step: int, record: dict[str, Any]) -> None:
+        """Writes what a step measured of its own health; to metrics.jsonl alone."""
+        if self._file is not None:
+            self._file.write(_encode({"step": int(step), "kind": HEALTH, **record}))
+            self._file.flush()
 
     def close(self) -> None:
         """Writes out what is buffered and closes the files."""

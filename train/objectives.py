@@ -1,11 +1,11 @@
 """Losses as (sum, denominator) pairs, so that they add up over micro-batches; nobody divides here."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
 from batiste.models import (
-    LossRules, RouterSums, Rows, Transformer, token_losses, vocabulary_sums,
+    LayerSums, LossRules, RouterSums, Rows, Transformer, token_losses, vocabulary_sums,
 )
 from batiste.sharding import constrain, in_time_order
 from batiste.train.config import ObjectiveConfig
@@ -27,13 +27,16 @@ class Terms(NamedTuple):
 
     loss: what is minimized, label smoothing, z-loss and the router's losses included.
     cross_entropy: in nats. tokens: the sum of the loss weights, the denominator of both.
-    router: None without experts.
+    router: None without experts. layers: what they sum up of each row, if they are measured.
+    health: what train/health_statistics.py makes of all this.
     """
 
     loss: jax.Array
     cross_entropy_B: jax.Array
     tokens_B: jax.Array
     router: RouterTerms | None = None
+    layers: LayerSums | None = None
+    health: Any = None
 
     def of_all_rows(self) -> "Terms":
         """The same summed over rows, which the names still say."""
@@ -41,16 +44,18 @@ class Terms(NamedTuple):
 
 
 def causal_loss(
-    model: Transformer, batch, dropout_key, config: ObjectiveConfig, scale: jax.Array | None
+    model: Transformer, batch, dropout_key, config: ObjectiveConfig, scale: jax.Array | None,
+    measured: bool = False,
 ) -> Terms:
     """Next-token prediction over a Batch; with `loss_chunk` or `fused`, never all logits at once.
 
-    scale: what the caller multiplies the loss by before differentiating it, or None.
+    scale: what the caller multiplies the loss by before differentiating it, or None. measured:
+    whether the layers sum up what they do.
     """
     # Whole over `context`, so that each device takes what it needs of them and nothing is sent.
     batch = jax.tree.map(lambda x_BT: constrain(in_time_order(x_BT), "BS"), batch)
-    x_BTD, router = model.features(
-        batch.tokens_BT, batch.positions_BT, batch.segments_BT, dropout_key
+    x_BTD, output = model.features(
+        batch.tokens_BT, batch.positions_BT, batch.segments_BT, dropout_key, measured
     )
     rules = LossRules(config.label_smoothing, config.z_loss)
     tokens_B = batch.weights_BT.sum(axis=1)
@@ -65,7 +70,9 @@ def causal_loss(
             losses = token_losses(sums, rules)
         loss_B, cross_entropy_B = ((x_BT * batch.weights_BT).sum(axis=1) for x_BT in losses)
         terms = Terms(loss_B.sum(axis=0), cross_entropy_B, tokens_B)
-    return terms if router is None else _with_router(terms, router, config)
+    if output.router is not None:
+        terms = _with_router(terms, output.router, config)
+    return terms._replace(layers=output.sums)
 
 
 def _with_router(terms: Terms, router: RouterSums, config: ObjectiveConfig) -> Terms:

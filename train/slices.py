@@ -14,6 +14,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from batiste.sharding import constrain, per_device, spec
+from batiste.train.health_terms import across
 
 
 def in_each_slice(function: Callable, in_specs: Any, out_specs: Any) -> Callable:
@@ -41,15 +42,27 @@ def summed_once(gradients_of: Callable, letters: Any, axes: tuple[str, ...]) -> 
         # Device by device: XLA would make gradients whole over `tensor` before it scatters them.
         add = per_device(lambda tree: jax.tree.map(functools.partial(_summed, axes), tree, letters),
                          (split,), split)
-        return add(gradients), jax.lax.psum(terms, axes)
+        rows, health, terms = None, terms.health, terms._replace(health=None)
+        if health is not None:
+            health = across(health, axes)
+            rows, health = health.rows, health._replace(rows=None)
+        return add(gradients), jax.lax.psum(terms, axes)._replace(health=health), rows
 
     rows, shared = PartitionSpec(axes), PartitionSpec()
+    left = jax.tree.map(functools.partial(_left_split, axes), letters)
     call = jax.shard_map(
         of_this_part, in_specs=(shared, rows, shared, shared),
-        out_specs=(jax.tree.map(functools.partial(_left_split, axes), letters), shared),
+        out_specs=(left, shared, rows),
         axis_names=set(axes), check_vma=False,
     )
-    return call
+
+    def gradients_of_all(params, batch, step, scale):
+        gradients, terms, rows = call(params, batch, step, scale)
+        if rows is None:
+            return gradients, terms
+        return gradients, terms._replace(health=terms.health._replace(rows=rows))
+
+    return gradients_of_all
 
 
 def _left_split(axes: tuple[str, ...], letters: str) -> PartitionSpec:

@@ -6,13 +6,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import PartitionSpec
 
 from batiste.models import rebalanced
-from batiste.sharding import HOST_MEMORY, compiler_options, constrain
+from batiste.sharding import HOST_MEMORY, compiler_options, constrain, layer_order
 from batiste.train.config import TrainConfig
+from batiste.train.faults import faulty_gradients, faulty_params, faulty_updates, parse_fault
 from batiste.train.gradients import accumulate
+from batiste.train.health_statistics import health_statistics
 from batiste.train.local_steps import Workers, exchanged_bytes, make_exchange
 from batiste.train.objectives import RouterTerms, Terms
 from batiste.train.precision import adjust, all_finite, keep_if, unscale
@@ -25,28 +28,32 @@ Metrics = dict[str, jax.Array]
 def make_train_step(
     program: Program, config: TrainConfig, mesh: jax.sharding.Mesh
 ) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
-    """Returns the jitted step; it donates the state it is given.
+    """Returns the jitted step (state, batch, factor); it donates the state it is given.
 
     The batch is a Batch of global arrays on the mesh. Metrics are float32 scalars: loss and
     cross_entropy (nats per token), tokens, gradient_norm, learning_rate; loss_scale and skipped
     when the compute dtype is float16; router_balance (1 is even), router_z, router_load (of the
     busiest expert, over the mean) with experts; slice_bytes, what a device sends to other slices,
     when there are several. In local steps all but the last are arrays over slices, of each slice's
-    own rows.
+    own rows. Where the config measures health there are HealthStatistics, too; and `skipped`, where
+    gradients that are not finite are not to be taken. factor: a float32 scalar on the mesh that
+    multiplies the learning rate; None is 1.
     """
     local = config.local.steps is not None
     step = _local_step(program, config, mesh) if local else _common_step(program, config, mesh)
     state_shardings = jax.tree.map(lambda leaf: leaf.sharding, program.abstract_state)
     jitted = jax.jit(
-        lambda state, batch: step(_on_device(program, state), batch),
+        lambda state, batch, factor=None: step(_on_device(program, state), batch, factor),
         donate_argnums=0,
         out_shardings=(state_shardings, None),
         compiler_options=compiler_options(mesh.devices.flat[0], program.letters),
     )
 
-    def on_mesh(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+    def on_mesh(
+        state: TrainState, batch: Any, factor: jax.Array | None = None
+    ) -> tuple[TrainState, Metrics]:
         with jax.set_mesh(mesh):
-            return jitted(state, batch)
+            return jitted(state, batch, factor)
 
     on_mesh.jitted = jitted
     return on_mesh
@@ -62,10 +69,13 @@ def _common_step(program: Program, config: TrainConfig, mesh: jax.sharding.Mesh)
     if slices > 1:
         gradient_bytes = summed_bytes(mesh, program.letters, program.abstract_state.params)
 
-    def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+    def step(state: TrainState, batch: Any, factor: Any) -> tuple[TrainState, Metrics]:
         scale = None if state.loss_scale is None else state.loss_scale.scale
-        gradients, terms = gradients_of(state.params, batch, state.step, scale)
-        new, metrics = _update(program, config, state, gradients, terms)
+        fault, places = parse_fault(config.faults), _places(program)
+        params = faulty_params(fault, state.params, state.step + 1, places)
+        gradients, terms = gradients_of(params, batch, state.step, scale)
+        gradients = faulty_gradients(fault, gradients, state.step + 1, places)
+        new, metrics = _update(program, config, state, gradients, (terms, factor))
         if slices > 1:
             sums = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(terms))
             metrics["slice_bytes"] = jnp.float32(gradient_bytes + all_reduce_bytes(slices, sums))
@@ -108,11 +118,11 @@ def _local_step(program: Program, config: TrainConfig, mesh: jax.sharding.Mesh) 
         state = TrainState(step, own.params, own.optimizer_state, own.loss_scale)
         scale = None if own.loss_scale is None else own.loss_scale.scale
         gradients, terms = accumulate(program, config, own.params, batch, step, scale)
-        state, metrics = _update(program, config, state, gradients, terms)
+        state, metrics = _update(program, config, state, gradients, (terms, None))
         own = Workers(state.params, state.optimizer_state, state.loss_scale, own.residual)
         return jax.tree.map(lambda leaf: leaf[None], (own, metrics))
 
-    def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+    def step(state: TrainState, batch: Any, _: None) -> tuple[TrainState, Metrics]:
         own = PartitionSpec("slice")
         train = in_each_slice(of_this_slice, (PartitionSpec(), own, own), own)
         workers, metrics = train(state.step, state.workers, batch)
@@ -133,9 +143,13 @@ def _local_step(program: Program, config: TrainConfig, mesh: jax.sharding.Mesh) 
 
 
 def _update(
-    program: Program, config: TrainConfig, state: TrainState, gradients: Any, terms: Terms
+    program: Program, config: TrainConfig, state: TrainState, gradients: Any, rest: tuple
 ) -> tuple[TrainState, Metrics]:
-    """The state after an optimizer step by summed gradients and Terms, and what it measured."""
+    """The state after an optimizer step by summed gradients, and what it measured.
+
+    rest: the summed Terms, and what multiplies the learning rate, or None.
+    """
+    terms, factor = rest
     tokens = jnp.maximum(terms.tokens_B, 1)
     if state.loss_scale is not None:
         gradients = unscale(gradients, state.loss_scale)
@@ -147,6 +161,8 @@ def _update(
     updates, optimizer_state = program.optimizer.update(
         gradients, state.optimizer_state, state.params
     )
+    updates = faulty_updates(
+        parse_fault(config.faults), updates, state.step + 1, _places(program))
     metrics = {
         "loss": terms.loss / tokens,
         "cross_entropy": terms.cross_entropy_B / tokens,
@@ -154,6 +170,12 @@ def _update(
         "gradient_norm": optax.tree.norm(gradients),
         "learning_rate": jnp.asarray(program.schedule(state.step), jnp.float32),
     }
+    if factor is not None:
+        metrics["learning_rate"] *= factor
+        updates = jax.tree.map(lambda update: update * factor, updates)
+    if config.measures:
+        trees = gradients, state.params, updates
+        metrics["health"] = health_statistics(program, terms, trees)
     params = optax.apply_updates(state.params, updates)
     if terms.router is not None:
         load_LE = terms.router.load_BLE  # Of all rows together.
@@ -162,7 +184,18 @@ def _update(
     new = TrainState(state.step + 1, params, optimizer_state, state.loss_scale)
     if state.loss_scale is not None:
         new, metrics = _skip_overflow(config, state, new, (gradients, metrics))
+    elif config.measures and config.health.policies.not_finite == "skip":
+        finite = jnp.isfinite(metrics["gradient_norm"])
+        kept = keep_if(finite, (new.params, new.optimizer_state), (state.params, state.optimizer_state))
+        new = TrainState(new.step, *kept, None)
+        metrics["skipped"] = 1 - finite.astype(jnp.float32)
     return new, metrics
+
+
+def _places(program: Program) -> np.ndarray:
+    """Where the layer of each depth is stored."""
+    layers, layout = jax.tree.leaves(program.abstract_state.params["layers"]), program.layout
+    return np.argsort(layer_order(layers[0].shape[0], layout.stage, layout.interleave))
 
 
 def _on_device(program: Program, state: TrainState) -> TrainState:

@@ -1,0 +1,209 @@
+"""Every class is found soon, where it began, with a remedy; a healthy run is left in peace."""
+
+import copy
+import itertools
+import time
+
+import numpy as np
+import pytest
+from health_streams import BEGUN, ROWS, batch, findings, stream
+
+from batiste.data import position
+from batiste.train import faulty_batches, parse_fault
+from batiste.train.decisions import (
+    Decision, learning_rate_factor, lower, roll_back, skipped, start_of,
+)
+from batiste.train.findings import CAUSES, Finding
+from batiste.train.health import CLASSES
+from batiste.train.loss_rules import LossRules
+
+# fault: class, layer, parameter, looks until it is found, what the remedy names.
+FAULTS = {
+    "nan_gradient:layer=1": ("not_finite", 1, "layers.attention.out_NHD", 0, "learning_rate"),
+    "activation:layer=1": ("activation_blow_up", 1, None, 0, "roll_back"),
+    "dead_layer:layer=1": ("dead_units", 1, "layers.feed_forward", 3, "activation=swiglu"),
+    "frozen:layer=1": ("update_ratio", 1, "layers.attention.", 3, "multiplier"),
+    "learning_rate": ("update_ratio", None, None, 0, "learning_rate=0.0001"),
+    "garbage": ("data_fault", None, None, 0, "roll_back"),
+    "repeated_document": ("data_fault", None, None, 0, "duplicates"),
+}
+
+
+def test_a_healthy_run_is_left_in_peace():
+    assert findings(stream(None)) == []
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_found_where_it_is(fault):
+    kind, layer, parameter, looks, remedy = FAULTS[fault]
+    first, *others = findings(stream(f"{fault}:step={BEGUN}"))
+    assert (first.kind, first.layer) == (kind, layer), first.line()
+    assert BEGUN <= first.step <= BEGUN + looks, first.line()
+    assert (first.parameter or "").startswith(parameter or "")
+    assert remedy in first.remedy and first.evidence
+    if kind == "data_fault":
+        assert set(first.examples) == set(range(100 * BEGUN, 100 * BEGUN + ROWS))
+    if kind == "not_finite":  # The step was not taken, and nobody can tell from the next one.
+        healthy = stream(None)
+        assert stream(f"{fault}:step={BEGUN}")[BEGUN]["loss"] == pytest.approx(
+            healthy[BEGUN]["loss"], rel=0.05)
+    # What follows of it is not said again; a learning rate of a hundred times ruins more than that.
+    assert not others or fault == "learning_rate", [finding.line() for finding in others]
+
+
+def changed(change) -> list[Finding]:
+    """What is found in the healthy stream when its records from BEGUN on are changed."""
+    records = copy.deepcopy(stream(None))
+    for record in records[BEGUN - 1:]:
+        change(record, record["step"] - BEGUN)
+    return findings(records)
+
+
+def _ramp(record, since):
+    record["loss"] += 0.1 * (since + 1)
+    record["row_loss"] = [loss + 0.1 * (since + 1) for loss in record["row_loss"]]
+
+
+def _scale_gradients(factor, upto):
+    def change(record, since):
+        for name, norm in record["gradient"].items():
+            if isinstance(norm, list):
+                norm[:upto + 1] = [factor * value for value in norm[:upto + 1]]
+            elif name == "embedding_VD":
+                record["gradient"][name] = factor * norm
+    return change
+
+
+def _set(name, layer, value):
+    def change(record, since):
+        record[name][layer] = value
+    return change
+
+
+def _odd_rows(record, since):
+    record["row_loss"][2:5] = [30.0] * 3
+
+
+def _slow(seconds, wait):
+    def change(record, since):
+        record.update(seconds=seconds, wait=wait)
+    return change
+
+
+CHANGES = {
+    "loss_spike": (_ramp, None, 20),
+    "gradient_explosion": (_scale_gradients(50.0, upto=1), 1, 0),
+    "vanishing_gradients": (_scale_gradients(1e-6, upto=1), 1, 3),
+    "activation_blow_up": (_set("rms", 1, 1e4), 1, 0),
+    "dead_units": (_set("dead", 2, 0.9), 2, 3),
+    "attention": (_set("entropy", 2, 0.01), 2, 3),
+    "attention ": (_set("logit", 0, 500.0), 0, 3),
+    "data_fault": (_odd_rows, None, 0),
+    "slow_input": (_slow(0.2, 0.18), None, 32),
+    "slow_input ": (_slow(0.9, 0.001), None, 32),
+}
+
+
+@pytest.mark.parametrize("kind", CHANGES)
+def test_a_change_in_the_records_is_found(kind):
+    change, layer, looks = CHANGES[kind]
+    found = changed(change)
+    assert [finding.kind for finding in found] == [kind.strip()]
+    assert found[0].layer == layer and BEGUN <= found[0].step <= BEGUN + looks
+    if kind == "data_fault":
+        assert found[0].examples == tuple(100 * BEGUN + row for row in (2, 3, 4))
+
+
+def test_a_router_that_collapses_is_found():
+    records = copy.deepcopy(stream(None))
+    for record in records:
+        bad = record["step"] >= BEGUN
+        record.update(router_load=[1.2, 3.9 if bad else 1.5], router_idle=[0.0, 0.0])
+    (found,) = findings(records, model__num_experts=8, model__experts_per_token=2)
+    assert (found.kind, found.layer, found.step) == ("router_collapse", 1, BEGUN + 3)
+
+
+def test_a_plateau_is_found_and_a_slow_fall_is_not():
+    random = np.random.default_rng(0)
+    noise = 0.1 * random.normal(size=1024)
+    for fall, wanted in ((0.0, {"plateau"}), (4e-4, set())):
+        rules = LossRules(window=64, total=1024)
+        losses = 3 + noise - fall * np.arange(1024)
+        found = [symptom.kind for loss in losses
+                 for symptom in rules.loss({"loss": loss, "row_loss": [loss] * 4})]
+        assert set(found) == wanted
+
+
+def test_overfitting_is_found_when_training_falls_and_validation_rises():
+    for validation, wanted in (((3.0, 3.1, 3.2), ["overfitting"]), ((3.0, 2.9, 2.8), [])):
+        rules, found = LossRules(window=64, total=1024), []
+        for turn, loss in enumerate(validation):
+            for _ in range(10):
+                rules.loss({"loss": 3 - 0.2 * turn, "row_loss": [3.0] * 4})
+            found += [symptom.kind for symptom in rules.validation(loss)]
+        assert found == wanted
+
+
+def test_what_is_not_finite_has_a_place():
+    for name, layer, kind in (("rms", 1, "activation"), ("gradient", 2, "gradient")):
+        record = copy.deepcopy(stream(None)[-1])
+        for values in ([record["rms"]] if name == "rms" else record["gradient"].values()):
+            if isinstance(values, list):
+                # Forward, what follows is lost as well; backward, what came before.
+                values[layer if name == "rms" else 0: None if name == "rms" else layer + 1] = (
+                    [np.nan] * (3 - layer if name == "rms" else layer + 1))
+        (found,) = findings([record])
+        assert (found.kind, found.layer) == ("not_finite", layer)
+        assert found.cause == CAUSES["not_finite"][kind][0]
+        assert Finding.from_event(found.event()).layer == layer
+
+
+def test_every_class_has_a_cause():
+    assert tuple(CAUSES) == CLASSES
+
+
+def test_a_detector_that_looked_before_says_the_same():
+    records = stream(f"garbage:step={BEGUN}")
+    again = [finding for _ in range(2) for finding in findings(records)]
+    assert again[:len(again) // 2] == again[len(again) // 2:]
+
+
+def test_a_slow_host_is_late():
+    numbered = ((number, batch(number)) for number in itertools.count())
+    batches = faulty_batches(parse_fault("slow_host:step=2:seconds=0.05"), numbered, 31)
+    next(batches)
+    started = time.perf_counter()
+    next(batches)
+    assert time.perf_counter() - started >= 0.05
+
+
+@pytest.mark.parametrize("text,names", [
+    ("nan", "train.faults.*nan_gradient"), ("frozen:layer", "layer"),
+    ("dead_layer", "add :layer=0"), ("garbage:when=3", "step, steps"),
+])
+def test_a_fault_that_is_not_known_is_refused(text, names):
+    with pytest.raises(ValueError, match=names):
+        parse_fault(text)
+
+
+def test_positions_pass_by_what_is_skipped_and_nothing_else():
+    windows = [(18, 20), (5, 8), (6, 10)]
+    kept = [place for place in range(40) if not any(a <= place < b for a, b in windows)]
+    assert [position(step, windows) for step in range(len(kept))] == kept
+    assert position(7, ()) == 7
+
+
+def test_decisions_are_functions_of_the_step():
+    finding = Finding("loss_spike", 50, None, None, (), {}, "", "")
+    going = roll_back(finding, [20, 40, 45, 49], [], back=8)
+    assert (going.to, going.skip) == (40, (42, 50))
+    assert roll_back(finding, [48, 49], [], back=8).to == 48
+    assert roll_back(finding, [], [], back=8) == Decision("roll_back", "loss_spike", 50, 0, (42, 50))
+    again = roll_back(finding, [40], [going], back=8)
+    assert skipped([going, again])[1] == (50, 58)
+    with pytest.raises(ValueError, match="rolled back to step 40 3 times"):
+        roll_back(finding, [40], [going] * 3, back=8)
+    slower = lower(finding)
+    assert [learning_rate_factor([slower], step) for step in (51, 52)] == [1, 0.5]
+    assert start_of(60, [], [going]) == 40 and start_of(60, [going], [going]) == 60
+    assert start_of(None, [], [slower]) is None and start_of(30, [], [going]) == 30

@@ -1,0 +1,42 @@
+"""A step's statistics as one line of metrics.jsonl, and what the detector reads of it."""
+
+from typing import Any
+
+import numpy as np
+
+from batiste.train.health_statistics import HealthStatistics
+
+DIGITS = 4  # Significant ones; a line of the quickstart has 2.3 kB.
+BY_PARAMETER = ("gradient", "parameter", "update")
+BY_LAYER = ("rms", "largest", "entropy", "logit", "dead", "router_load", "router_idle")
+SCALARS = ("loss", "gradient_norm", "learning_rate")
+
+
+def health_record(
+    statistics: HealthStatistics, metrics: dict[str, float], seconds: float, wait: float
+) -> dict[str, Any]:
+    """Returns the record, JSON as it is but for what is not finite; the detector sees no more.
+
+    gradient, parameter, update: norms by name, lists by layer where it is stacked. BY_LAYER: lists.
+    row_loss, row_checksum: lists by row. SCALARS: of `metrics`. seconds: since the record of the
+    step before; wait: of them, until the batch was there.
+    """
+    record: dict[str, Any] = {name: metrics[name] for name in SCALARS}
+    record |= {"seconds": _rounded(seconds), "wait": _rounded(wait)}
+    for name in BY_PARAMETER:
+        norms = getattr(statistics, name)
+        record[name] = {key: _rounded(norm) for key, norm in sorted(norms.items())}
+    for name in BY_LAYER:
+        values_L = getattr(statistics, f"{name}_L")
+        if values_L is not None:
+            record[name] = _rounded(values_L)
+    record["row_loss"] = _rounded(statistics.loss_B)
+    record["row_checksum"] = np.asarray(statistics.checksum_B).astype(int).tolist()
+    return record
+
+
+def _rounded(values: Any) -> Any:
+    values = np.asarray(values, np.float64)
+    if values.ndim == 0:
+        return float(f"{values:.{DIGITS}g}")
+    return [float(f"{value:.{DIGITS}g}") for value in values]
