@@ -1,4 +1,4 @@
-"""Laws of the loss in chunks: it is that of all logits, and moves the head once in each direction."""
+"""Laws of the loss in chunks: it is that of all logits, and moves the head once each way."""
 
 import dataclasses
 import functools
