@@ -89,7 +89,7 @@ class Launched(Exception):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_docstring_holds_the_command_that_launches_it(name, monkeypatch):
-    def launched(experiment, *others):
+    def launched(experiment, workdir, *others):
         raise Launched(experiment, workdir)
 
     monkeypatch.setattr(main, "train", launched)
