@@ -5,7 +5,7 @@
 """
 
 from batiste.data.config import DataConfig, SourceConfig
-from batiste.data.file_hashes import damage, digest_of, hash_files
+from batiste.data.file_hashes import damage, hash_files, read_signed, write_signed
 from batiste.data.loader import Loader
 from batiste.data.order import position
 from batiste.data.packing import Batch
@@ -15,5 +15,6 @@ from batiste.data.tokenizer import Tokenizer, load_tokenizer
 
 __all__ = [
     "Batch", "DataConfig", "Loader", "Prepared", "SourceConfig", "Tokenizer", "damage",
-    "digest_of", "hash_files", "load_prepared", "load_tokenizer", "position", "prepare",
+    "hash_files", "load_prepared", "load_tokenizer", "position", "prepare", "read_signed",
+    "write_signed",
 ]

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import json
+import os
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -23,9 +24,22 @@ def hash_files(directory: pathlib.Path) -> Hashes:
             for path, each in zip(paths, found, strict=True)}
 
 
-def digest_of(value: Any) -> str:
-    """The xxh3-128 of something that JSON can say, in hex; the order of keys does not matter."""
-    return xxhash.xxh3_128_hexdigest(json.dumps(value, sort_keys=True).encode())
+def write_signed(path: pathlib.Path, value: dict[str, Any]) -> None:
+    """Writes a dict as JSON with a digest of itself, and waits until it is on the disk."""
+    signed = value | {"digest": _digest(value)}
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(json.dumps(signed, indent=1) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_signed(path: pathlib.Path) -> dict[str, Any] | None:
+    """What `write_signed` wrote, None if that is not what the file holds; FileNotFoundError."""
+    try:
+        value = json.loads(path.read_bytes())
+        return value if value.pop("digest") == _digest(value) else None
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return None
 
 
 def damage(
@@ -49,6 +63,10 @@ def damage(
                 return (f"{directory / name} is not what was written (xxh3 {actual}, expected "
                         f"{expected[name][1]})")
     return None
+
+
+def _digest(value: Any) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(value, sort_keys=True).encode())
 
 
 def _hash(path: pathlib.Path) -> tuple[int, str]:

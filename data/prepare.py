@@ -16,9 +16,9 @@ from collections.abc import Iterator
 from batiste.data.config import DataConfig
 from batiste.data.corpus import HeldOut, Survey, survey
 from batiste.data.encoder import Encoder, token_dtype
-from batiste.data.file_hashes import hash_files
+from batiste.data.file_hashes import hash_files, write_signed
 from batiste.data.prepared import (
-    SPLITS, TOKENIZER_FILE, Prepared, load_prepared, problem, write_manifest,
+    MANIFEST, SPLITS, TOKENIZER_FILE, Prepared, load_prepared, problem,
 )
 from batiste.data.quarantine import Quarantine
 from batiste.data.sources import Source, open_source
@@ -118,7 +118,7 @@ def _prepare_in(
         "versions": _versions(),
     }
     manifest["validation"] |= held_out.figures()
-    write_manifest(work, manifest)
+    write_signed(work / MANIFEST, manifest)
 
 
 def _survey_all(

@@ -1,6 +1,5 @@
 """One Transformer: embed, a scanned stack of blocks, norm, logits."""
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -11,17 +10,15 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from batiste.models.attention import Attention, LayerCache
+from batiste.models.attention import LayerCache
 from batiste.models.attention_choice import OneOf, fused_losses
+from batiste.models.block import Block, LayerOutput, split_time
 from batiste.models.chunked_loss import Head, Rows, chunked_loss
 from batiste.models.config import TransformerConfig
-from batiste.models.layer_sums import LayerSums, layer_sums
-from batiste.models.layers import PRODUCT, FeedForward, Norm, dropout, lookup, project
-from batiste.models.mixture import Mixture
+from batiste.models.layers import PRODUCT, Norm, dropout, lookup, project
 from batiste.models.parameter import gathered, matrix
 from batiste.models.pipeline import LAYER_INPUT, Layers, pipelined
 from batiste.models.positions import rotation, sinusoids
-from batiste.models.router import RouterSums
 from batiste.models.token_loss import LossRules
 from batiste.pallas_kernels import AttentionMask
 from batiste.sharding import (
@@ -49,86 +46,6 @@ class Cache(NamedTuple):
     k_LBSKH: jax.Array
     v_LBSKH: jax.Array
     length_B: jax.Array
-
-
-class LayerOutput(NamedTuple):
-    """What a layer returns beside x_BTD: None for what it was not given or does not have."""
-
-    cache: LayerCache | None
-    router: RouterSums | None
-    sums: LayerSums | None
-
-
-class Block(nnx.Module):
-    """Attention and feed-forward or experts, each added to the residual stream."""
-
-    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
-        self.attention = Attention(config, rngs=rngs)
-        self.mixture = None if config.num_experts is None else Mixture(config, rngs=rngs)
-        # Shared experts, which every token takes, are together one wider feed-forward.
-        dense = config if self.mixture is None else dataclasses.replace(
-            config, mlp_dim=config.shared_experts * config.mlp_dim
-        )
-        self.feed_forward = FeedForward(dense, rngs=rngs) if dense.mlp_dim else None
-        before, after = config.norm_placement != "post", config.norm_placement != "pre"
-        self.attention_norm = Norm(config) if before else None
-        self.feed_forward_norm = Norm(config) if before else None
-        self.attention_post_norm = Norm(config) if after else None
-        self.feed_forward_post_norm = Norm(config) if after else None
-        self.norms_the_sum = config.norm_placement == "post"
-        self.dropout_rate = config.dropout
-
-    def __call__(self, x_BTD, mask, rotation, cache, dropout_key, measured):
-        """Returns x_BTD after the block, and the LayerOutput."""
-        keys = (None,) * 3 if dropout_key is None else jax.random.split(dropout_key, 3)
-        h_BTD = x_BTD if self.attention_norm is None else self.attention_norm(x_BTD)
-        h_BTD, cache, attention = self.attention(
-            whole_time(h_BTD, cache), mask, rotation, cache, keys[0], measured)
-        h_BTD = checkpoint_name(split_time(h_BTD, cache), "attention")
-        h_BTD = dropout(h_BTD, self.dropout_rate, keys[1])
-        x_BTD = self._add(x_BTD, h_BTD, self.attention_post_norm)
-        h_BTD = x_BTD if self.feed_forward_norm is None else self.feed_forward_norm(x_BTD)
-        h_BTD, router, units_BTF = self._feed(h_BTD, mask, cache)
-        h_BTD = checkpoint_name(h_BTD, "feed_forward")
-        h_BTD = dropout(h_BTD, self.dropout_rate, keys[2])
-        x_BTD = self._add(x_BTD, h_BTD, self.feed_forward_post_norm)
-        sums = layer_sums(x_BTD, mask, units_BTF, attention) if measured else None
-        return x_BTD, LayerOutput(cache, router, sums)
-
-    def _feed(self, x_BTD, mask, cache):
-        """The feed-forward, the experts, or both and their sum; what the router and the units did."""
-        out_BTD = routed_BTD = router = units_BTF = None
-        if self.feed_forward is not None:
-            units_BTF = self.feed_forward.hidden(whole_time(x_BTD, cache))
-            out_BTD = split_time(self.feed_forward.output(units_BTF), cache)
-        if self.mixture is not None:
-            routed_BTD, router = self.mixture(
-                x_BTD, mask.query_segments_BT, between_blocks=cache is None
-            )
-        parts = [part for part in (out_BTD, routed_BTD) if part is not None]
-        return sum(parts[1:], start=parts[0]), router, units_BTF
-
-    def _add(self, x_BTD: jax.Array, h_BTD: jax.Array, norm: Norm | None) -> jax.Array:
-        """pre: x + h. sandwich: x + norm(h). post: norm(x + h)."""
-        if norm is None:
-            return x_BTD + h_BTD
-        return norm(x_BTD + h_BTD) if self.norms_the_sum else x_BTD + norm(h_BTD)
-
-
-# Each of the two says both layouts. Left to the compiler, the sum over `tensor` that ends a block
-# became a gather of all heads.
-
-
-def split_time(x_BTD: jax.Array, cache: LayerCache | None) -> jax.Array:
-    """The residual stream as it lies between blocks; time is whole while decoding, often a token."""
-    x_BTD = constrain(x_BTD, "BTD")
-    return x_BTD if cache is not None else constrain(x_BTD, "BTD", between_blocks=True)
-
-
-def whole_time(x_BTD: jax.Array, cache: LayerCache | None) -> jax.Array:
-    """What enters a block's products: the same, whole over `tensor`."""
-    x_BTD = x_BTD if cache is not None else constrain(x_BTD, "BTD", between_blocks=True)
-    return constrain(x_BTD, "BTD")
 
 
 class Transformer(nnx.Module):

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 
 from batiste.pallas_kernels import certified
 from batiste.pallas_kernels.attention import attend, even_heads, kernels_of
-from batiste.pallas_kernels.mask import AttentionMask
 from batiste.pallas_kernels.operands import Operands, Options
 from batiste.pallas_kernels.reference import reference_attention, reference_gradients
 

@@ -11,7 +11,6 @@ from flax import nnx
 
 from batiste.models import Transformer, TransformerConfig
 from batiste.models.positions import alibi_slopes, rope_frequencies, rotate, rotation, sinusoids
-from batiste.pallas_kernels import AttentionMask, reference_attention
 
 VARIANTS = {
     "plain": {},

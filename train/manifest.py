@@ -4,13 +4,12 @@ A step is saved in N.unfinished/, its files are hashed into N.unfinished/manifes
 directory is renamed to N/: what has a number for a name and no manifest of its own is no step.
 """
 
-import json
 import os
 import pathlib
 import shutil
 from typing import NamedTuple
 
-from batiste.data import damage, digest_of, hash_files
+from batiste.data import damage, hash_files, read_signed, write_signed
 
 CHECKPOINT_FOLDER = "checkpoints"
 MANIFEST_FILE = "manifest.json"
@@ -27,12 +26,7 @@ class Found(NamedTuple):
 def commit(unfinished: pathlib.Path, step: int) -> dict[str, int]:
     """Turns `unfinished` into the committed step; returns its number of files and bytes."""
     files = hash_files(unfinished)
-    manifest = {"step": step, "files": files}
-    text = json.dumps(manifest | {"digest": digest_of(manifest)}, indent=1) + "\n"
-    with open(unfinished / MANIFEST_FILE, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    write_signed(unfinished / MANIFEST_FILE, {"step": step, "files": files})
     set_aside(unfinished.parent, step)
     os.rename(unfinished, unfinished.parent / str(step))
     return {"files": len(files), "bytes": sum(size for size, _ in files.values())}
@@ -106,14 +100,10 @@ def remove(folder: pathlib.Path, step: int) -> None:
 def _manifest(folder: pathlib.Path, step: int) -> dict | str:
     """The manifest of a step, or why it has none."""
     path = folder / str(step) / MANIFEST_FILE
-    try:
-        manifest = json.loads(path.read_bytes())
-        whole = manifest.pop("digest") == digest_of(manifest)
-    except FileNotFoundError:
+    if not path.is_file():
         return f"{path} is missing: a partial or foreign directory"
-    except (ValueError, LookupError, TypeError, AttributeError):
-        whole = False
-    if not whole:
+    manifest = read_signed(path)
+    if manifest is None:
         return f"{path} is damaged"
     if manifest["step"] != step:
         return f"{path} is of step {manifest['step']}: a renamed directory"

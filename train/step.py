@@ -17,7 +17,7 @@ from batiste.train.faults import faulty_gradients, faulty_params, faulty_updates
 from batiste.train.gradients import accumulate
 from batiste.train.health_statistics import health_statistics
 from batiste.train.local_steps import Workers, exchanged_bytes, make_exchange
-from batiste.train.objectives import RouterTerms, Terms
+from batiste.train.objectives import RouterTerms
 from batiste.train.precision import adjust, all_finite, keep_if, unscale
 from batiste.train.slices import all_reduce_bytes, in_each_slice, summed_bytes, summed_once
 from batiste.train.state import Program, TrainState
