@@ -199,13 +199,13 @@ def last_saved(workdir: str | os.PathLike) -> int | None:
     """The newest step that a run in `workdir` has saved and not gone back behind; None for none."""
     if not pathlib.Path(workdir, LEDGER_FILE).is_file():
         return None
-    newest = 0
+    saved: list[int] = []
     for event in read_ledger(workdir):
         if event["event"] == "saved":
-            newest = max(newest, event["step"])
+            saved.append(event["step"])
         elif event["event"] == "decision" and event["action"] == "roll_back":
-            newest = min(newest, event["to"])
-    return newest or None
+            saved = [step for step in saved if step <= event["to"]]
+    return max(saved, default=None)
 
 
 def boot_id() -> str | None:
