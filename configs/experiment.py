@@ -10,7 +10,7 @@ from batiste.data import DataConfig
 from batiste.inference import SamplingConfig
 from batiste.models import TransformerConfig
 from batiste.sharding import AXES, MeshConfig, layer_order
-from batiste.train import TrainConfig
+from batiste.train import TrainConfig, parse_fault
 
 
 @dataclasses.dataclass
@@ -31,6 +31,12 @@ class Experiment:
             raise ValueError(
                 f"data.sequence_length={self.data.sequence_length} exceeds model.max_length="
                 f"{self.model.max_length}: raise model.max_length"
+            )
+        fault, depth = parse_fault(self.train.faults), self.model.num_layers
+        if fault is not None and fault.layer is not None and not 0 <= fault.layer < depth:
+            raise ValueError(
+                f"train.faults={self.train.faults!r}: expected a layer from 0 to {depth - 1}, as "
+                f"model.num_layers={depth}"
             )
         learned = self.data.tokenizer in ("bpe", "unigram")
         if learned and self.data.vocab_size > self.model.vocab_size:

@@ -37,8 +37,8 @@ def prepare(config: DataConfig, directory) -> Prepared:
     """Returns the records of `config` in `directory`/FINGERPRINT, made now or before.
 
     The same inputs have the same fingerprint and are read only to be hashed. A preparation that
-    dies leaves nothing that looks finished; one that was damaged since is made again. Raises ValueError for input that cannot be used and
-    OSError for a disk that cannot.
+    dies leaves nothing that looks finished; one that was damaged since is made again. Raises
+    ValueError for input that cannot be used and OSError for a disk that cannot.
     """
     config.validate()
     directory = pathlib.Path(directory)

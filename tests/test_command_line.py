@@ -23,6 +23,7 @@ REFUSED = {
     "--config.data.sources[0].pth=x": ("--config.data.sources[0].path?",),
     "--config.model.num_layers=abc": ("--config.model.num_layers=abc", "a whole number"),
     "--config.model.num_layers=2.5": ("--config.model.num_layers=2.5", "a whole number"),
+    "--config.train.faults=dead_layer:layer=9": ("train.faults='dead_layer:layer=9'", "from 0 to"),
     "--config.train.schedule.learning_rate=fast": ("learning_rate=fast", "expected a number"),
     "--config.train.stop.patience=soon": ("--config.train.stop.patience=soon", "a whole number"),
     "--config.model.bias=maybe": ("--config.model.bias=maybe", "true or false"),

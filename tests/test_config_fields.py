@@ -39,7 +39,8 @@ LLAMA3 = {"model.rope_scaling": "llama3", "model.rope_original_length": 16}
 BASES = {
     probes.shapes: MODEL, probes.logits: MODEL, probes.step_text: MODEL, probes.start: MODEL,
     probes.two_steps: HALF, probes.rates: MODEL, probes.updates: MODEL,
-    probes.watched: MODEL | {"train.health.every": 1}, probes.tpu_step_text: MODEL, probes.exchanged: MODEL | {"mesh.slice": 2, "train.local.steps": 1},
+    probes.watched: MODEL | {"train.health.every": 1}, probes.tpu_step_text: MODEL,
+    probes.exchanged: MODEL | {"mesh.slice": 2, "train.local.steps": 1},
     probes.pipeline_text: MODEL | {"model.num_layers": 4, "train.batch_size": 16, "mesh.stage": 2,
                                    "mesh.micro_batches": 2},
     probes.layout: MODEL | {"train.batch_size": 8}, probes.records: BYTES,

@@ -25,8 +25,8 @@ LOOK_BACK = 4  # Windows of records that a continued run looks at again.
 class Watched:
     """What a Monitor writes to, and knows of the run.
 
-    meta: of the run; its decisions grow. settings: the flat config. note: says a line on the terminal. examples: step ->
-    numbers of the records in its batch, by row.
+    meta: of the run; its decisions grow. settings: the flat config. note: says a line on the
+    terminal. examples: step -> numbers of the records in its batch, by row.
     """
 
     meta: dict[str, Any]
