@@ -27,7 +27,7 @@ from batiste.sharding import (
 )
 from batiste.train import (
     Checkpoints, Decision, Found, Ledger, MetricsWriter, Monitor, Records, RollBack, Run, Watched,
-    arrays_of, check_mode, check_override, check_same, compilation_booked, decide, decided,
+    arrays_of, check_mode, check_override, check_same, compilation_booked, complain, decide, decided,
     decisions_of, faulty_batches, fit, from_checkpoint, last_saved, make_train_step, parse_fault,
     roll_back, skipped, start_of, steered,
 )
@@ -199,8 +199,7 @@ def _report(ledger: Ledger, event: str, **fields: Any) -> None:
     ledger.write(event, **fields)
     if event == "save_failed" and is_first():
         again = "; trying again" if fields["in_a_row"] == 1 else ""
-        print(f"the checkpoint of step {fields['step']} could not be saved: {fields['why']}{again}",
-              file=sys.stderr, flush=True)
+        complain(f"the checkpoint of step {fields['step']} could not be saved: {fields['why']}{again}")
 
 
 def _fit(
