@@ -33,6 +33,7 @@ from batiste.data import DataConfig, SourceConfig, order
 from batiste.inference import SamplingConfig
 from batiste.models import TransformerConfig
 from batiste.train.account import read_account
+from batiste.train.lines import Lines
 from batiste.train.metrics import read_metrics
 
 KILLS = flags.DEFINE_integer("kills", 100, "How often the run is killed or stopped.", 1)
@@ -72,14 +73,13 @@ def experiment(corpus: str, steps: int) -> Experiment:
 
 def instrument() -> None:
     """In the run: notes which example stands at which position, and sets the clock where asked."""
-    records_at = order.Order.records_at
+    records_at, lines = order.Order.records_at, Lines(pathlib.Path(os.environ[EXAMPLES]))
 
     def noted(self, positions):
         found = records_at(self, positions)
         line = [sum(self._sizes), [int(at) for at in positions], [int(each) for each in found]]
-        with (contextlib.suppress(OSError),  # What a full disk does not take is read again.
-              open(os.environ[EXAMPLES], "a", encoding="utf-8") as file):
-            file.write(f"\n{json.dumps(line)}\n")  # A line before it may be torn.
+        lines.add(json.dumps(line) + "\n")
+        lines.write()
         return found
 
     order.Order.records_at = noted
@@ -97,7 +97,7 @@ def examples(run: Run, steps: int) -> list[int]:
     """The example at each position of the training data; another one at a second reading fails."""
     found: dict[tuple[int, int], int] = {}
     for line in run.examples.read_text().splitlines():
-        with contextlib.suppress(json.JSONDecodeError):  # Empty, or torn.
+        with contextlib.suppress(json.JSONDecodeError):  # Torn.
             records, positions, examples = json.loads(line)
             for position, example in zip(positions, examples, strict=True):
                 if found.setdefault((records, position), example) != example:
