@@ -22,6 +22,7 @@ import shutil
 import statistics
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 
@@ -75,11 +76,14 @@ def instrument() -> None:
     """In the run: notes which example stands at which position, and sets the clock where asked."""
     records_at, lines = order.Order.records_at, Lines(pathlib.Path(os.environ[EXAMPLES]))
 
+    lock = threading.Lock()
+
     def noted(self, positions):
         found = records_at(self, positions)
         line = [sum(self._sizes), [int(at) for at in positions], [int(each) for each in found]]
-        lines.add(json.dumps(line) + "\n")
-        lines.write()
+        with lock:
+            lines.add(json.dumps(line) + "\n")
+            lines.write()
         return found
 
     order.Order.records_at = noted
