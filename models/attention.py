@@ -29,7 +29,8 @@ class Attention(nnx.Module):
 
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
         sizes, stddev = config.sizes, config.init_stddev
-        self.scale = config.head_dim**-0.5
+        given = config.attention_scale
+        self.scale = config.head_dim**-0.5 if given is None else given
         self.soft_cap = config.attention_soft_cap
         self.alibi = config.positions == "alibi"
         self.dropout_rate = config.dropout
@@ -40,10 +41,11 @@ class Attention(nnx.Module):
         self.out_NHD = matrix(
             rngs, "NHD", sizes, inputs="NH", stddev=stddev, gain=residual_gain(config)
         )
-        self.query_bias_NH = vector("NH", sizes, 0.0) if config.bias else None
-        self.key_bias_KH = vector("KH", sizes, 0.0) if config.bias else None
-        self.value_bias_KH = vector("KH", sizes, 0.0) if config.bias else None
-        self.out_bias_D = vector("D", sizes, 0.0) if config.bias else None
+        has_bias = config.bias != "none"
+        self.query_bias_NH = vector("NH", sizes, 0.0) if has_bias else None
+        self.key_bias_KH = vector("KH", sizes, 0.0) if has_bias else None
+        self.value_bias_KH = vector("KH", sizes, 0.0) if has_bias else None
+        self.out_bias_D = vector("D", sizes, 0.0) if config.bias == "all" else None
         self.query_norm = Norm(config, "H") if config.qk_norm else None
         self.key_norm = Norm(config, "H") if config.qk_norm else None
         self.sinks_N = vector("N", sizes, 0.0) if config.attention_sinks else None

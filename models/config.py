@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from batiste.pallas_kernels import certified
 
 ACTIVATIONS = ("relu", "relu2", "gelu", "swiglu", "geglu")
-NORMS = ("rms", "layer")
-NORM_PLACEMENTS = ("pre", "post", "sandwich")
+NORMS = ("rms", "rms_plus_one", "layer")
+NORM_PLACEMENTS = ("pre", "post", "sandwich", "parallel")
+BIASES = ("none", "qkv", "all")
 POSITIONS = ("rope", "learned", "sinusoidal", "alibi", "none")
 ROPE_SCALINGS = ("linear", "llama3")
 LAYER_KINDS = ("global", "local")
@@ -29,6 +30,11 @@ class TransformerConfig:
     `remat` says what of a layer the backward pass finds saved: "none" recomputes nothing, "dots" all
     but products with weights, "full" everything, "names" everything but the tensors named in `saved`
     and, moved to the host's memory, in `offloaded` (see TENSOR_NAMES).
+    `bias` says which products have one: none, those to queries, keys and values, or all, and then
+    LayerNorms too. Norm "rms_plus_one" stores its scale less 1 (Gemma). Placed "parallel", one norm
+    feeds attention and feed-forward, and both are added at once (PaLM, arXiv:2204.02311).
+    `local_rope_base` is the base of local layers, which are then not scaled (None: as the others).
+    `attention_scale` multiplies queries by keys (None: 1 / sqrt(head_dim)).
     `attention` names the chip whose kernels to use; "auto" is settled by `resolve_attention`.
     With `num_experts` every layer's feed-forward is a mixture of so many of size `mlp_dim`: a token
     takes `experts_per_token` of them by `expert_scores`, and one dense feed-forward of size
@@ -54,11 +60,13 @@ class TransformerConfig:
     norm: str = "rms"
     norm_placement: str = "pre"
     norm_epsilon: float = 1e-6
-    bias: bool = False
+    bias: str = "none"
     qk_norm: bool = False
+    embedding_norm: bool = False
 
     positions: str = "rope"
     rope_base: float = 10_000.0
+    local_rope_base: float | None = None
     rope_scaling: str | None = None
     rope_factor: float = 8.0
     rope_low_frequency_factor: float = 1.0
@@ -68,6 +76,7 @@ class TransformerConfig:
     layer_pattern: tuple[str, ...] = ("global",)
     window: int | None = None
     attention: str = "reference"
+    attention_scale: float | None = None
     attention_soft_cap: float | None = None
     attention_sinks: bool = False
     logit_soft_cap: float | None = None
@@ -109,7 +118,7 @@ class TransformerConfig:
         """Raises ValueError, naming the field and a fix, for a model that cannot be built."""
         for field, choices in (
             ("activation", ACTIVATIONS), ("norm", NORMS), ("norm_placement", NORM_PLACEMENTS),
-            ("positions", POSITIONS), ("dtype", DTYPES),
+            ("positions", POSITIONS), ("dtype", DTYPES), ("bias", BIASES),
             ("remat", REMAT_POLICIES), ("attention", ATTENTIONS), ("expert_scores", EXPERT_SCORES),
         ):
             _check_choice(field, getattr(self, field), choices)
@@ -167,8 +176,10 @@ class TransformerConfig:
             )
         if self.shared_experts < 0:
             raise ValueError(f"model.shared_experts={self.shared_experts}: expected at least 0")
-        if self.bias:
-            raise ValueError("model.bias=True: experts have no biases; set model.bias=False")
+        if self.bias == "all":
+            raise ValueError(
+                "model.bias='all': experts have no biases; set model.bias='none' or 'qkv'"
+            )
 
     def _validate_pattern(self) -> None:
         if not self.layer_pattern:
@@ -184,6 +195,13 @@ class TransformerConfig:
             raise ValueError(
                 f"model.window={self.window} has no effect: no layer of model.layer_pattern="
                 f"{self.layer_pattern} is 'local'; unset model.window or add one"
+            )
+        if self.local_rope_base is None:
+            return
+        if self.positions != "rope" or "local" not in self.layer_pattern:
+            raise ValueError(
+                f"model.local_rope_base={self.local_rope_base} has no effect: it needs "
+                "model.positions='rope' and a 'local' layer in model.layer_pattern"
             )
 
 

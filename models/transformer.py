@@ -1,7 +1,6 @@
 """One Transformer: embed, a scanned stack of blocks, norm, logits."""
 
 import functools
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -60,6 +59,7 @@ class Transformer(nnx.Module):
         self.position_TD = (
             matrix(rngs, "TD", sizes, inputs="D", stddev=stddev) if learned else None
         )
+        self.embedding_norm = Norm(config) if config.embedding_norm else None
         build = nnx.vmap(lambda rngs: Block(config, rngs=rngs), in_axes=0, out_axes=0)
         self.layers = nnx.split_rngs(splits=config.num_layers)(build)(rngs)
         self.norm = Norm(config) if config.norm_placement != "post" else None
@@ -170,11 +170,15 @@ class Transformer(nnx.Module):
 
         def run(pattern, rows, x_BTD, layers):
             positions_BT, segments = rows
-            turn = rotation(config, positions_BT) if config.positions == "rope" else None
+            turns = self._rotations(positions_BT)
             masks = self._masks(segments, cache)
 
             def apply(kind, x_BTD, layer):
-                mask = OneOf(tuple(masks.values()), layer.kinds) if kind is None else masks[kind]
+                if kind is None:
+                    mask = OneOf(tuple(masks.values()), layer.kinds)
+                    turn = _one_of(tuple(turns.values()), layer.kinds)
+                else:
+                    mask, turn = masks[kind], turns[kind]
                 x_BTD = checkpoint_name(x_BTD, LAYER_INPUT)
                 block = nnx.merge(graphdef, gathered(layer.weights))
                 return block(x_BTD, mask, turn, layer.cache, layer.keys, measured)
@@ -203,16 +207,35 @@ class Transformer(nnx.Module):
             for kind in self.config.layer_pattern
         }
 
+    def _rotations(self, positions_BT: jax.Array) -> dict[str, tuple | None]:
+        """How each kind of layer rotates; kinds that rotate alike share the arrays."""
+        config, kinds = self.config, dict.fromkeys(self.config.layer_pattern)
+        if config.positions != "rope":
+            return kinds
+        if config.local_rope_base is None:
+            return dict.fromkeys(kinds, rotation(config, positions_BT))
+        return {kind: rotation(config, positions_BT, kind) for kind in kinds}
+
     def _embed(self, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
         config = self.config
         x_BTD = lookup(gather(self.embedding_VD[...], "VD"), tokens_BT, "VD")
         if config.scale_embeddings:
-            x_BTD *= math.sqrt(config.model_dim)
+            # In the compute dtype, as Gemma was trained: 55.5 and not 55.43 in bf16.
+            x_BTD *= jnp.sqrt(float(config.model_dim)).astype(config.dtype).astype(jnp.float32)
         if config.positions == "learned":
             x_BTD += lookup(gather(self.position_TD[...], "TD"), positions_BT, "TD")
         elif config.positions == "sinusoidal":
             x_BTD += sinusoids(positions_BT, config.model_dim)
+        if self.embedding_norm is not None:
+            x_BTD = self.embedding_norm(x_BTD)
         return x_BTD.astype(config.dtype)
+
+
+def _one_of(turns: tuple, index: jax.Array) -> tuple | None:
+    """The rotation at an index that is known when the program runs."""
+    if all(turn is turns[0] for turn in turns):
+        return turns[0]
+    return jax.tree.map(lambda *each: jnp.stack(each)[index], *turns)
 
 
 def _places(tokens_BT: jax.Array) -> jax.Array:

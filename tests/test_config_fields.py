@@ -67,8 +67,9 @@ CASES = {
     **cases(probes.shapes, "model.", {
         "vocab_size": 16, "num_layers": 3, "model_dim": 16, "num_heads": 4, "num_kv_heads": 1,
         "head_dim": 8, "mlp_dim": 16, "max_length": (32, {"model.positions": "learned"}),
-        "bias": True, "qk_norm": True, "attention_sinks": True, "tied_embeddings": False,
-        "num_experts": 4, "shared_experts": (1, EXPERTS), "router_bias": (True, EXPERTS),
+        "bias": "qkv", "qk_norm": True, "embedding_norm": True, "attention_sinks": True,
+        "tied_embeddings": False, "num_experts": 4, "shared_experts": (1, EXPERTS),
+        "router_bias": (True, EXPERTS),
     }),
     **cases(probes.logits, "model.", {
         "activation": "geglu", "norm": "layer", "norm_placement": "sandwich",
@@ -79,7 +80,8 @@ CASES = {
         "layer_pattern": (("local", "global"), {"model.window": 2, "model.layer_pattern":
                                                 ("global", "local")}),
         "window": (3, {"model.window": 2, "model.layer_pattern": ("local",)}),
-        "attention_soft_cap": 0.5, "logit_soft_cap": 0.5, "scale_embeddings": True,
+        "local_rope_base": (100.0, {"model.window": 2, "model.layer_pattern": ("local",)}),
+        "attention_scale": 0.1, "attention_soft_cap": 0.5, "logit_soft_cap": 0.5, "scale_embeddings": True,
         "experts_per_token": (1, EXPERTS), "expert_scores": ("sigmoid", EXPERTS),
         "dropout": 0.5, "init_stddev": 0.02, "depth_scaled_init": False, "dtype": "bfloat16",
     }),

@@ -15,7 +15,7 @@ from batiste.models.positions import alibi_slopes, rope_frequencies, rotate, rot
 VARIANTS = {
     "plain": {},
     "mha, gelu, layer norm, biases, learned positions": dict(
-        num_kv_heads=4, activation="gelu", norm="layer", bias=True, positions="learned"),
+        num_kv_heads=4, activation="gelu", norm="layer", bias="all", positions="learned"),
     "mqa, relu2, post norm, alibi": dict(
         num_kv_heads=1, activation="relu2", norm_placement="post", positions="alibi"),
     "sandwich, geglu, soft caps, local and global layers": dict(
@@ -26,6 +26,11 @@ VARIANTS = {
     "llama3 rope, unrolled": dict(rope_scaling="llama3", rope_original_length=8, scan_unroll=3),
     "linear rope, relu": dict(rope_scaling="linear", activation="relu", init_stddev=0.3),
     "no positions, remat": dict(positions="none", remat="full"),
+    "parallel, one norm less, a scale, norms stored less one": dict(
+        norm_placement="parallel", norm="rms_plus_one", attention_scale=0.7, bias="qkv"),
+    "local rope, embedding norm": dict(
+        local_rope_base=50.0, embedding_norm=True, rope_scaling="linear",
+        layer_pattern=("local", "global"), window=5),
 }
 
 

@@ -65,7 +65,7 @@ def test_predicted_state_is_what_a_real_state_takes(kind, data, tensor, zero):
 
 @pytest.mark.parametrize("change", [
     {}, {"activation": "geglu", "qk_norm": True},
-    {"norm": "layer", "bias": True, "positions": "none"},
+    {"norm": "layer", "bias": "all", "positions": "none"},
     {"layer_pattern": ("global",), "window": None}, {"norm_placement": "sandwich"},
     {"num_kv_heads": 8}, {"num_kv_heads": 1, "dtype": "float32"}, {"num_experts": 6},
 ], ids=str)

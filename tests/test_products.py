@@ -12,7 +12,7 @@ from step_checks import WIDE, alone, check_equal, three_steps, train_config
 from batiste.sharding import MeshConfig
 
 MODEL = dataclasses.replace(
-    WIDE, num_layers=4, max_length=48, mlp_dim=24, bias=False, layer_pattern=("local", "global"), window=5,
+    WIDE, num_layers=4, max_length=48, mlp_dim=24, bias="none", layer_pattern=("local", "global"), window=5,
     num_experts=4, experts_per_token=2, shared_experts=1, router_bias=True,
 )
 BATCH = make_batch(8, 32, 40, 0)

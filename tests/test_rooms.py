@@ -82,7 +82,7 @@ def test_import_is_quick_and_touches_no_device():
 
 
 @pytest.mark.parametrize("change", [
-    {}, {"bias": True, "norm": "layer", "norm_placement": "sandwich", "qk_norm": True,
+    {}, {"bias": "all", "norm": "layer", "norm_placement": "sandwich", "qk_norm": True,
          "positions": "learned", "attention_sinks": True, "tied_embeddings": False},
 ])
 def test_parameter_names_spell_their_letters(model_config, change):
