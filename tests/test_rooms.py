@@ -24,6 +24,7 @@ MAY_IMPORT = {
     "train": {"pallas_kernels", "sharding", "models", "inference", "data"},
     "evaluation": {"pallas_kernels", "sharding", "models", "inference", "data", "train"},
     "planning": {"sharding", "data", "models", "train"},
+    "interop": {"pallas_kernels", "sharding", "data", "models", "inference"},
     "configs": {"pallas_kernels", "sharding", "models", "inference", "data", "train", "evaluation"},
 }
 PUBLIC_ONLY = [(path, room) for room in MAY_IMPORT for path in sorted((ROOT / room).glob("*.py"))]
