@@ -38,8 +38,7 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]>=0.10,<0.13"],
         "cuda": ["jax[cuda12]>=0.10,<0.13"],
-        # To use a tokenizer.json; weights need none of these.
-        "hf": ["tokenizers>=0.21", "gguf>=0.10"],
+        "hf": ["transformers>=4.50", "safetensors>=0.4", "gguf>=0.10"],
         "eval": ["sacrebleu>=2.4", "rouge-score>=0.1.2"],
         "dev": [
             "pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "nbclient>=0.10", "ipykernel>=6.29", "nbformat>=5.10",
