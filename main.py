@@ -19,6 +19,7 @@ from batiste.configs.experiment import Experiment, flatten, from_dict
 from batiste.data import Loader, Prepared, load_prepared, position
 from batiste.data import prepare as prepare_data
 from batiste.evaluation import Perplexity
+from batiste.exchange import Export, export_model, import_model, imported
 from batiste.forecast import check_memory
 from batiste.inference import SamplingConfig
 from batiste.sharding import (
@@ -112,7 +113,9 @@ def _train(
     if not force:
         check_memory(experiment)
     found, stored = _stored(workdir, experiment)
-    check_mode(resume, found, last_saved(workdir), str(workdir))
+    begun = imported(workdir)
+    if begun is None or resume != "must":
+        check_mode(resume, found, last_saved(workdir), str(workdir))
     free = (*_free_to_change(experiment), *resume_override)
     changed = [] if found.step is None else check_same(stored["config"], flat, free)
     check_shared(workdir)
@@ -126,6 +129,8 @@ def _train(
     arrays = arrays_of(assembly.program.abstract_state)
     if found.step is not None:
         check_same(stored["arrays"], arrays)
+    if begun is not None:
+        begun.check(experiment, assembly.program.abstract_state.params)
     if is_first():
         _save_config(experiment, workdir)
     ledger.begin(**assembly.facts())
@@ -144,7 +149,7 @@ def _train(
 
 def evaluate(workdir: str | os.PathLike) -> Perplexity:
     """The perplexity of a trained work directory's newest checkpoint on its validation split."""
-    assembly, params = _load(workdir)
+    assembly, params = _load(workdir, for_data=True)
     return assembly.measure(params)
 
 
@@ -163,6 +168,27 @@ def generate(
     config = assembly.experiment.sample if config is None else config
     agree({"prompts": list(prompts), **dataclasses.asdict(config)})
     return assembly.write(params, prompts, config, on_text)
+
+
+def import_weights(
+    source: str | os.PathLike, workdir: str | os.PathLike, experiment: Experiment | None = None
+) -> Experiment:
+    """Makes a work directory of a model in Hugging Face's format: `batiste.exchange.import_model`."""
+    experiment = import_model(str(source), str(workdir), experiment)
+    _save_config(experiment, pathlib.Path(workdir))
+    return experiment
+
+
+def export_weights(
+    workdir: str | os.PathLike, to: str | os.PathLike, family: str | None = None,
+    dtype: str | None = None,
+) -> dict[str, int]:
+    """Writes the newest checkpoint as a directory that `transformers` loads: `export_model`."""
+    assembly, params = _load(workdir)
+    begun = imported(pathlib.Path(workdir))
+    tokenizer = None if begun is not None else assembly.prepared.tokenizer
+    given = Export(assembly.experiment.model, params, pathlib.Path(workdir), tokenizer)
+    return export_model(given, str(to), family, dtype)
 
 
 def load_experiment(workdir: str | os.PathLike) -> Experiment:
@@ -253,7 +279,7 @@ def _fit_from(
     """The same, until the monitor asks to go back, which is a RollBack."""
     experiment = assembly.experiment
     if start is None:
-        state = assembly.program.initialize()
+        state = _beginning(assembly)
     else:
         ledger.enter("restore")
         state = checkpoints.restore(start, assembly.program.abstract_state)
@@ -300,13 +326,31 @@ def _fit_from(
         metrics.close()
 
 
-def _load(workdir: str | os.PathLike) -> tuple[Assembly, Any]:
-    """Assembly and parameters of the newest checkpoint, replicated over the devices that are here."""
+def _beginning(assembly: Assembly) -> Any:
+    """The state before the first step: of imported weights, where the run has some."""
+    begun = imported(assembly.workdir)
+    if begun is None:
+        return assembly.program.initialize()
+    if is_first():
+        print(f"beginning with the weights in {begun.folder}", flush=True)
+    return assembly.program.begin(begun.parameters(assembly.experiment, assembly.program))
+
+
+def _load(workdir: str | os.PathLike, for_data: bool = False) -> tuple[Assembly, Any]:
+    """Assembly and parameters of the newest checkpoint, replicated over the devices that are here.
+
+    for_data: whether text is to be read, which an imported model has not been prepared for.
+    """
     workdir = pathlib.Path(workdir)
     experiment = load_experiment(workdir)
     check_connected()
     agree({"workdir": str(workdir)})
     found, stored = _stored(workdir, experiment)
+    begun = imported(workdir)
+    if begun is not None and found.step is None and not found.passed_over:
+        prepared = prepare(experiment, workdir) if for_data else begun
+        assembly = assemble(experiment, workdir, prepared, MeshConfig())
+        return assembly, begun.parameters(experiment, assembly.program)
     check_mode("must", found, None, str(workdir))
     fingerprint = stored["data"]["data fingerprint"]
     prepared = load_prepared(pathlib.Path(workdir, "data", fingerprint[:12]))
