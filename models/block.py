@@ -9,6 +9,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from batiste.models.attention import Attention, LayerCache
 from batiste.models.config import TransformerConfig
+from batiste.models.latent_attention import LatentAttention
 from batiste.models.layer_sums import LayerSums, layer_sums
 from batiste.models.layers import FeedForward, Norm, dropout
 from batiste.models.mixture import Mixture
@@ -28,7 +29,8 @@ class Block(nnx.Module):
     """Attention and feed-forward or experts, each added to the residual stream."""
 
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
-        self.attention = Attention(config, rngs=rngs)
+        kind = Attention if config.latent_rank is None else LatentAttention
+        self.attention = kind(config, rngs=rngs)
         self.mixture = None if config.num_experts is None else Mixture(config, rngs=rngs)
         # Shared experts, which every token takes, are together one wider feed-forward.
         dense = config if self.mixture is None else dataclasses.replace(

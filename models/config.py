@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Sequence
 
 from batiste.pallas_kernels import certified
@@ -38,7 +39,10 @@ class TransformerConfig:
     `attention` names the chip whose kernels to use; "auto" is settled by `resolve_attention`.
     With `num_experts` every layer's feed-forward is a mixture of so many of size `mlp_dim`: a token
     takes `experts_per_token` of them by `expert_scores`, and one dense feed-forward of size
-    `shared_experts` * `mlp_dim`. `router_bias` takes part in that choice and in nothing else.
+    `shared_experts` * `mlp_dim`. `router_bias` takes part in that choice and in nothing else;
+    `routed_scale` multiplies what the chosen experts say.
+    With `latent_rank` attention is that of `LatentAttention`: queries go through `query_rank` (None:
+    through none), the last `rope_dim` of `head_dim` are rotated, values have `value_dim`.
     """
 
     vocab_size: int = 4096
@@ -55,6 +59,12 @@ class TransformerConfig:
     shared_experts: int = 0
     expert_scores: str = "softmax"
     router_bias: bool = False
+    routed_scale: float = 1.0
+
+    latent_rank: int | None = None
+    query_rank: int | None = None
+    rope_dim: int | None = None
+    value_dim: int | None = None
 
     activation: str = "swiglu"
     norm: str = "rms"
@@ -157,11 +167,13 @@ class TransformerConfig:
             raise ValueError(f"model.dropout={self.dropout}: expected 0 <= dropout < 1")
         self._validate_pattern()
         self._validate_experts()
+        self._validate_latent()
 
     def _validate_experts(self) -> None:
         if self.num_experts is None:
             for field, default in (
-                ("shared_experts", 0), ("expert_scores", "softmax"), ("router_bias", False)
+                ("shared_experts", 0), ("expert_scores", "softmax"), ("router_bias", False),
+                ("routed_scale", 1.0),
             ):
                 if getattr(self, field) != default:
                     raise ValueError(
@@ -180,6 +192,38 @@ class TransformerConfig:
             raise ValueError(
                 "model.bias='all': experts have no biases; set model.bias='none' or 'qkv'"
             )
+
+    def _validate_latent(self) -> None:
+        others = ("query_rank", "rope_dim", "value_dim")
+        if self.latent_rank is None:
+            for field in others:
+                if getattr(self, field) is not None:
+                    raise ValueError(
+                        f"model.{field}={getattr(self, field)} has no effect without latent "
+                        f"attention: set model.latent_rank, or model.{field}=None"
+                    )
+            return
+        for field, most in (
+            ("latent_rank", math.inf), ("query_rank", math.inf), ("rope_dim", self.head_dim - 1),
+            ("value_dim", self.head_dim),
+        ):
+            value = getattr(self, field)
+            if field == "query_rank" and value is None:
+                continue
+            if value is None or not 1 <= value <= most:
+                raise ValueError(f"model.{field}={value}: latent attention (model.latent_rank) needs "
+                                 f"at least 1 and at most {most} (model.head_dim={self.head_dim})")
+        if self.rope_dim % 2:
+            raise ValueError(f"model.rope_dim={self.rope_dim} must be even: pairs are rotated")
+        for field, only in (
+            ("positions", "rope"), ("bias", "none"), ("qk_norm", False), ("attention_sinks", False),
+            ("num_kv_heads", self.num_heads),
+        ):
+            if getattr(self, field) != only:
+                raise ValueError(
+                    f"model.{field}={getattr(self, field)!r} is not known with latent attention: set "
+                    f"model.{field}={only!r}, or model.latent_rank=None"
+                )
 
     def _validate_pattern(self) -> None:
         if not self.layer_pattern:

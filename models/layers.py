@@ -162,14 +162,15 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
 class Norm(nnx.Module):
     """RMSNorm (arXiv:1910.07467) or LayerNorm (arXiv:1607.06450) over the last dim, in fp32."""
 
-    def __init__(self, config: TransformerConfig, letter: str = "D"):
+    def __init__(self, config: TransformerConfig, letter: str = "D", size: int | None = None):
+        sizes = config.sizes if size is None else {letter: size}
         self.centered = config.norm == "layer"
         self.epsilon = config.norm_epsilon
         self.plus_one = config.norm == "rms_plus_one"
         has_bias = self.centered and config.bias == "all"
         start = 0.0 if self.plus_one else 1.0
-        setattr(self, f"scale_{letter}", vector(letter, config.sizes, start))
-        setattr(self, f"bias_{letter}", vector(letter, config.sizes, 0.0) if has_bias else None)
+        setattr(self, f"scale_{letter}", vector(letter, sizes, start))
+        setattr(self, f"bias_{letter}", vector(letter, sizes, 0.0) if has_bias else None)
         self.letter = letter
 
     def __call__(self, x: jax.Array) -> jax.Array:

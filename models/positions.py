@@ -15,7 +15,8 @@ def rope_frequencies(config: TransformerConfig, kind: str = "global") -> jax.Arr
     divides only wavelengths beyond the original length and blends between (arXiv:2407.21783).
     Local layers with a base of their own are not scaled (Gemma 3, arXiv:2503.19786).
     """
-    exponents = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
+    rotated = config.head_dim if config.rope_dim is None else config.rope_dim
+    exponents = jnp.arange(0, rotated, 2, dtype=jnp.float32) / rotated
     if kind == "local" and config.local_rope_base is not None:
         return config.local_rope_base**-exponents
     frequencies = config.rope_base**-exponents

@@ -153,11 +153,19 @@ class Transformer(nnx.Module):
         return Head(weight, "VD" if tied else "DV", self.config.logit_soft_cap)
 
     def empty_cache(self, batch: int, length: int) -> Cache:
-        """Room for `length` tokens in each of `batch` rows, in the compute dtype."""
+        """Room for `length` tokens in each of `batch` rows, in the compute dtype.
+
+        Of latent attention, k holds latents and rotated keys, and v nothing.
+        """
         config = self.config
-        shape = (config.num_layers, batch, length, config.num_kv_heads, config.head_dim)
-        zeros = functools.partial(jnp.zeros, shape, config.dtype)
-        return Cache(zeros(), zeros(), jnp.zeros((batch,), jnp.int32))
+        heads, sizes = config.num_kv_heads, (config.head_dim, config.head_dim)
+        if config.latent_rank is not None:
+            heads, sizes = 1, (config.latent_rank + config.rope_dim, 0)
+        k, v = (
+            jnp.zeros((config.num_layers, batch, length, heads, size), config.dtype)
+            for size in sizes
+        )
+        return Cache(k, v, jnp.zeros((batch,), jnp.int32))
 
     def _stack(self, tokens_BT, positions_BT, segments, cache, dropout_key, measured=False):
         config = self.config
