@@ -72,6 +72,21 @@ SANDWICH = tuple(
     )
 )
 GEMMA_ROWS = (*ENDS, *SANDWICH, *_attention_rows(MODEL_LAYER), *DENSE)
+LATENT, LATENT_LAYER = LAYER + "attention/", MODEL_LAYER + "self_attn."
+DEEPSEEK_ROWS = (
+    *ENDS, *PRE_NORMS, *EXPERT_ROWS,
+    _row(LATENT_LAYER + "q_proj.weight", LATENT + "query_DNH", "(NH)D", rotary="H"),
+    _row(LATENT_LAYER + "q_a_proj.weight", LATENT + "query_down_DR", "RD"),
+    _row(LATENT_LAYER + "q_a_layernorm.weight", LATENT + "query_norm/scale_R", "R"),
+    _row(LATENT_LAYER + "q_b_proj.weight", LATENT + "query_up_RNH", "(NH)R", rotary="H"),
+    _row(LATENT_LAYER + "kv_a_proj_with_mqa.weight", LATENT + "down_DR", "RD", rotary="R"),
+    _row(LATENT_LAYER + "kv_a_layernorm.weight", LATENT + "latent_norm/scale_R", "R"),
+    _row(LATENT_LAYER + "kv_b_proj.weight", LATENT + "up_RNH", "(NH)R"),
+    _row(LATENT_LAYER + "o_proj.weight", LATENT + "out_NHD", "D(NH)"),
+    _row(MODEL_LAYER + "mlp.gate.e_score_correction_bias", LAYER + "mixture/router_bias_E", "E",
+         always_float32=True),
+    *_gated_rows(MODEL_LAYER + "mlp.shared_experts.", LAYER + "feed_forward/", PROJECTIONS),
+)
 # Cohere multiplies its logits; a power of two may as well be in the norm before the head.
 COHERE_ROWS = (
     _row("model.embed_tokens.weight", "embedding_VD", "VD"),
@@ -234,6 +249,24 @@ GEMMA3 = Family(
     fixed=GEMMA | {"qk_norm": True}, required=GEMMA_REQUIRED, kinds=_gemma3_kinds,
     has_layer_types=True, rope_base=1_000_000.0, local_rope_base=10_000.0,
 )
+# Its inner norms have this epsilon whatever the config says of the others.
+DEEPSEEK = Family(
+    "deepseek_v3", "DeepseekV3ForCausalLM", DEEPSEEK_ROWS,
+    (*(field for field in _fields(1e-6, tied=False, length=4096) if field.ours != "head_dim"),
+     Field(None, "head_dim", lambda theirs: theirs["qk_nope_head_dim"] + theirs["qk_rope_head_dim"]),
+     Field("qk_rope_head_dim", "rope_dim"), Field("v_head_dim", "value_dim"),
+     Field("kv_lora_rank", "latent_rank"), Field("q_lora_rank", "query_rank", None),
+     Field("moe_intermediate_size", "mlp_dim"), Field("n_routed_experts", "num_experts"),
+     Field("num_experts_per_tok", "experts_per_token"), Field("n_shared_experts", "shared_experts"),
+     Field("routed_scaling_factor", "routed_scale", 2.5)),
+    fixed={"expert_scores": "sigmoid", "router_bias": True},
+    required=SILU | {"attention_bias": False, "norm_topk_prob": True, "rope_interleave": True,
+                     "n_group": 1, "topk_group": 1, "first_k_dense_replace": 0,
+                     "rms_norm_eps": 1e-6},
+    rope_base=10_000.0,
+    also=lambda model: {"qk_nope_head_dim": model.head_dim - (model.rope_dim or 0),
+                        "qk_head_dim": model.head_dim, "head_dim": model.rope_dim},
+)
 COHERE = Family(
     "cohere", "CohereForCausalLM", COHERE_ROWS,
     (*(field._replace(theirs="layer_norm_eps", absent=1e-5) if field.ours == "norm_epsilon"
@@ -268,4 +301,6 @@ BLOOM = Family(
     required={"apply_residual_connection_post_layernorm": False, "slow_but_exact": False},
 )
 # Of two that have the same model, the first is written: a Llama before its imitations.
-FAMILIES = (LLAMA, MISTRAL, QWEN2, QWEN3, QWEN3_MOE, MIXTRAL, GEMMA2, GEMMA3, COHERE, GPT2, BLOOM)
+FAMILIES = (
+    LLAMA, MISTRAL, QWEN2, QWEN3, QWEN3_MOE, MIXTRAL, GEMMA2, GEMMA3, DEEPSEEK, COHERE, GPT2, BLOOM,
+)

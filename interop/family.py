@@ -40,7 +40,8 @@ class Family:
     fields: the others. required: keys of theirs with the value that they must have, if they are
     there; they are written. kinds: the kind of each layer, for a config without `layer_types`.
     switch: the key that must be true for a window to count.
-    extra: keys that are written where an import has not brought them along.
+    extra: keys that are written where an import has not brought them along. also: keys that are
+    written and follow from several of our fields.
     """
 
     model_type: str
@@ -55,6 +56,7 @@ class Family:
     rope_base: float | None = None
     local_rope_base: float | None = None
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    also: Callable[[TransformerConfig], Mapping[str, Any]] = lambda model: {}
 
     def model_of(self, theirs: Mapping[str, Any]) -> TransformerConfig:
         """The config of a model that `theirs` describes; ValueError for what ours cannot be."""
@@ -87,6 +89,7 @@ class Family:
         for field in self.fields:
             if field.theirs is not None:
                 theirs[field.theirs] = field.write(getattr(model, field.ours))
+        theirs |= self.also(model)
         if self.rope_base is not None:
             theirs |= rope.write(model, self.local_rope_base is not None)
         if self.kinds is not None:

@@ -17,6 +17,7 @@ class Row(NamedTuple):
     "(NH)D" is heads times head dim by model, as `torch.nn.Linear` has it.
     rotary: the letter of which pairs that are rotated together are neighbours; ours are half a head
     apart. scaled_by: the key of their config by which the values are to be multiplied.
+    always_float32: whatever the dtype of the others.
     """
 
     theirs: str
@@ -24,6 +25,7 @@ class Row(NamedTuple):
     layout: str
     rotary: str | None = None
     scaled_by: str | None = None
+    always_float32: bool = False
 
 
 class Sizes(NamedTuple):

@@ -55,7 +55,9 @@ class WeightMap:
             path: dict(zip(letters_of(path), self._shapes[path][-len(letters_of(path)):],
                            strict=True)) for path in row.ours
         }
-        rotated = 0 if row.rotary is None else letters[row.ours[0]][row.rotary]
+        rotated = 0
+        if row.rotary is not None:
+            rotated = self.model.rope_dim or letters[row.ours[0]][row.rotary]
         scale = 1.0 if row.scaled_by is None else self._theirs[row.scaled_by]
         if np.frexp(scale)[0] != 0.5:
             raise ValueError(
@@ -67,7 +69,7 @@ class WeightMap:
     def planned(self, dtype: np.dtype) -> list[Planned]:
         """All tensors, in the order in which `tensors` gives them."""
         return [
-            Planned(name, dtype, file_shape(row, self.sizes(row)))
+            Planned(name, _dtype(row, dtype), file_shape(row, self.sizes(row)))
             for row in self.rows for name, _ in self.names(row)
         ]
 
@@ -114,7 +116,11 @@ class WeightMap:
             for _, place in self.names(row):
                 parts = [np.asarray(leaves[path][place] if place else leaves[path])
                          for path in row.ours]
-                yield to_theirs(row, parts, sizes).astype(dtype)
+                yield to_theirs(row, parts, sizes).astype(_dtype(row, dtype))
+
+
+def _dtype(row: Row, dtype: np.dtype) -> np.dtype:
+    return np.dtype(np.float32) if row.always_float32 else dtype
 
 
 class _Placed:

@@ -36,6 +36,12 @@ GEMMA3_ROPE = {
 }
 BLOOM = dict(vocab_size=37, hidden_size=24, n_layer=3, n_head=3)
 GPT2 = dict(vocab_size=37, n_embd=24, n_layer=3, n_head=4, n_positions=48, n_inner=40)
+DEEPSEEK = {
+    "num_key_value_heads": 4, "q_lora_rank": 14, "kv_lora_rank": 9, "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 6, "v_head_dim": 7, "n_routed_experts": 5, "num_experts_per_tok": 2,
+    "n_shared_experts": 2, "moe_intermediate_size": 20, "first_k_dense_replace": 0, "n_group": 1,
+    "topk_group": 1,
+}
 CASES = {
     "gpt2": ("GPT2Config", GPT2),
     "llama": ("LlamaConfig", HEAD | {"rope_parameters": LLAMA3}),
@@ -54,6 +60,9 @@ CASES = {
     "gemma3": ("Gemma3TextConfig", HEAD | {
         "sliding_window": 5, "query_pre_attn_scalar": 7, "rope_parameters": GEMMA3_ROPE,
         "layer_types": ["sliding_attention", "sliding_attention", "full_attention"]}),
+    "deepseek": ("DeepseekV3Config", SMALL | DEEPSEEK),
+    "deepseek without a low rank for queries": (
+        "DeepseekV3Config", SMALL | DEEPSEEK | {"q_lora_rank": None}),
     "cohere": ("CohereConfig", SMALL | {"logit_scale": 0.25}),
     "bloom": ("BloomConfig", BLOOM),
 }
@@ -105,7 +114,8 @@ def torch_twin(name: str, fields: dict[str, Any]):
     model = transformers.AutoModelForCausalLM.from_config(
         config, attn_implementation="eager", dtype=torch.float32).eval()
     with torch.no_grad():
-        for parameter in model.parameters():
+        learned = [each for name, each in model.named_buffers() if name.endswith("correction_bias")]
+        for parameter in (*model.parameters(), *learned):
             parameter += 0.15 * torch.randn_like(parameter)
     return model
 
