@@ -137,6 +137,16 @@ BLOOM_ROWS = (
 )
 
 
+def _value(theirs: Mapping, name: str) -> Any:
+    if theirs.get(name) is None:
+        raise ValueError(f"config.json: {name} is missing; a {theirs.get('model_type')} has one")
+    return theirs[name]
+
+
+def _latent_head_dim(theirs: Mapping) -> int:
+    return _value(theirs, "qk_nope_head_dim") + theirs["qk_rope_head_dim"]
+
+
 def _head_dim(theirs: Mapping) -> int:
     return theirs["hidden_size"] // theirs["num_attention_heads"]
 
@@ -214,7 +224,7 @@ QWEN3_MOE = Family(
     "qwen3_moe", "Qwen3MoeForCausalLM", QWEN3_MOE_ROWS,
     (*_fields(1e-6, tied=False, length=32_768), Field("moe_intermediate_size", "mlp_dim"),
      Field("num_experts_per_tok", "experts_per_token"),
-     Field("num_experts", "num_experts", lambda theirs: theirs["num_local_experts"])),
+     Field("num_experts", "num_experts", lambda theirs: _value(theirs, "num_local_experts"))),
     fixed={"qk_norm": True},
     required=SILU | {"attention_bias": False, "norm_topk_prob": True, "decoder_sparse_step": 1,
                      "mlp_only_layers": [], "use_sliding_window": False},
@@ -253,8 +263,7 @@ GEMMA3 = Family(
 DEEPSEEK = Family(
     "deepseek_v3", "DeepseekV3ForCausalLM", DEEPSEEK_ROWS,
     (*(field for field in _fields(1e-6, tied=False, length=4096) if field.ours != "head_dim"),
-     Field(None, "head_dim", lambda theirs: theirs["qk_nope_head_dim"] + theirs["qk_rope_head_dim"]),
-     Field("qk_rope_head_dim", "rope_dim"), Field("v_head_dim", "value_dim"),
+     Field("qk_rope_head_dim", "rope_dim"), Field(None, "head_dim", _latent_head_dim), Field("v_head_dim", "value_dim"),
      Field("kv_lora_rank", "latent_rank"), Field("q_lora_rank", "query_rank", None),
      Field("moe_intermediate_size", "mlp_dim"), Field("n_routed_experts", "num_experts"),
      Field("num_experts_per_tok", "experts_per_token"), Field("n_shared_experts", "shared_experts"),

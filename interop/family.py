@@ -168,6 +168,8 @@ def _plain(model: TransformerConfig) -> TransformerConfig:
         inert += ["rope_factor"]
     if model.positions != "rope" or model.rope_scaling != "llama3":
         inert += ["rope_low_frequency_factor", "rope_high_frequency_factor", "rope_original_length"]
+    if model.local_rope_base == model.rope_base and model.rope_scaling is None:
+        inert += ["local_rope_base"]
     if model.num_experts is None:
         inert += ["experts_per_token"]
     defaults = TransformerConfig()
@@ -184,7 +186,9 @@ def from_square(value: float) -> float:
     return value**-0.5
 
 
-def to_square(value: float) -> float:
+def to_square(value: float | None) -> float | None:
     """The inverse square, whole where it is whole but for rounding."""
+    if value is None:
+        return None
     square = value**-2
     return round(square) if math.isclose(square, round(square), rel_tol=1e-9) else square

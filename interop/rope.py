@@ -60,7 +60,8 @@ def write(model: TransformerConfig, own_local: bool) -> dict[str, Any]:
     old = {"rope_theta": model.rope_base}
     if not own_local:
         return old | {"rope_parameters": full, "rope_scaling": full if model.rope_scaling else None}
-    local_base = model.local_rope_base
+    own = model.local_rope_base
+    local_base = model.rope_base if own is None else own
     local = {"rope_type": "default", "rope_theta": local_base}
     return old | {
         "rope_local_base_freq": local_base,
