@@ -146,7 +146,8 @@ class _Placed:
             if place:
                 at = [index - here.start for index, here in zip(place, leading)]
                 part = _filled(self._share(device), part, tuple(at))
-            self._shares[device] = part
+            # One after another: what is still being copied would pile up in the host's memory.
+            self._shares[device] = jax.block_until_ready(part)
 
     def array(self) -> jax.Array:
         """The whole."""
