@@ -73,8 +73,8 @@ SANDWICH = tuple(
 )
 GEMMA_ROWS = (*ENDS, *SANDWICH, *_attention_rows(MODEL_LAYER), *DENSE)
 LATENT, LATENT_LAYER = LAYER + "attention/", MODEL_LAYER + "self_attn."
-DEEPSEEK_ROWS = (
-    *ENDS, *PRE_NORMS, *EXPERT_ROWS,
+LATENT_ROWS = (
+    *PRE_NORMS,
     _row(LATENT_LAYER + "q_proj.weight", LATENT + "query_DNH", "(NH)D", rotary="H"),
     _row(LATENT_LAYER + "q_a_proj.weight", LATENT + "query_down_DR", "RD"),
     _row(LATENT_LAYER + "q_a_layernorm.weight", LATENT + "query_norm/scale_R", "R"),
@@ -83,6 +83,10 @@ DEEPSEEK_ROWS = (
     _row(LATENT_LAYER + "kv_a_layernorm.weight", LATENT + "latent_norm/scale_R", "R"),
     _row(LATENT_LAYER + "kv_b_proj.weight", LATENT + "up_RNH", "(NH)R"),
     _row(LATENT_LAYER + "o_proj.weight", LATENT + "out_NHD", "D(NH)"),
+)
+DEEPSEEK_ROWS = (
+    *ENDS, *LATENT_ROWS, *EXPERT_ROWS,
+    *(row._replace(ours=("dense_" + row.ours[0],)) for row in (*LATENT_ROWS, *DENSE)),
     _row(MODEL_LAYER + "mlp.gate.e_score_correction_bias", LAYER + "mixture/router_bias_E", "E",
          always_float32=True),
     *_gated_rows(MODEL_LAYER + "mlp.shared_experts.", LAYER + "feed_forward/", PROJECTIONS),
@@ -145,6 +149,11 @@ def _value(theirs: Mapping, name: str) -> Any:
 
 def _latent_head_dim(theirs: Mapping) -> int:
     return _value(theirs, "qk_nope_head_dim") + theirs["qk_rope_head_dim"]
+
+
+def _dense_size(theirs: Mapping) -> int | None:
+    """Of the layers before those with experts; their config has it without them too."""
+    return _value(theirs, "intermediate_size") if theirs.get("first_k_dense_replace", 3) else None
 
 
 def _head_dim(theirs: Mapping) -> int:
@@ -265,16 +274,17 @@ DEEPSEEK = Family(
     (*(field for field in _fields(1e-6, tied=False, length=4096) if field.ours != "head_dim"),
      Field("qk_rope_head_dim", "rope_dim"), Field(None, "head_dim", _latent_head_dim), Field("v_head_dim", "value_dim"),
      Field("kv_lora_rank", "latent_rank"), Field("q_lora_rank", "query_rank", None),
+     Field("first_k_dense_replace", "dense_layers", 3), Field(None, "dense_mlp_dim", _dense_size),
      Field("moe_intermediate_size", "mlp_dim"), Field("n_routed_experts", "num_experts"),
      Field("num_experts_per_tok", "experts_per_token"), Field("n_shared_experts", "shared_experts"),
      Field("routed_scaling_factor", "routed_scale", 2.5)),
     fixed={"expert_scores": "sigmoid", "router_bias": True},
     required=SILU | {"attention_bias": False, "norm_topk_prob": True, "rope_interleave": True,
-                     "n_group": 1, "topk_group": 1, "first_k_dense_replace": 0,
-                     "rms_norm_eps": 1e-6},
+                     "n_group": 1, "topk_group": 1, "rms_norm_eps": 1e-6},
     rope_base=10_000.0,
     also=lambda model: {"qk_nope_head_dim": model.head_dim - (model.rope_dim or 0),
-                        "qk_head_dim": model.head_dim, "head_dim": model.rope_dim},
+                        "qk_head_dim": model.head_dim, "head_dim": model.rope_dim,
+                        "intermediate_size": model.dense_mlp_dim or model.mlp_dim},
 )
 COHERE = Family(
     "cohere", "CohereForCausalLM", COHERE_ROWS,

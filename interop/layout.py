@@ -27,6 +27,11 @@ class Row(NamedTuple):
     scaled_by: str | None = None
     always_float32: bool = False
 
+    @property
+    def dense(self) -> bool:
+        """Whether it is of the layers before those with experts."""
+        return self.ours[0].startswith("dense_layers/")
+
 
 class Sizes(NamedTuple):
     """What a row's conversion must know of a model.

@@ -44,10 +44,15 @@ class WeightMap:
 
     def names(self, row: Row) -> Iterator[tuple[str, tuple[int, ...]]]:
         """The name of each tensor of a row, and its place: layer and expert, where it has them."""
-        counts = {"layer": self.model.num_layers, "expert": self.model.num_experts or 0}
-        axes = [axis for axis in counts if f"{{{axis}}}" in row.theirs]
-        for place in itertools.product(*(range(counts[axis]) for axis in axes)):
-            yield row.theirs.format(**dict(zip(axes, place, strict=True))), place
+        dense = self.model.dense_layers
+        layers = range(dense) if row.dense else range(self.model.num_layers - dense)
+        places = {"layer": layers, "expert": range(self.model.num_experts or 0)}
+        axes = [axis for axis in places if f"{{{axis}}}" in row.theirs]
+        for place in itertools.product(*(places[axis] for axis in axes)):
+            named = dict(zip(axes, place, strict=True))
+            if "layer" in named and not row.dense:
+                named["layer"] += dense
+            yield row.theirs.format(**named), place
 
     def sizes(self, row: Row) -> Sizes:
         """What the conversion of a row must know."""

@@ -40,7 +40,8 @@ class TransformerConfig:
     With `num_experts` every layer's feed-forward is a mixture of so many of size `mlp_dim`: a token
     takes `experts_per_token` of them by `expert_scores`, and one dense feed-forward of size
     `shared_experts` * `mlp_dim`. `router_bias` takes part in that choice and in nothing else;
-    `routed_scale` multiplies what the chosen experts say.
+    `routed_scale` multiplies what the chosen experts say. The first `dense_layers` have a
+    feed-forward of size `dense_mlp_dim` instead (DeepSeek-V3, arXiv:2412.19437).
     With `latent_rank` attention is that of `LatentAttention`: queries go through `query_rank` (None:
     through none), the last `rope_dim` of `head_dim` are rotated, values have `value_dim`.
     """
@@ -60,6 +61,8 @@ class TransformerConfig:
     expert_scores: str = "softmax"
     router_bias: bool = False
     routed_scale: float = 1.0
+    dense_layers: int = 0
+    dense_mlp_dim: int | None = None
 
     latent_rank: int | None = None
     query_rank: int | None = None
@@ -173,7 +176,7 @@ class TransformerConfig:
         if self.num_experts is None:
             for field, default in (
                 ("shared_experts", 0), ("expert_scores", "softmax"), ("router_bias", False),
-                ("routed_scale", 1.0),
+                ("routed_scale", 1.0), ("dense_layers", 0), ("dense_mlp_dim", None),
             ):
                 if getattr(self, field) != default:
                     raise ValueError(
@@ -188,9 +191,27 @@ class TransformerConfig:
             )
         if self.shared_experts < 0:
             raise ValueError(f"model.shared_experts={self.shared_experts}: expected at least 0")
+        self._validate_dense_layers()
         if self.bias == "all":
             raise ValueError(
                 "model.bias='all': experts have no biases; set model.bias='none' or 'qkv'"
+            )
+
+    def _validate_dense_layers(self) -> None:
+        if not 0 <= self.dense_layers < self.num_layers:
+            raise ValueError(
+                f"model.dense_layers={self.dense_layers}: expected 0 to model.num_layers - 1="
+                f"{self.num_layers - 1}"
+            )
+        if (self.dense_layers > 0) != (self.dense_mlp_dim is not None):
+            raise ValueError(
+                f"model.dense_layers={self.dense_layers} and model.dense_mlp_dim={self.dense_mlp_dim} "
+                "go together: set both or neither"
+            )
+        if self.dense_layers and len(self.layer_pattern) > 1:
+            raise ValueError(
+                f"model.layer_pattern={self.layer_pattern}: layers before those with experts "
+                "(model.dense_layers) know one kind of layer"
             )
 
     def _validate_latent(self) -> None:

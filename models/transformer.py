@@ -1,6 +1,6 @@
 """One Transformer: embed, a scanned stack of blocks, norm, logits."""
 
-import functools
+import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -60,8 +60,10 @@ class Transformer(nnx.Module):
             matrix(rngs, "TD", sizes, inputs="D", stddev=stddev) if learned else None
         )
         self.embedding_norm = Norm(config) if config.embedding_norm else None
-        build = nnx.vmap(lambda rngs: Block(config, rngs=rngs), in_axes=0, out_axes=0)
-        self.layers = nnx.split_rngs(splits=config.num_layers)(build)(rngs)
+        dense = dataclasses.replace(config, num_experts=None, mlp_dim=config.dense_mlp_dim)
+        first = config.dense_layers
+        self.dense_layers = _stacked(dense, first, rngs) if first else None
+        self.layers = _stacked(config, config.num_layers - first, rngs)
         self.norm = Norm(config) if config.norm_placement != "post" else None
         tied = config.tied_embeddings
         self.head_DV = None if tied else matrix(rngs, "DV", sizes, inputs="D", stddev=stddev)
@@ -88,6 +90,8 @@ class Transformer(nnx.Module):
         measured: bool = False,
     ) -> tuple[jax.Array, LayerOutput]:
         """The last hidden states, x_BTD in the compute dtype, and what the layers did, by layer.
+
+        What is measured of them is of those after the first `dense_layers`.
 
         positions_BT: place of each token in its document, int32; None counts along the row.
         segments_BT: document of each token, int32, 0 for padding; None is one document a row.
@@ -174,7 +178,28 @@ class Transformer(nnx.Module):
             embed_key, layers_key = jax.random.split(dropout_key)
         x_BTD = split_time(self._embed(tokens_BT, positions_BT), cache)
         x_BTD = dropout(x_BTD, config.dropout, embed_key)
-        graphdef, weights = nnx.split(self.layers)
+        keys = None if layers_key is None else jax.random.split(layers_key, config.num_layers)
+        layer_cache = None if cache is None else LayerCache(cache.k_LBSKH, cache.v_LBSKH)
+        rows, given, before = (positions_BT, segments), Layers(None, keys, layer_cache), None
+        if self.dense_layers is not None:
+            run, weights = self._runner(self.dense_layers, cache, measured)
+            first = jax.tree.map(lambda leaf: leaf[: config.dense_layers], given)
+            given = jax.tree.map(lambda leaf: leaf[config.dense_layers:], given)
+            first = first._replace(weights=weights)
+            x_BTD, before = run(config.layer_pattern, rows, x_BTD, first)
+        run, weights = self._runner(self.layers, cache, measured)
+        layers = given._replace(weights=weights)
+        if cache is None and layout().stage > 1:
+            policy = None if config.remat == "none" else remat_policy(config)
+            return pipelined(run, config.layer_kinds, policy, x_BTD, rows, layers)
+        x_BTD, output = run(config.layer_pattern, rows, x_BTD, layers)
+        return x_BTD, output if before is None else output._replace(cache=jax.tree.map(
+            lambda *parts: jnp.concatenate(parts), before.cache, output.cache))
+
+    def _runner(self, stack, cache, measured):
+        """What runs some layers of a stack, as `pipelined` wants it, and the stack's weights."""
+        config = self.config
+        graphdef, weights = nnx.split(stack)
 
         def run(pattern, rows, x_BTD, layers):
             positions_BT, segments = rows
@@ -193,14 +218,7 @@ class Transformer(nnx.Module):
 
             return _scan_pattern(config, pattern, apply, x_BTD, layers)
 
-        keys = None if layers_key is None else jax.random.split(layers_key, config.num_layers)
-        rows = (positions_BT, segments)
-        if cache is None and layout().stage > 1:
-            policy = None if config.remat == "none" else remat_policy(config)
-            layers = Layers(weights, keys)
-            return pipelined(run, config.layer_kinds, policy, x_BTD, rows, layers)
-        layer_cache = None if cache is None else LayerCache(cache.k_LBSKH, cache.v_LBSKH)
-        return run(config.layer_pattern, rows, x_BTD, Layers(weights, keys, layer_cache))
+        return run, weights
 
     def _masks(self, segments, cache: Cache | None) -> dict[str, AttentionMask]:
         """The mask of each kind of layer."""
@@ -237,6 +255,12 @@ class Transformer(nnx.Module):
         if self.embedding_norm is not None:
             x_BTD = self.embedding_norm(x_BTD)
         return x_BTD.astype(config.dtype)
+
+
+def _stacked(config: TransformerConfig, depth: int, rngs: nnx.Rngs) -> Block:
+    """So many blocks as one, their parameters with a leading L."""
+    build = nnx.vmap(lambda rngs: Block(config, rngs=rngs), in_axes=0, out_axes=0)
+    return nnx.split_rngs(splits=depth)(build)(rngs)
 
 
 def _one_of(turns: tuple, index: jax.Array) -> tuple | None:

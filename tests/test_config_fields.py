@@ -71,6 +71,9 @@ CASES = {
         "bias": "qkv", "qk_norm": True, "embedding_norm": True, "attention_sinks": True,
         "tied_embeddings": False, "num_experts": 4, "shared_experts": (1, EXPERTS),
         "router_bias": (True, EXPERTS), "latent_rank": (6, LATENT),
+        "dense_layers": (1, EXPERTS | {"model.num_layers": 3, "model.dense_layers": 2,
+                                       "model.dense_mlp_dim": 12}),
+        "dense_mlp_dim": (16, EXPERTS | {"model.dense_layers": 1, "model.dense_mlp_dim": 12}),
         "query_rank": (6, LATENT), "value_dim": (4, LATENT),
     }),
     **cases(probes.logits, "model.", {

@@ -39,7 +39,7 @@ GPT2 = dict(vocab_size=37, n_embd=24, n_layer=3, n_head=4, n_positions=48, n_inn
 DEEPSEEK = {
     "num_key_value_heads": 4, "q_lora_rank": 14, "kv_lora_rank": 9, "qk_rope_head_dim": 4,
     "qk_nope_head_dim": 6, "v_head_dim": 7, "n_routed_experts": 5, "num_experts_per_tok": 2,
-    "n_shared_experts": 2, "moe_intermediate_size": 20, "first_k_dense_replace": 0, "n_group": 1,
+    "n_shared_experts": 2, "moe_intermediate_size": 20, "first_k_dense_replace": 1, "n_group": 1,
     "topk_group": 1,
 }
 CASES = {
@@ -62,7 +62,8 @@ CASES = {
         "layer_types": ["sliding_attention", "sliding_attention", "full_attention"]}),
     "deepseek": ("DeepseekV3Config", SMALL | DEEPSEEK),
     "deepseek without a low rank for queries": (
-        "DeepseekV3Config", SMALL | DEEPSEEK | {"q_lora_rank": None}),
+        "DeepseekV3Config", SMALL | DEEPSEEK | {
+            "q_lora_rank": None, "first_k_dense_replace": 0}),
     "cohere": ("CohereConfig", SMALL | {"logit_scale": 0.25}),
     "bloom": ("BloomConfig", BLOOM),
 }

@@ -31,7 +31,7 @@ VARIANTS = {
     "latents, low rank queries": dict(
         num_kv_heads=4, head_dim=10, latent_rank=9, query_rank=11, rope_dim=4, value_dim=7),
     "latents, remat, dense layers first": dict(
-        num_kv_heads=4, latent_rank=9, rope_dim=2, value_dim=6, remat="dots"),
+        dense_layers=1, dense_mlp_dim=24, num_experts=4, num_kv_heads=4, latent_rank=9, rope_dim=2, value_dim=6, remat="dots"),
     "local rope, embedding norm": dict(
         local_rope_base=50.0, embedding_norm=True, rope_scaling="linear",
         layer_pattern=("local", "global"), window=5),
