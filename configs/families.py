@@ -93,6 +93,17 @@ def _palm(depth: int, width: int, num_heads: int) -> dict[str, Any]:
         vocab_size=256_000, max_length=2048, norm="layer", norm_placement="parallel")
 
 
+def _latent(*sizes: Any, ranks: tuple[int | None, int], experts: tuple[int, int, int]) -> dict:
+    """ranks: of queries and of latents. experts: all, of a token, shared."""
+    num_experts, experts_per_token, shared_experts = experts
+    return _sizes(*sizes) | dict(
+        query_rank=ranks[0], latent_rank=ranks[1], rope_dim=64, value_dim=128,
+        num_experts=num_experts, experts_per_token=experts_per_token,
+        shared_experts=shared_experts, expert_scores="sigmoid", router_bias=True,
+        tied_embeddings=False)
+
+
+# DeepSeek-V3 without its choice of experts by groups and its head for the token after the next.
 MODELS: dict[str, dict[str, Any]] = {
     "gpt2_medium": _gpt2(24, 1024, (16, 16, 64), 4096),
     "gpt2_large": _gpt2(36, 1280, (20, 20, 64), 5120),
@@ -120,6 +131,10 @@ MODELS: dict[str, dict[str, Any]] = {
     "bloom_560m": _bloom(24, 1024, 16),
     "bloom_7b1": _bloom(30, 4096, 32),
     "bloom_176b": _bloom(70, 14_336, 112),
+    "deepseek_v3": _latent(
+        61, 7168, (128, 128, 192), 2048, ranks=(1536, 512), experts=(256, 8, 1)) | dict(
+        vocab_size=129_280, max_length=4096, routed_scale=2.5, dense_layers=3,
+        dense_mlp_dim=18_432),
     "palm_8b": _palm(32, 4096, 16),
     "palm_62b": _palm(64, 8192, 32),
     "palm_540b": _palm(118, 18_432, 48),
@@ -132,5 +147,8 @@ def get_config(arg: str | None = None) -> Experiment:
         raise ValueError(f"configs/families.py:{arg}: expected one of {', '.join(MODELS)}")
     model = TransformerConfig(
         **MODELS[arg], init_stddev=0.02, dtype="bfloat16", attention="auto", remat="full")
-    return Experiment(
+    experiment = Experiment(
         model=model, data=DataConfig(sequence_length=1024), mesh=MeshConfig(zero=3))
+    if model.dense_layers:
+        experiment.train.health.every = None  # It does not know layers of two sizes.
+    return experiment

@@ -268,7 +268,6 @@ GEMMA3 = Family(
     fixed=GEMMA | {"qk_norm": True}, required=GEMMA_REQUIRED, kinds=_gemma3_kinds,
     has_layer_types=True, rope_base=1_000_000.0, local_rope_base=10_000.0,
 )
-# Its inner norms have this epsilon whatever the config says of the others.
 DEEPSEEK = Family(
     "deepseek_v3", "DeepseekV3ForCausalLM", DEEPSEEK_ROWS,
     (*(field for field in _fields(1e-6, tied=False, length=4096) if field.ours != "head_dim"),
@@ -280,7 +279,7 @@ DEEPSEEK = Family(
      Field("routed_scaling_factor", "routed_scale", 2.5)),
     fixed={"expert_scores": "sigmoid", "router_bias": True},
     required=SILU | {"attention_bias": False, "norm_topk_prob": True, "rope_interleave": True,
-                     "n_group": 1, "topk_group": 1, "rms_norm_eps": 1e-6},
+                     "n_group": 1, "topk_group": 1},
     rope_base=10_000.0,
     also=lambda model: {"qk_nope_head_dim": model.head_dim - (model.rope_dim or 0),
                         "qk_head_dim": model.head_dim, "head_dim": model.rope_dim,

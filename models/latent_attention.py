@@ -1,5 +1,7 @@
 """Multi-head latent attention: keys and values of all heads are made of one short vector a token."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -14,6 +16,10 @@ from batiste.models.parameter import matrix
 from batiste.models.positions import rotate
 from batiste.pallas_kernels import AttentionMask
 from batiste.sharding import constrain
+
+
+# Of its own norms in every model that has been published, whatever that of the others is.
+INNER_EPSILON = 1e-6
 
 
 class LatentAttention(nnx.Module):
@@ -31,6 +37,7 @@ class LatentAttention(nnx.Module):
         self.own = config.head_dim - config.rope_dim
         self.attend = Attend(config)
         stddev, gain = config.init_stddev, residual_gain(config)
+        inner = dataclasses.replace(config, norm_epsilon=INNER_EPSILON)
 
         def weight(letters: str, inputs: str, gain: float = 1.0, **sizes: int) -> nnx.Param:
             return matrix(
@@ -40,10 +47,10 @@ class LatentAttention(nnx.Module):
         low = rank is not None
         self.query_DNH = None if low else weight("DNH", "D")
         self.query_down_DR = weight("DR", "D", R=rank) if low else None
-        self.query_norm = Norm(config, "R", rank) if low else None
+        self.query_norm = Norm(inner, "R", rank) if low else None
         self.query_up_RNH = weight("RNH", "R", R=rank) if low else None
         self.down_DR = weight("DR", "D", R=self.latent + self.rotated)
-        self.latent_norm = Norm(config, "R", self.latent)
+        self.latent_norm = Norm(inner, "R", self.latent)
         self.up_RNH = weight("RNH", "R", R=self.latent, H=self.own + value)
         self.out_NHD = weight("NHD", "NH", gain, H=value)
 

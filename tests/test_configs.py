@@ -64,6 +64,7 @@ PUBLISHED = {
     "bloom_560m": ("bloom", 559_214_592),
     "bloom_7b1": ("bloom", 7_069_016_064),
     "bloom_176b": ("bloom", 176_247_271_424),
+    "deepseek_v3": ("deepseek_v3", 671_026_419_200),
     "palm_8b": ("cohere", 8_632_012_800),
     "palm_62b": ("cohere", 62_495_662_080),
     "palm_540b": ("cohere", 540_356_474_880),

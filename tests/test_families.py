@@ -63,7 +63,7 @@ CASES = {
     "deepseek": ("DeepseekV3Config", SMALL | DEEPSEEK),
     "deepseek without a low rank for queries": (
         "DeepseekV3Config", SMALL | DEEPSEEK | {
-            "q_lora_rank": None, "first_k_dense_replace": 0}),
+            "rms_norm_eps": 1e-3, "q_lora_rank": None, "first_k_dense_replace": 0}),
     "cohere": ("CohereConfig", SMALL | {"logit_scale": 0.25}),
     "bloom": ("BloomConfig", BLOOM),
 }
