@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from batiste.assembly import Assembly
 from batiste.configs.experiment import Experiment, flatten
 from batiste.data import Tokenizer, load_tokenizer, pack_tokenizer
 from batiste.interop import FAMILIES, Family, Tensors, WeightMap, family_of, fitting_family
@@ -20,7 +21,7 @@ from batiste.interop import certificate as certificates
 from batiste.interop.directory import CONFIG, Written, bring, read_config, write_directory
 from batiste.interop.family import FREE_FIELDS
 from batiste.models import TransformerConfig
-from batiste.sharding import MeshConfig, make_mesh, restack
+from batiste.sharding import MeshConfig, is_first, make_mesh, restack
 from batiste.train import (
     Checkpoints, Program, TrainConfig, TrainState, arrays_of, check_same, make_program,
 )
@@ -74,6 +75,16 @@ def imported(workdir: pathlib.Path) -> Imported | None:
     return Imported(folder, json.loads(path.read_text())) if path.is_file() else None
 
 
+def beginning(assembly: Assembly) -> TrainState:
+    """The state before the first step: of imported weights, where the run has some."""
+    begun = imported(assembly.workdir)
+    if begun is None:
+        return assembly.program.initialize()
+    if is_first():
+        print(f"beginning with the weights in {begun.folder}", flush=True)
+    return assembly.program.begin(begun.parameters(assembly.experiment, assembly.program))
+
+
 def import_model(source: str, workdir: str, experiment: Experiment | None = None) -> Experiment:
     """Makes a work directory of a model in Hugging Face's format; returns its experiment.
 
@@ -93,7 +104,12 @@ def import_model(source: str, workdir: str, experiment: Experiment | None = None
     shutil.rmtree(unfinished, ignore_errors=True)
     if TOKENIZER in bring(path, unfinished / FILES):
         (unfinished / TOKENIZER).write_bytes(pack_tokenizer(unfinished / FILES))
-        load_tokenizer(unfinished / TOKENIZER)
+        size = load_tokenizer(unfinished / TOKENIZER).vocab_size
+        if size > model.vocab_size:
+            raise ValueError(
+                f"from={source}: {TOKENIZER} has {size} tokens, but config.json says vocab_size="
+                f"{model.vocab_size}"
+            )
         experiment.data.tokenizer = str(target / FOLDER / TOKENIZER)
     layout = experiment.mesh.plain(len(jax.devices()))
     program = make_program(experiment.model, experiment.train, make_mesh(layout), layout)

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import itertools
 import json
 import os
 import pathlib
@@ -12,25 +11,22 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 
 from batiste.assembly import Assembly, assemble
 from batiste.configs.experiment import Experiment, flatten, from_dict
-from batiste.data import Loader, Prepared, load_prepared, position
+from batiste.data import Prepared, load_prepared
 from batiste.data import prepare as prepare_data
 from batiste.evaluation import Perplexity
 from batiste.exchange import Export, export_model, import_model, imported
+from batiste.fitting import stored_mesh, train_from
 from batiste.forecast import check_memory
 from batiste.inference import SamplingConfig
 from batiste.sharding import (
-    MeshConfig, Share, agree, check_connected, check_shared, is_first, replicate, restack,
-    together,
+    MeshConfig, agree, check_connected, check_shared, is_first, restack, together,
 )
 from batiste.train import (
-    Checkpoints, Decision, Found, Ledger, MetricsWriter, Monitor, Records, RollBack, Run, Watched,
-    arrays_of, check_mode, check_override, check_same, compilation_booked, decide, decided,
-    decisions_of, faulty_batches, fit, from_checkpoint, last_saved, make_train_step, parse_fault,
-    roll_back, skipped, start_of, steered,
+    Checkpoints, Found, Ledger, arrays_of, check_mode, check_override, check_same,
+    compilation_booked, complain, last_saved,
 )
 
 CONFIG_FILE = "config.json"
@@ -114,8 +110,9 @@ def _train(
         check_memory(experiment)
     found, stored = _stored(workdir, experiment)
     begun = imported(workdir)
-    if begun is None or resume != "must":
-        check_mode(resume, found, last_saved(workdir), str(workdir))
+    # Imported weights are something to continue from, unless a checkpoint was lost.
+    mode = "auto" if resume == "must" and begun is not None else resume
+    check_mode(mode, found, last_saved(workdir), str(workdir))
     free = (*_free_to_change(experiment), *resume_override)
     changed = [] if found.step is None else check_same(stored["config"], flat, free)
     check_shared(workdir)
@@ -139,7 +136,7 @@ def _train(
     report = functools.partial(_report, ledger)
     opened = Checkpoints(workdir, experiment.train.checkpoint, report)
     with contextlib.closing(opened) as checkpoints:
-        state, reason = _fit(assembly, checkpoints, ledger, meta, found.step)
+        state, reason = train_from(assembly, checkpoints, ledger, meta, found.step)
     step = int(state.step)
     finished = not reason.startswith("SIG")
     validation = assembly.finish(state.params, ledger, step) if finished else None
@@ -173,7 +170,7 @@ def generate(
 def import_weights(
     source: str | os.PathLike, workdir: str | os.PathLike, experiment: Experiment | None = None
 ) -> Experiment:
-    """Makes a work directory of a model in Hugging Face's format: `batiste.exchange.import_model`."""
+    """Makes a work directory of a model in Hugging Face's format: `exchange.import_model`."""
     experiment = import_model(str(source), str(workdir), experiment)
     _save_config(experiment, pathlib.Path(workdir))
     return experiment
@@ -225,115 +222,7 @@ def _report(ledger: Ledger, event: str, **fields: Any) -> None:
     ledger.write(event, **fields)
     if event == "save_failed" and is_first():
         again = "; trying again" if fields["in_a_row"] == 1 else ""
-        print(f"the checkpoint of step {fields['step']} could not be saved: {fields['why']}{again}",
-              file=sys.stderr, flush=True)
-
-
-def _fit(
-    assembly: Assembly, checkpoints: Checkpoints, ledger: Ledger, meta: dict[str, Any], start: int | None
-) -> tuple[Any, str]:
-    """Trains from the checkpoint of step `start`, or from nothing; the state, and why it ended.
-
-    What was decided about the run before holds, also what the checkpoint does not know yet.
-    """
-    train = assembly.experiment.train
-    known, everything = decisions_of(meta), _decided(assembly.workdir)
-    meta["decisions"] = [dataclasses.asdict(decision) for decision in everything]
-    before, start = start, start_of(start, known, everything)
-    if start != before:
-        meta = _rewound(checkpoints, meta, start)
-    train_step = make_train_step(assembly.program, train, assembly.mesh)
-    while True:
-        try:
-            return _fit_from(assembly, checkpoints, ledger, meta, start, train_step)
-        except RollBack as asked:
-            checkpoints.wait()
-            decision = roll_back(
-                asked.finding, checkpoints.verified(), decisions_of(meta), train.health.roll_back)
-            decide(decision, meta, ledger)
-            start = decision.to or None
-            meta = _rewound(checkpoints, meta, start)
-
-
-def _decided(workdir: pathlib.Path) -> list[Decision]:
-    """The decisions in the ledger, as the first process reads it."""
-    def read() -> str:
-        return json.dumps([dataclasses.asdict(decision) for decision in decided(workdir)])
-
-    return decisions_of({"decisions": json.loads(together(
-        "read what was decided", read if is_first() else str)[0])})
-
-
-def _rewound(checkpoints: Checkpoints, meta: dict[str, Any], start: int | None) -> dict[str, Any]:
-    """Sets aside what was saved after `start`; the meta of a run that continues there."""
-    checkpoints.set_aside_from((start or 0) + 1)
-    stored = {} if start is None else checkpoints.meta(start)
-    return {"validation": [], **stored} | {
-        name: meta[name] for name in ("config", "data", "arrays", "decisions")}
-
-
-def _fit_from(
-    assembly: Assembly, checkpoints: Checkpoints, ledger: Ledger, meta: dict[str, Any],
-    start: int | None, train_step: Callable,
-) -> tuple[Any, str]:
-    """The same, until the monitor asks to go back, which is a RollBack."""
-    experiment = assembly.experiment
-    if start is None:
-        state = _beginning(assembly)
-    else:
-        ledger.enter("restore")
-        state = checkpoints.restore(start, assembly.program.abstract_state)
-        state = from_checkpoint(assembly.program, state, _stored_mesh(checkpoints.meta(start)))
-        if is_first():
-            print(f"continuing from step {start} of {assembly.workdir}", flush=True)
-    ledger.enter("initialization")
-    loader = Loader(assembly.prepared, "train", experiment.train.batch_size, experiment.data.seed)
-    share = Share(assembly.mesh, experiment.train.batch_size)
-    windows = skipped(decisions_of(meta))
-    batches = loader.iterate(start or 0, share.rows, windows)
-    places = (position(step, windows) for step in itertools.count(start or 0))
-    faulty = faulty_batches(
-        parse_fault(experiment.train.faults), zip(places, batches),
-        assembly.prepared.tokenizer.vocab_size)
-    placed = map(share.place, faulty)
-    progress, last_step = assembly.progress()
-    monitor = None
-    if experiment.train.measures:
-        monitor = Monitor(experiment.train, Watched(
-            meta, ledger, meta["config"], progress.note,
-            lambda step: loader.records(position(step - 1, windows))))
-        monitor.remember(assembly.workdir, start or 0)
-        placed = monitor.watch(placed)
-    metrics = MetricsWriter(assembly.workdir if is_first() else None, start or 0)
-    ledger.write("from", step=start or 0, reached=metrics.reached)
-    if monitor is not None or decisions_of(meta):
-        train_step = steered(
-            train_step, meta, lambda factor: replicate(assembly.mesh, np.float32(factor)),
-            start or 0)
-    run = Run(
-        train_step=train_step,
-        batches=placed,
-        evaluate=lambda state: assembly.measure(
-            state.params, experiment.train.evaluation.max_batches
-        ).loss,
-        last_step=last_step,
-    )
-    try:
-        return fit(experiment.train, state, run,
-                   Records(checkpoints, metrics, progress, ledger, meta, monitor))
-    finally:
-        batches.close()
-        metrics.close()
-
-
-def _beginning(assembly: Assembly) -> Any:
-    """The state before the first step: of imported weights, where the run has some."""
-    begun = imported(assembly.workdir)
-    if begun is None:
-        return assembly.program.initialize()
-    if is_first():
-        print(f"beginning with the weights in {begun.folder}", flush=True)
-    return assembly.program.begin(begun.parameters(assembly.experiment, assembly.program))
+        complain(f"the checkpoint of step {fields['step']} could not be saved: {fields['why']}{again}")
 
 
 def _load(workdir: str | os.PathLike, for_data: bool = False) -> tuple[Assembly, Any]:
@@ -347,7 +236,8 @@ def _load(workdir: str | os.PathLike, for_data: bool = False) -> tuple[Assembly,
     agree({"workdir": str(workdir)})
     found, stored = _stored(workdir, experiment)
     begun = imported(workdir)
-    if begun is not None and found.step is None and not found.passed_over:
+    untrained = found.step is None and not found.passed_over and last_saved(workdir) is None
+    if begun is not None and untrained:
         prepared = prepare(experiment, workdir) if for_data else begun
         assembly = assemble(experiment, workdir, prepared, MeshConfig())
         return assembly, begun.parameters(experiment, assembly.program)
@@ -360,13 +250,7 @@ def _load(workdir: str | os.PathLike, for_data: bool = False) -> tuple[Assembly,
         abstract = {"params": program.abstract_state.params}
         params = checkpoints.restore(found.step, abstract)["params"]
     targets = jax.tree.map(lambda leaf: leaf.sharding, program.abstract_state.params)
-    return assembly, restack(params, _stored_mesh(stored), program.layout, targets)
-
-
-def _stored_mesh(meta: dict[str, Any]) -> MeshConfig:
-    """The mesh that a checkpoint was saved on, as far as it decides the order of the layers."""
-    config = meta["config"]  # Checkpoints of before there was interleaving lack that field.
-    return MeshConfig(stage=config["mesh.stage"], interleave=config.get("mesh.interleave", 1))
+    return assembly, restack(params, stored_mesh(stored), program.layout, targets)
 
 
 def _save_config(experiment: Experiment, workdir: pathlib.Path) -> None:

@@ -35,7 +35,8 @@ class HuggingFaceTokenizer(Tokenizer):
             json.dumps(_without_dummy_prefix(described)))
         self._tokenizer.encode_special_tokens = True
         self._byte_ids = None if _is_byte_level(described) else _byte_ids(described)
-        super().__init__("huggingface", _token_bytes(described), packed["bos_id"], packed["pad_id"])
+        ids = (packed["bos_id"], packed["pad_id"], packed["end_id"], *packed["begin_ids"])
+        super().__init__("huggingface", _needed(_token_bytes(described), ids), *ids[:2])
         self.end_id, self.begin_ids = packed["end_id"], tuple(packed["begin_ids"])
         self.hash = hashlib.sha256(model).hexdigest()
         if self.decode(self.encode(PROBE)) != PROBE:
@@ -142,6 +143,12 @@ def _token_bytes(described: Mapping[str, Any]) -> list[bytes]:
         else:
             found.append(pieces[index].replace(SPACE, " ").encode())
     return found
+
+
+def _needed(token_bytes: list[bytes], ids: tuple[int, ...]) -> list[bytes]:
+    """Without special tokens at the end, which a model's vocabulary need not have (Gemma 3's)."""
+    last = max(index for index, piece in enumerate(token_bytes) if piece or index in ids)
+    return token_bytes[: last + 1]
 
 
 def _is_byte_level(described: Mapping[str, Any]) -> bool:

@@ -106,7 +106,8 @@ def _biased(theirs: str, ours: str, layout: str) -> tuple[Row, Row]:
     path = "/".join([*folders, ""])
     stem, letters = name.rsplit("_", 1)
     bias = f"bias_{letters}" if stem == "scale" else f"{stem}_bias_{letters[-1]}"
-    return (_row(theirs + ".weight", ours, layout), _row(theirs + ".bias", path + bias, letters[-1]))
+    return (
+        _row(theirs + ".weight", ours, layout), _row(theirs + ".bias", path + bias, letters[-1]))
 
 
 GPT2_LAYER, HEADS = "transformer.h.{layer}.", LAYER + "attention/"

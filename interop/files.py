@@ -63,8 +63,8 @@ def _files(source: pathlib.Path) -> list[pathlib.Path]:
     for path in paths:
         if not path.is_file():
             raise ValueError(
-                f"from={source}: {path.name} is missing; expected {SINGLE}, or {INDEX} and the files "
-                "that it names"
+                f"from={source}: {path.name} is missing; expected {SINGLE}, or {INDEX} and the "
+                "files that it names"
             )
     return paths
 

@@ -29,8 +29,8 @@ def read(
             raise ValueError(f"config.json: rope_type={kind!r}: expected one of {', '.join(known)}")
         if parameters.get("partial_rotary_factor", 1.0) != 1.0:
             raise ValueError(
-                f"config.json: partial_rotary_factor={parameters['partial_rotary_factor']}: expected "
-                "1.0, heads that are rotated whole"
+                f"config.json: partial_rotary_factor={parameters['partial_rotary_factor']}: "
+                "expected 1.0, heads that are rotated whole"
             )
     kind = given.get("rope_type", given.get("type", "default"))
     if kind == "default":

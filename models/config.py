@@ -205,8 +205,8 @@ class TransformerConfig:
             )
         if (self.dense_layers > 0) != (self.dense_mlp_dim is not None):
             raise ValueError(
-                f"model.dense_layers={self.dense_layers} and model.dense_mlp_dim={self.dense_mlp_dim} "
-                "go together: set both or neither"
+                f"model.dense_layers={self.dense_layers} and model.dense_mlp_dim="
+                f"{self.dense_mlp_dim} go together: set both or neither"
             )
         if self.dense_layers and len(self.layer_pattern) > 1:
             raise ValueError(
@@ -232,8 +232,10 @@ class TransformerConfig:
             if field == "query_rank" and value is None:
                 continue
             if value is None or not 1 <= value <= most:
-                raise ValueError(f"model.{field}={value}: latent attention (model.latent_rank) needs "
-                                 f"at least 1 and at most {most} (model.head_dim={self.head_dim})")
+                raise ValueError(
+                    f"model.{field}={value}: latent attention (model.latent_rank) needs at least 1 "
+                    f"and at most {most} (model.head_dim={self.head_dim})"
+                )
         if self.rope_dim % 2:
             raise ValueError(f"model.rope_dim={self.rope_dim} must be even: pairs are rotated")
         for field, only in (
