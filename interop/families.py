@@ -272,7 +272,8 @@ GEMMA3 = Family(
 DEEPSEEK = Family(
     "deepseek_v3", "DeepseekV3ForCausalLM", DEEPSEEK_ROWS,
     (*(field for field in _fields(1e-6, tied=False, length=4096) if field.ours != "head_dim"),
-     Field("qk_rope_head_dim", "rope_dim"), Field(None, "head_dim", _latent_head_dim), Field("v_head_dim", "value_dim"),
+     Field("qk_rope_head_dim", "rope_dim"), Field(None, "head_dim", _latent_head_dim),
+     Field("v_head_dim", "value_dim"),
      Field("kv_lora_rank", "latent_rank"), Field("q_lora_rank", "query_rank", None),
      Field("first_k_dense_replace", "dense_layers", 3), Field(None, "dense_mlp_dim", _dense_size),
      Field("moe_intermediate_size", "mlp_dim"), Field("n_routed_experts", "num_experts"),
@@ -296,8 +297,8 @@ COHERE = Family(
 )
 GPT2 = Family(
     "gpt2", "GPT2LMHeadModel", GPT2_ROWS,
-    (Field("vocab_size", "vocab_size"), Field("n_layer", "num_layers"), Field("n_embd", "model_dim"),
-     Field("n_head", "num_heads"), Field(None, "num_kv_heads", lambda theirs: theirs["n_head"]),
+    (Field("vocab_size", "vocab_size"), Field("n_layer", "num_layers"),
+     Field("n_embd", "model_dim"), Field("n_head", "num_heads"), Field(None, "num_kv_heads", lambda theirs: theirs["n_head"]),
      Field(None, "head_dim", lambda theirs: theirs["n_embd"] // theirs["n_head"]),
      Field("n_inner", "mlp_dim", lambda theirs: 4 * theirs["n_embd"]),
      Field("n_positions", "max_length", 1024), Field("layer_norm_epsilon", "norm_epsilon", 1e-5),

@@ -1,4 +1,4 @@
-"""A family: how another library describes a model that ours can be, config and tensors both ways."""
+"""A family: how another library describes a model that ours can be, both ways."""
 
 import dataclasses
 import math
@@ -36,8 +36,8 @@ class Field(NamedTuple):
 class Family:
     """What one `model_type` says of a model, as data.
 
-    architecture: the class that `transformers` makes of it. fixed: our fields that every member has.
-    fields: the others. required: keys of theirs with the value that they must have, if they are
+    architecture: the class that `transformers` makes of it. fixed: our fields that all members
+    share. fields: the others. required: keys of theirs with the value that they must have, if they are
     there; they are written. kinds: the kind of each layer, for a config without `layer_types`.
     switch: the key that must be true for a window to count.
     extra: keys that are written where an import has not brought them along. also: keys that are

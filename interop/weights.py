@@ -40,7 +40,8 @@ class WeightMap:
         self.rows = [row for row in family.rows if row.ours[0] in self._shapes]
         missing = set(self._shapes) - {path for row in self.rows for path in row.ours}
         if missing:
-            raise ValueError(f"a {family.model_type} has no tensor for {', '.join(sorted(missing))}")
+            names = ", ".join(sorted(missing))
+            raise ValueError(f"a {family.model_type} has no tensor for {names}")
 
     def names(self, row: Row) -> Iterator[tuple[str, tuple[int, ...]]]:
         """The name of each tensor of a row, and its place: layer and expert, where it has them."""

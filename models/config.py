@@ -42,8 +42,8 @@ class TransformerConfig:
     `shared_experts` * `mlp_dim`. `router_bias` takes part in that choice and in nothing else;
     `routed_scale` multiplies what the chosen experts say. The first `dense_layers` have a
     feed-forward of size `dense_mlp_dim` instead (DeepSeek-V3, arXiv:2412.19437).
-    With `latent_rank` attention is that of `LatentAttention`: queries go through `query_rank` (None:
-    through none), the last `rope_dim` of `head_dim` are rotated, values have `value_dim`.
+    With `latent_rank` attention is that of `LatentAttention`: queries go through `query_rank`
+    (None: through none), the last `rope_dim` of `head_dim` are rotated, values have `value_dim`.
     """
 
     vocab_size: int = 4096
@@ -244,8 +244,8 @@ class TransformerConfig:
         ):
             if getattr(self, field) != only:
                 raise ValueError(
-                    f"model.{field}={getattr(self, field)!r} is not known with latent attention: set "
-                    f"model.{field}={only!r}, or model.latent_rank=None"
+                    f"model.{field}={getattr(self, field)!r} is not known with latent attention: "
+                    f"set model.{field}={only!r}, or model.latent_rank=None"
                 )
 
     def _validate_pattern(self) -> None:

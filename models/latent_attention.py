@@ -1,4 +1,4 @@
-"""Multi-head latent attention: keys and values of all heads are made of one short vector a token."""
+"""Multi-head latent attention: keys and values of all heads out of one short vector a token."""
 
 import dataclasses
 
@@ -28,8 +28,8 @@ class LatentAttention(nnx.Module):
     A token's latent gives every head its key and its value; the last `rope_dim` of each key are
     rotated, and the same for all heads. A cache holds latents and rotated keys alone: with it,
     queries are taken to the latent's space and what they attend to is taken back from there.
-    R is the rank of queries in query_*, of the latent in up_RNH, and with `rope_dim` in down_DR. H is
-    head_dim for queries, its unrotated part and value_dim in up_RNH, value_dim in out_NHD.
+    R is the rank of queries in query_*, of the latent in up_RNH, and with `rope_dim` in down_DR.
+    H is head_dim for queries, its unrotated part and value_dim in up_RNH, value_dim in out_NHD.
     """
 
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):

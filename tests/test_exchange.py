@@ -124,7 +124,7 @@ def test_greedy_decoding_in_bfloat16_is_that_of_transformers_for_64_tokens(expor
         assert (best_T - chosen_T <= best_T.abs() / 64).all()
         likeliest += int((best_T == chosen_T).sum())
     assert len(row) == 64 and likeliest > 0.95 * 3 * 64
-    assert len({token for row in steps for token in row}) > 8, "a token again and again proves little"
+    assert len({token for row in steps for token in row}) > 8, "one token proves little"
 
 
 def test_training_begins_with_the_imported_weights_and_continues(
@@ -201,7 +201,8 @@ REFUSED = {
     "activation": (changed("hidden_act", "gelu"), "hidden_act='gelu', but of llama only"),
     "rope": (changed("rope_parameters", {"rope_type": "yarn", "rope_theta": 1e4}),
              "rope_type='yarn': expected one of default, linear, llama3"),
-    "size": (changed("intermediate_size", 41), r"has shape \(40, 24\), but config.json says \(41, 24\)"),
+    "size": (changed("intermediate_size", 41),
+             r"has shape \(40, 24\), but config.json says \(41, 24\)"),
     "layers": (changed("num_hidden_layers", 4), "the files have no tensor model.layers.3."),
     "fewer": (changed("num_hidden_layers", 2), "tensor model.layers.2.*has no parameter"),
     "cut": (cut_short, "cut short: .* ends at byte"),
@@ -211,7 +212,8 @@ REFUSED = {
     "begins": (lambda folder: [changed("bos_token_id", None)(folder),
                                changed("eos_token_id", None)(folder),
                                (folder / "generation_config.json").unlink(),
-                               (folder / "tokenizer_config.json").unlink()], "bos_token or eos_token"),
+                               (folder / "tokenizer_config.json").unlink()],
+               "bos_token or eos_token"),
 }
 
 
@@ -221,7 +223,8 @@ def test_what_cannot_be_imported_is_refused_in_one_line(name, published, tmp_pat
     shutil.copytree(published, tmp_path / "model")
     change(tmp_path / "model")
     with pytest.raises(SystemExit) as stopped:
-        command_line.run(["batiste", "import", f"--from={tmp_path}/model", f"--workdir={tmp_path}/w"])
+        flags = [f"--from={tmp_path}/model", f"--workdir={tmp_path}/w"]
+        command_line.run(["batiste", "import", *flags])
     assert str(stopped.value).startswith("error: ") and "\n" not in str(stopped.value)
     assert re.search(message, str(stopped.value)), stopped.value
     assert not (tmp_path / "w/config.json").exists()

@@ -127,7 +127,8 @@ def tokens(seed: int) -> np.ndarray:
 
 def torch_logits(pair: Pair, tokens_BT: np.ndarray, **arguments) -> np.ndarray:
     with torch.no_grad():
-        return pair.torch_model(torch.tensor(tokens_BT, dtype=torch.long), **arguments).logits.numpy()
+        tokens_BT = torch.tensor(tokens_BT, dtype=torch.long)
+        return pair.torch_model(tokens_BT, **arguments).logits.numpy()
 
 
 def places(*lengths: int) -> tuple[np.ndarray, np.ndarray]:
