@@ -5,6 +5,7 @@ import json
 import logging
 import pathlib
 import re
+import shlex
 import shutil
 
 import jax
@@ -19,12 +20,16 @@ from test_families import SMALL, torch_twin
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from batiste import command_line, exchange, main
+from batiste.configs import families
 from batiste.configs.experiment import Experiment
 from batiste.data import SourceConfig
 from batiste.inference import SamplingConfig, generate
+from batiste.interop import FAMILIES, files
 from batiste.interop import certificate as certificates
 from batiste.models import Transformer, TransformerConfig
+from batiste.verbs import VERBS
 
+PAGE = (pathlib.Path(__file__).parents[1] / "docs" / "families.md").read_text()
 SPECIALS = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>"}
 FIELDS = SMALL | {"vocab_size": 300, "max_position_embeddings": 96, "tie_word_embeddings": True,
                   "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
@@ -60,6 +65,7 @@ def experiment(tmp_path_factory) -> Experiment:
     experiment.data.sources = (SourceConfig(path=f"{folder}/*.txt"),)
     experiment.data.sequence_length, experiment.train.batch_size = 24, 8
     experiment.train.num_steps, experiment.train.schedule.warmup_steps = 2, 1
+    experiment.mesh.tensor, experiment.mesh.zero = 2, 3
     experiment.train.health.every, experiment.sample.max_tokens = None, 4
     return experiment
 
@@ -136,7 +142,7 @@ def test_training_begins_with_the_imported_weights_and_continues(
     experiment.train.schedule.learning_rate = 1e-30
     same = main.train(experiment, own)
     assert same.step == 2
-    np.testing.assert_allclose(same.validation.loss, before.loss, rtol=1e-6)
+    np.testing.assert_allclose(same.validation.loss, before.loss, rtol=1e-3)
     assert main.train(experiment, own, resume="must").step == 2
     main.export_weights(own, tmp_path / "after")
     assert tensors(tmp_path / "after") == tensors(exported)
@@ -230,15 +236,36 @@ def test_what_cannot_be_imported_is_refused_in_one_line(name, published, tmp_pat
     assert not (tmp_path / "w/config.json").exists()
 
 
-def test_the_command_line_does_all_of_it(published, tmp_path, capsys):
-    for command in (
-        f"import --from={published}/model.safetensors --workdir={tmp_path}/w",
-        f"generate --workdir={tmp_path}/w --prompt=def --max_tokens=3",
-        f"export --workdir={tmp_path}/w --to={tmp_path}/out --dtype=float32",
-        f"export --verify={tmp_path}/out",
-    ):
+def test_the_commands_of_the_page_do_what_it_says(published, tmp_path, capsys, monkeypatch):
+    first, second = re.findall(r"```bash\n(.*?)```", PAGE, re.S)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "SmolLM2-135M").symlink_to(published)
+    for command in first.strip().split("\n"):
         with pytest.raises(SystemExit) as stopped:
-            command_line.run(["batiste", *command.split()])
+            command_line.run(shlex.split(command))
         assert not stopped.value.code, stopped.value.code
     assert "29 tensors" in capsys.readouterr().out
-    assert len(tensors(tmp_path / "out")) == 29
+    assert len(tensors(tmp_path / "smollm2_again")) == 29
+    for command in second.replace("\\\n", " ").strip().split("\n"):
+        _, verb, *flags = shlex.split(command)
+        command_line._parse(VERBS[verb].define, [f"batiste {verb}", *flags])
+
+
+def test_the_page_has_every_family():
+    assert re.findall(r"^\| `(\w+)` \|", PAGE, re.M)[1:] == [each.model_type for each in FAMILIES]
+    assert f"sizes of {len(families.MODELS)} published models" in PAGE
+
+
+def test_a_tensor_that_is_not_read_back_is_an_error(workdir, tmp_path, monkeypatch):
+    def write_and_damage(folder, *arguments):
+        written(folder, *arguments)
+        path = folder / "model.safetensors"
+        content = bytearray(path.read_bytes())
+        content[-3] ^= 1
+        path.write_bytes(content)
+
+    written = files.write
+    monkeypatch.setattr(files, "write", write_and_damage)
+    with pytest.raises(ValueError, match="was not read back as it was written"):
+        main.export_weights(workdir, tmp_path / "exported")
+    assert not (tmp_path / "exported").exists()

@@ -190,6 +190,8 @@ def test_the_bytes_come_back(pair, tmp_path):
         with safe_open(path, "np") as file:
             assert path.stat().st_size < 25_000
             written |= {name: file.get_tensor(name) for name in file.keys()}
+    read = Tensors(tmp_path)
+    assert all(read.read(name).tobytes() == tensor.tobytes() for name, tensor in written.items())
     with safe_open(pair.folder / "model.safetensors", "np") as file:
         assert sorted(file.keys()) == sorted(written)
         for name in file.keys():
