@@ -99,18 +99,12 @@ def import_model(source: str, workdir: str, experiment: Experiment | None = None
     if (target / "config.json").exists() or (target / FOLDER).exists():
         raise ValueError(f"workdir={workdir}: holds a run; choose another --workdir")
     experiment = _with_model(experiment, model)
-    experiment.model.validate()
     unfinished = target / f"{FOLDER}.unfinished"
     shutil.rmtree(unfinished, ignore_errors=True)
     if TOKENIZER in bring(path, unfinished / FILES):
-        (unfinished / TOKENIZER).write_bytes(pack_tokenizer(unfinished / FILES))
-        size = load_tokenizer(unfinished / TOKENIZER).vocab_size
-        if size > model.vocab_size:
-            raise ValueError(
-                f"from={source}: {TOKENIZER} has {size} tokens, but config.json says vocab_size="
-                f"{model.vocab_size}"
-            )
+        _bring_tokenizer(unfinished, model.vocab_size)
         experiment.data.tokenizer = str(target / FOLDER / TOKENIZER)
+    experiment.validate()
     layout = experiment.mesh.plain(len(jax.devices()))
     program = make_program(experiment.model, experiment.train, make_mesh(layout), layout)
     abstract = program.abstract_state.params
@@ -126,11 +120,26 @@ def import_model(source: str, workdir: str, experiment: Experiment | None = None
     return experiment
 
 
+def _bring_tokenizer(folder: pathlib.Path, vocab_size: int) -> None:
+    """Makes of the tokenizer.json that came along what encodes text here."""
+    (folder / TOKENIZER).write_bytes(pack_tokenizer(folder / FILES))
+    size = load_tokenizer(folder / TOKENIZER).vocab_size
+    if size > vocab_size:
+        raise ValueError(
+            f"{TOKENIZER} has {size} tokens, but config.json says vocab_size={vocab_size}: one of "
+            "the two is of another model"
+        )
+
+
 def _with_model(experiment: Experiment | None, model: TransformerConfig) -> Experiment:
     """The experiment with the model's sizes, and its own way to compute it if it says one."""
     if experiment is None:
         experiment = Experiment()
         experiment.model = dataclasses.replace(model, attention="auto")
+        data, health = experiment.data, experiment.train.health
+        data.sequence_length = min(data.sequence_length, model.max_length)
+        data.vocab_size = min(data.vocab_size, model.vocab_size)
+        health.every = None if model.dense_layers else health.every
     else:
         own = {name: getattr(experiment.model, name) for name in FREE_FIELDS if name != "dtype"}
         experiment.model = dataclasses.replace(model, **own)

@@ -83,15 +83,18 @@ class WeightMap:
         """Raises ValueError where files have other tensors, shapes or dtypes than this model."""
         planned = {each.name: each for each in self.planned(np.dtype(np.float32))}
         ignored = {"lm_head.weight"} if self.model.tied_embeddings else set()
-        for name in planned.keys() - tensors.entries.keys():
-            raise ValueError(f"the files have no tensor {name}, which their config.json implies")
-        for name in sorted(tensors.entries.keys() - planned.keys() - ignored):
+        names = {name: _name_in(tensors, name) for name in planned}
+        for name, found in names.items():
+            if found not in tensors.entries:
+                raise ValueError(
+                    f"the files have no tensor {name}, which their config.json implies")
+        for name in sorted(tensors.entries.keys() - set(names.values()) - ignored):
             if NO_WEIGHTS.search(name) is None:
                 raise ValueError(
                     f"the files have a tensor {name}, for which this model has no parameter"
                 )
         for name, each in planned.items():
-            entry = tensors.entries[name]
+            entry = tensors.entries[names[name]]
             if entry.dtype is None:
                 raise ValueError(f"{name} is quantized or no float: expected F32, BF16 or F16")
             if entry.shape != each.shape:
@@ -107,7 +110,7 @@ class WeightMap:
             sizes = self.sizes(row)
             placed = [_Placed(leaves[path]) for path in row.ours]
             for name, place in self.names(row):
-                parts = to_ours(row, tensors.read(name), sizes)
+                parts = to_ours(row, tensors.read(_name_in(tensors, name)), sizes)
                 for target, part in zip(placed, parts, strict=True):
                     target.put(part, place)
             found |= dict(zip(row.ours, (each.array() for each in placed), strict=True))
@@ -127,6 +130,13 @@ class WeightMap:
 
 def _dtype(row: Row, dtype: np.dtype) -> np.dtype:
     return np.dtype(np.float32) if row.always_float32 else dtype
+
+
+def _name_in(tensors: Tensors, name: str) -> str:
+    """A tensor's name in files: some are of a model without its head, and lack the first part."""
+    body, _, rest = name.partition(".")
+    whole = name in tensors.entries or body == "lm_head"
+    return name if whole or rest not in tensors.entries else rest
 
 
 class _Placed:

@@ -198,6 +198,18 @@ def test_the_bytes_come_back(pair, tmp_path):
             assert file.get_tensor(name).tobytes() == written[name].tobytes(), name
 
 
+def test_files_of_a_model_without_its_head_are_read(pair, tmp_path):
+    dtype = np.dtype(np.float32)
+    planned = [each._replace(name=each.name.removeprefix("model.").removeprefix("transformer."))
+               for each in pair.weights.planned(dtype)]
+    write(tmp_path, planned, pair.weights.tensors(pair.params, dtype))
+    abstract = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding),
+        pair.params)
+    again = pair.weights.parameters(Tensors(tmp_path), abstract)
+    jax.tree.map(np.testing.assert_array_equal, again, pair.params)
+
+
 def test_the_config_comes_back(pair):
     back = pair.family.config_of(pair.config, pair.theirs)
     assert pair.family.model_of(back) == pair.config
