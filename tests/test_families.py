@@ -216,6 +216,10 @@ def test_the_config_comes_back(pair):
     for spelling in ({"torch_dtype": "bfloat16"}, {"dtype": "bfloat16"}):
         without = {key: value for key, value in back.items() if key != "dtype"}
         assert pair.family.model_of(without | spelling).dtype == "bfloat16"
+    old = {key: value for key, value in back.items() if key != "rope_parameters"}
+    if "rope_local_base_freq" in old:
+        old["rope_scaling"] = back["rope_parameters"]["full_attention"]
+    assert pair.family.model_of(old) == pair.config
     bare = pair.family.config_of(pair.config, {})
     again = dataclasses.replace(pair.family.model_of(bare), dtype=pair.config.dtype)
     assert again == pair.config
