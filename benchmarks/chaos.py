@@ -73,7 +73,11 @@ def experiment(corpus: str, steps: int) -> Experiment:
 
 
 def instrument() -> None:
-    """In the run: notes which example stands at which position, and sets the clock where asked."""
+    """In the run: notes which example stands at which position, and sets the clock where asked.
+
+    One of two processes may be killed before they find each other; the other waits for 40 s, not 300.
+    """
+    sys.modules["batiste.sharding.connect"].INITIALIZATION_SECONDS = 40
     records_at, lines = order.Order.records_at, Lines(pathlib.Path(os.environ[EXAMPLES]))
 
     lock = threading.Lock()
