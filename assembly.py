@@ -82,10 +82,12 @@ class Assembly:
     ) -> Iterator[list[str]]:
         """Continues each prompt; yields the text that each step adds to each."""
         tokenizer = self.prepared.tokenizer
-        ids = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts]
+        begin = tokenizer.begin_ids
+        # Some tokenizers put nothing before a prompt, but something must be there.
+        ids = [[*begin, *tokenizer.encode(prompt)] or [tokenizer.bos_id] for prompt in prompts]
         decoders = [tokenizer.stream() for _ in prompts]
         model = nnx.merge(self.program.graphdef, self.plain(params))
-        for tokens in generate(model, ids, tokenizer.bos_id, config):
+        for tokens in generate(model, ids, tokenizer.end_id, config):
             # A model may have more tokens than the tokenizer (a padded vocabulary): no text.
             yield [
                 "" if token is None or token >= tokenizer.vocab_size else decoder.push(token)

@@ -11,6 +11,7 @@ import numpy as np
 
 from batiste.assembly import Assembly
 from batiste.data import Loader, position
+from batiste.exchange import beginning
 from batiste.sharding import MeshConfig, Share, is_first, replicate, together
 from batiste.train import (
     Checkpoints, Decision, Ledger, MetricsWriter, Monitor, Records, RollBack, Run, Watched, decide,
@@ -69,7 +70,7 @@ def _fit_from(
     """The same, until the monitor asks to go back, which is a RollBack."""
     experiment = assembly.experiment
     if start is None:
-        state = assembly.program.initialize()
+        state = beginning(assembly)
     else:
         ledger.enter("restore")
         state = checkpoints.restore(start, assembly.program.abstract_state)

@@ -58,6 +58,11 @@ def check_memory(experiment: Experiment) -> None:
 
 
 def _workload(experiment: Experiment, device_kind: str) -> Workload:
+    if experiment.model.dense_layers:
+        raise ValueError(
+            f"model.dense_layers={experiment.model.dense_layers}: the planner does not know layers of "
+            "two sizes; `batiste train --force` trains without asking it"
+        )
     """What is planned, with attention settled for the device."""
     model, _ = resolve_attention(experiment.model, device_kind, {})
     return Workload(model, experiment.train, experiment.data.sequence_length)

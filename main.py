@@ -17,6 +17,7 @@ from batiste.configs.experiment import Experiment, flatten, from_dict
 from batiste.data import Prepared, load_prepared
 from batiste.data import prepare as prepare_data
 from batiste.evaluation import Perplexity
+from batiste.exchange import Export, export_model, import_model, imported
 from batiste.fitting import stored_mesh, train_from
 from batiste.forecast import check_memory
 from batiste.inference import SamplingConfig
@@ -108,7 +109,10 @@ def _train(
     if not force:
         check_memory(experiment)
     found, stored = _stored(workdir, experiment)
-    check_mode(resume, found, last_saved(workdir), str(workdir))
+    begun = imported(workdir)
+    # Imported weights are something to continue from, unless a checkpoint was lost.
+    mode = "auto" if resume == "must" and begun is not None else resume
+    check_mode(mode, found, last_saved(workdir), str(workdir))
     free = (*_free_to_change(experiment), *resume_override)
     changed = [] if found.step is None else check_same(stored["config"], flat, free)
     check_shared(workdir)
@@ -122,6 +126,8 @@ def _train(
     arrays = arrays_of(assembly.program.abstract_state)
     if found.step is not None:
         check_same(stored["arrays"], arrays)
+    if begun is not None:
+        begun.check(experiment, assembly.program.abstract_state.params)
     if is_first():
         _save_config(experiment, workdir)
     ledger.begin(**assembly.facts())
@@ -140,7 +146,7 @@ def _train(
 
 def evaluate(workdir: str | os.PathLike) -> Perplexity:
     """The perplexity of a trained work directory's newest checkpoint on its validation split."""
-    assembly, params = _load(workdir)
+    assembly, params = _load(workdir, for_data=True)
     return assembly.measure(params)
 
 
@@ -159,6 +165,27 @@ def generate(
     config = assembly.experiment.sample if config is None else config
     agree({"prompts": list(prompts), **dataclasses.asdict(config)})
     return assembly.write(params, prompts, config, on_text)
+
+
+def import_weights(
+    source: str | os.PathLike, workdir: str | os.PathLike, experiment: Experiment | None = None
+) -> Experiment:
+    """Makes a work directory of a model in Hugging Face's format: `exchange.import_model`."""
+    experiment = import_model(str(source), str(workdir), experiment)
+    _save_config(experiment, pathlib.Path(workdir))
+    return experiment
+
+
+def export_weights(
+    workdir: str | os.PathLike, to: str | os.PathLike, family: str | None = None,
+    dtype: str | None = None,
+) -> dict[str, int]:
+    """Writes the newest checkpoint as a directory that `transformers` loads: `export_model`."""
+    assembly, params = _load(workdir)
+    begun = imported(pathlib.Path(workdir))
+    tokenizer = None if begun is not None else assembly.prepared.tokenizer
+    given = Export(assembly.experiment.model, params, pathlib.Path(workdir), tokenizer)
+    return export_model(given, str(to), family, dtype)
 
 
 def load_experiment(workdir: str | os.PathLike) -> Experiment:
@@ -198,13 +225,22 @@ def _report(ledger: Ledger, event: str, **fields: Any) -> None:
         complain(f"the checkpoint of step {fields['step']} could not be saved: {fields['why']}{again}")
 
 
-def _load(workdir: str | os.PathLike) -> tuple[Assembly, Any]:
-    """Assembly and parameters of the newest checkpoint, replicated over the devices that are here."""
+def _load(workdir: str | os.PathLike, for_data: bool = False) -> tuple[Assembly, Any]:
+    """Assembly and parameters of the newest checkpoint, replicated over the devices that are here.
+
+    for_data: whether text is to be read, which an imported model has not been prepared for.
+    """
     workdir = pathlib.Path(workdir)
     experiment = load_experiment(workdir)
     check_connected()
     agree({"workdir": str(workdir)})
     found, stored = _stored(workdir, experiment)
+    begun = imported(workdir)
+    untrained = found.step is None and not found.passed_over and last_saved(workdir) is None
+    if begun is not None and untrained:
+        prepared = prepare(experiment, workdir) if for_data else begun
+        assembly = assemble(experiment, workdir, prepared, MeshConfig())
+        return assembly, begun.parameters(experiment, assembly.program)
     check_mode("must", found, None, str(workdir))
     fingerprint = stored["data"]["data fingerprint"]
     prepared = load_prepared(pathlib.Path(workdir, "data", fingerprint[:12]))

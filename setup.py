@@ -4,7 +4,7 @@ from setuptools import setup
 
 ROOMS = (
     "pallas_kernels", "sharding", "data", "models", "inference", "train", "evaluation",
-    "planning", "configs",
+    "planning", "configs", "interop",
 )
 
 setup(
@@ -42,6 +42,8 @@ setup(
         "eval": ["sacrebleu>=2.4", "rouge-score>=0.1.2"],
         "dev": [
             "pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "nbclient>=0.10", "ipykernel>=6.29", "nbformat>=5.10",
+            # What imported models are held to; this release of torch is a CPU build on PyPI.
+            "torch==2.13.0", "transformers>=5.0", "safetensors>=0.4",
             "libtpu>=0.0.40; platform_system == 'Linux' and platform_machine == 'x86_64'",
         ],
     },

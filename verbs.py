@@ -268,6 +268,50 @@ def _generate(values: flags.FlagValues) -> int:
     return 0
 
 
+def _define_import(values: flags.FlagValues, argv: list[str]) -> None:
+    _define_prepare(values, argv)
+    flags.DEFINE_string("from", None, "Directory of a model in Hugging Face's format, or the "
+                        ".safetensors file in it.", flag_values=values)
+
+
+def _import(values: flags.FlagValues) -> int:
+    from batiste import main
+
+    experiment = None if values.config is None else given_experiment(values)
+    workdir = _required(values, "workdir")
+    main.import_weights(_required(values, "from"), workdir, experiment)
+    print(f"imported: batiste generate --workdir={workdir} continues text with it")
+    return 0
+
+
+def _define_export(values: flags.FlagValues, argv: list[str]) -> None:
+    del argv
+    _define_workdir(values)
+    flags.DEFINE_string("to", None, "Directory to write.", flag_values=values)
+    flags.DEFINE_string("verify", None, "Directory that an export wrote, to check against its "
+                        "certificate, instead of --workdir and --to.", flag_values=values)
+    flags.DEFINE_string("family", None, "The model_type to write; left out: the one it was imported "
+                        "as, or the first that fits.", flag_values=values)
+    flags.DEFINE_enum("dtype", None, ("float32", "bfloat16", "float16"), "Of the files; left out: "
+                      "the model's compute dtype.", flag_values=values)
+
+
+def _export(values: flags.FlagValues) -> int:
+    from batiste import exchange, main
+
+    if values.verify is not None:
+        if values.workdir is not None or values.to is not None:
+            raise ValueError("--verify checks a directory by itself: leave --workdir and --to out")
+        error = exchange.verify_export(values.verify)
+        print(f"{values.verify}: every file is what was written, and logits differ by {error:.1e} "
+              "of the largest")
+        return 0
+    workdir, target = _required(values, "workdir"), _required(values, "to")
+    done = main.export_weights(workdir, target, values.family, values.dtype)
+    print(f"{target}: {done['tensors']:,} tensors, {done['bytes']:,} bytes, read back and the same")
+    return 0
+
+
 def _print_perplexity(result) -> None:
     error = "" if result.standard_error is None else f" ± {result.standard_error:.4f}"
     print(f"validation: loss {result.loss:.4f} nats per token, perplexity {result.perplexity:.2f}, "
@@ -309,5 +353,9 @@ VERBS = {
     "doctor checkpoints": Verb(
         "--workdir=DIR", "read every byte of every checkpoint", _define_reading,
         _doctor_checkpoints),
+    "import": Verb("--from=DIR --workdir=DIR", "a model in Hugging Face's format to a work directory",
+                   _define_import, _import),
+    "export": Verb("--workdir=DIR --to=DIR", "and back; --verify=DIR checks what was written",
+                   _define_export, _export),
     "generate": Verb("--workdir=DIR --prompt=TEXT", "stream text", _define_generate, _generate),
 }

@@ -58,6 +58,7 @@ class Experiment:
                 "mesh.slice=1: set mesh.slice, or train.local.steps=None"
             )
         self._validate_splits()
+        self._validate_dense_layers()
         layer_order(self.model.num_layers, self.mesh.stage, self.mesh.interleave)
 
     def _validate_experts(self) -> None:
@@ -73,6 +74,19 @@ class Experiment:
                 raise ValueError(
                     f"train.objective.{field}={getattr(self.train.objective, field)} has no effect "
                     "without experts: set it to 0, or set model.num_experts"
+                )
+
+    def _validate_dense_layers(self) -> None:
+        """Raises ValueError for what counts on all layers being alike."""
+        if not self.model.dense_layers:
+            return
+        for field, given, instead in (
+            ("mesh.stage", self.mesh.stage, 1), ("train.health.every", self.train.health.every, None),
+        ):
+            if given != instead:
+                raise ValueError(
+                    f"{field}={given} does not know layers of two sizes (model.dense_layers="
+                    f"{self.model.dense_layers}): set {field}={instead}"
                 )
 
     def _validate_splits(self) -> None:

@@ -30,7 +30,7 @@ def get_config(arg: str | None = None) -> Experiment:
         model=TransformerConfig(
             vocab_size=50_257, num_layers=12, model_dim=768, num_heads=12, num_kv_heads=12,
             head_dim=64, mlp_dim=3072, max_length=1024, activation="gelu", norm="layer",
-            norm_epsilon=1e-5, bias=True, positions="learned", init_stddev=0.02, dtype="bfloat16",
+            norm_epsilon=1e-5, bias="all", positions="learned", init_stddev=0.02, dtype="bfloat16",
             attention="auto",
         ),
         data=DataConfig(

@@ -6,6 +6,7 @@
 
 from batiste.data.config import DataConfig, SourceConfig
 from batiste.data.file_hashes import damage, hash_files, read_signed, write_signed
+from batiste.data.huggingface_tokenizer import pack as pack_tokenizer
 from batiste.data.loader import Loader
 from batiste.data.order import position
 from batiste.data.packing import Batch
@@ -15,6 +16,6 @@ from batiste.data.tokenizer import Tokenizer, load_tokenizer
 
 __all__ = [
     "Batch", "DataConfig", "Loader", "Prepared", "SourceConfig", "Tokenizer", "damage",
-    "hash_files", "load_prepared", "load_tokenizer", "position", "prepare", "read_signed",
-    "write_signed",
+    "hash_files", "load_prepared", "load_tokenizer", "pack_tokenizer", "position", "prepare",
+    "read_signed", "write_signed",
 ]

@@ -29,9 +29,10 @@ class DataConfig:
     """A corpus, its tokenizer and its records.
 
     validation_fraction: the share of documents held out, chosen by the hash of their text.
-    tokenizer: "bpe", "unigram", "characters", "bytes", or the path of a SentencePiece .model.
+    tokenizer: "bpe", "unigram", "characters", "bytes", or the path of a SentencePiece .model or of the
+        tokenizer.json of a work directory that `batiste import` made.
     vocab_size: tokens to learn for "bpe" and "unigram", the most to keep for "characters" (rarer
-        ones are spelled in bytes); "bytes" and a .model bring their own size and do not read it.
+        ones are spelled in bytes); "bytes" and files bring their own size and do not read it.
     sequence_length: T, the inputs of a record.
     packing: "concatenate" cuts one stream of documents every T tokens and fills every record;
         "first_fit" keeps a document in one record where it fits, at the price of some padding.
@@ -63,8 +64,9 @@ class DataConfig:
         if not 0 < self.validation_fraction < 1:
             raise ValueError(f"data.validation_fraction={self.validation_fraction}: "
                              "expected a number between 0 and 1, such as 0.05")
-        if not self.tokenizer.endswith(".model"):
-            _require_choice("tokenizer", self.tokenizer, TOKENIZERS, " or a path to a .model file")
+        if not self.tokenizer.endswith((".model", ".json")):
+            _require_choice("tokenizer", self.tokenizer, TOKENIZERS,
+                            " or a path to a .model or .json file")
         _require_choice("packing", self.packing, PACKINGS)
         for field, least in (("vocab_size", 1), ("sequence_length", 2), ("seed", 0)):
             value = getattr(self, field)

@@ -18,7 +18,7 @@ from batiste.data.corpus import HeldOut, Survey, survey
 from batiste.data.encoder import Encoder, token_dtype
 from batiste.data.file_hashes import hash_files, write_signed
 from batiste.data.prepared import (
-    MANIFEST, SPLITS, TOKENIZER_FILE, Prepared, load_prepared, problem,
+    MANIFEST, SPLITS, Prepared, load_prepared, problem,
 )
 from batiste.data.quarantine import Quarantine
 from batiste.data.sources import Source, open_source
@@ -98,8 +98,8 @@ def _prepare_in(
     held_out = HeldOut()
     surveys = _survey_all(config, sources, held_out, quarantine)
     tokenizer = _tokenizer(config, surveys)
-    if isinstance(tokenizer, SentencePieceTokenizer):
-        (work / TOKENIZER_FILE).write_bytes(tokenizer.model)
+    if tokenizer.model is not None:
+        (work / tokenizer.file_name).write_bytes(tokenizer.model)
     stored = Encoder(config, tokenizer).write(work, sources, surveys)
     if quarantine.total:
         shutil.move(quarantine.path, work / "quarantine.jsonl")

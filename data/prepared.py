@@ -8,11 +8,11 @@ import pathlib
 import numpy as np
 
 from batiste.data.file_hashes import Hashes, damage, read_signed
+from batiste.data.huggingface_tokenizer import HuggingFaceTokenizer
 from batiste.data.record_reader import RecordReader
 from batiste.data.tokenizer import ByteTokenizer, SentencePieceTokenizer, Tokenizer
 
 MANIFEST = "manifest.json"
-TOKENIZER_FILE = "tokenizer.model"
 SPLITS = ("train", "validation")
 # Records beyond this are not hashed at every start (a second for 4 GiB in the page cache): their
 # format has hashes of its own, and of 60 flipped bytes none came through when they were read.
@@ -43,9 +43,11 @@ class Prepared:
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that encoded the records."""
-        if self.manifest["tokenizer"]["name"] == "bytes":
+        name = self.manifest["tokenizer"]["name"]
+        if name == "bytes":
             return ByteTokenizer()
-        return SentencePieceTokenizer((self.directory / TOKENIZER_FILE).read_bytes())
+        kind = {"sentencepiece": SentencePieceTokenizer, "huggingface": HuggingFaceTokenizer}[name]
+        return kind((self.directory / kind.file_name).read_bytes())
 
     def num_records(self, split: str) -> int:
         """Returns the number of records of "train" or "validation"."""

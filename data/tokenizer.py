@@ -18,20 +18,27 @@ import numpy as np
 SPACE = "\u2581"
 # It keeps the tab for itself in training, so a tab is learned as this private-use character.
 TAB = "\ue009"
+# What a tokenizer that normalizes, or spells something twice, does not give back.
+PROBE = "  \uff21e\u0301\u212b \t\n\r\n  a\u00a0\u3000b  <s>\u200d\ufb01 "
 
 
 class Tokenizer(abc.ABC):
     """Encodes any text that UTF-8 can hold; `decode(encode(text)) == text`.
 
-    name: "bytes", or "sentencepiece". hash: of everything that decides an encoding.
+    name: "bytes", "sentencepiece" or "huggingface". hash: of everything that decides an encoding.
     bos_id begins each document, pad_id fills records; neither is ever made from text, and
-    both stand for no text. byte_lengths_V (int32) is the number of bytes each token stands for.
+    both stand for no text. begin_ids begin a prompt, end_id ends its continuation.
+    model: what is written to `file_name` beside records, None for "bytes". byte_lengths_V (int32) is the number of bytes each token stands for.
     """
+
+    file_name: str | None = None
+    model: bytes | None = None
 
     def __init__(self, name: str, token_bytes: Sequence[bytes], bos_id: int, pad_id: int):
         self.name = name
         self.vocab_size = len(token_bytes)
         self.bos_id, self.pad_id = bos_id, pad_id
+        self.begin_ids, self.end_id = (bos_id,), bos_id
         self.byte_lengths_V = np.array([len(piece) for piece in token_bytes], np.int32)
         self.hash = hashlib.sha256(repr((name, bos_id, pad_id, token_bytes)).encode()).hexdigest()
         self._token_bytes = token_bytes
@@ -87,6 +94,8 @@ class SentencePieceTokenizer(Tokenizer):
     A dummy prefix is turned off, so that tokens stand for exactly the bytes of the text.
     """
 
+    file_name = "tokenizer.model"
+
     def __init__(self, model: bytes):
         import sentencepiece
         processor = sentencepiece.SentencePieceProcessor()
@@ -121,8 +130,7 @@ class SentencePieceTokenizer(Tokenizer):
         return (text.replace(TAB, "\t") if self._maps_tab else text).encode()
 
     def _require_lossless(self) -> None:
-        probe = "  \uff21e\u0301\u212b \t\n\r\n  a\u00a0\u3000b  <s>\u200d\ufb01 "
-        if self.decode(self.encode(probe)) != probe:
+        if self.decode(self.encode(PROBE)) != PROBE:
             raise ValueError("the tokenizer normalizes text, so it would not give it back; "
                              "expected a model trained with --normalization_rule_name=identity "
                              "--remove_extra_whitespaces=false")
@@ -158,7 +166,7 @@ def _without_dummy_prefix(model: bytes) -> bytes:
 
 
 def load_tokenizer(path) -> Tokenizer:
-    """Returns the tokenizer of a .model file or of a prepared directory, or "bytes".
+    """Returns the tokenizer of a .model or .json file or of a prepared directory, or "bytes".
 
     Raises ValueError if there is none, or if it could not give every text back.
     """
@@ -170,8 +178,11 @@ def load_tokenizer(path) -> Tokenizer:
         return load_prepared(path).tokenizer
     if not path.is_file():
         raise ValueError(f"{path}: no such tokenizer; expected a .model file, "
-                         "a prepared directory, or bytes")
+                         "a .json file, a prepared directory, or bytes")
     try:
+        if path.suffix == ".json":
+            from batiste.data.huggingface_tokenizer import HuggingFaceTokenizer
+            return HuggingFaceTokenizer(path.read_bytes())
         return SentencePieceTokenizer(path.read_bytes())
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None

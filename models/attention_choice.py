@@ -201,7 +201,9 @@ def _check(config: TransformerConfig, chip: str, axis_sizes: Mapping[str, int]) 
         if axis_sizes.get("context", 1) > 1:  # The pairs of chunks of a ring.
             masks += [("segments",), ("causal", *window, "segments", "offset")]
         for mask in masks:
-            certified.check(chip, mask, config.dtype, config.head_dim)
+            cached = config.latent_rank is not None and "offset" in mask
+            size = config.latent_rank + config.rope_dim if cached else config.head_dim
+            certified.check(chip, mask, config.dtype, size)
 
 
 def _replaced(config: TransformerConfig, attention: str) -> TransformerConfig:

@@ -9,6 +9,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from batiste.models.attention import Attention, LayerCache
 from batiste.models.config import TransformerConfig
+from batiste.models.latent_attention import LatentAttention
 from batiste.models.layer_sums import LayerSums, layer_sums
 from batiste.models.layers import FeedForward, Norm, dropout
 from batiste.models.mixture import Mixture
@@ -28,16 +29,19 @@ class Block(nnx.Module):
     """Attention and feed-forward or experts, each added to the residual stream."""
 
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
-        self.attention = Attention(config, rngs=rngs)
+        kind = Attention if config.latent_rank is None else LatentAttention
+        self.attention = kind(config, rngs=rngs)
         self.mixture = None if config.num_experts is None else Mixture(config, rngs=rngs)
         # Shared experts, which every token takes, are together one wider feed-forward.
         dense = config if self.mixture is None else dataclasses.replace(
             config, mlp_dim=config.shared_experts * config.mlp_dim
         )
         self.feed_forward = FeedForward(dense, rngs=rngs) if dense.mlp_dim else None
-        before, after = config.norm_placement != "post", config.norm_placement != "pre"
+        placement = config.norm_placement
+        before, after = placement != "post", placement in ("post", "sandwich")
+        self.parallel = placement == "parallel"
         self.attention_norm = Norm(config) if before else None
-        self.feed_forward_norm = Norm(config) if before else None
+        self.feed_forward_norm = Norm(config) if before and not self.parallel else None
         self.attention_post_norm = Norm(config) if after else None
         self.feed_forward_post_norm = Norm(config) if after else None
         self.norms_the_sum = config.norm_placement == "post"
@@ -47,12 +51,14 @@ class Block(nnx.Module):
         """Returns x_BTD after the block, and the LayerOutput."""
         keys = (None,) * 3 if dropout_key is None else jax.random.split(dropout_key, 3)
         h_BTD = x_BTD if self.attention_norm is None else self.attention_norm(x_BTD)
+        normed_BTD = h_BTD
         h_BTD, cache, attention = self.attention(
             whole_time(h_BTD, cache), mask, rotation, cache, keys[0], measured)
         h_BTD = checkpoint_name(split_time(h_BTD, cache), "attention")
         h_BTD = dropout(h_BTD, self.dropout_rate, keys[1])
         x_BTD = self._add(x_BTD, h_BTD, self.attention_post_norm)
-        h_BTD = x_BTD if self.feed_forward_norm is None else self.feed_forward_norm(x_BTD)
+        h_BTD = normed_BTD if self.parallel else (
+            x_BTD if self.feed_forward_norm is None else self.feed_forward_norm(x_BTD))
         h_BTD, router, units_BTF = self._feed(h_BTD, mask, cache)
         h_BTD = checkpoint_name(h_BTD, "feed_forward")
         h_BTD = dropout(h_BTD, self.dropout_rate, keys[2])
@@ -74,7 +80,7 @@ class Block(nnx.Module):
         return sum(parts[1:], start=parts[0]), router, units_BTF
 
     def _add(self, x_BTD: jax.Array, h_BTD: jax.Array, norm: Norm | None) -> jax.Array:
-        """pre: x + h. sandwich: x + norm(h). post: norm(x + h)."""
+        """pre, parallel: x + h. sandwich: x + norm(h). post: norm(x + h)."""
         if norm is None:
             return x_BTD + h_BTD
         return norm(x_BTD + h_BTD) if self.norms_the_sum else x_BTD + norm(h_BTD)

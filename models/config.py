@@ -2,13 +2,15 @@
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Sequence
 
 from batiste.pallas_kernels import certified
 
 ACTIVATIONS = ("relu", "relu2", "gelu", "swiglu", "geglu")
-NORMS = ("rms", "layer")
-NORM_PLACEMENTS = ("pre", "post", "sandwich")
+NORMS = ("rms", "rms_plus_one", "layer")
+NORM_PLACEMENTS = ("pre", "post", "sandwich", "parallel")
+BIASES = ("none", "qkv", "all")
 POSITIONS = ("rope", "learned", "sinusoidal", "alibi", "none")
 ROPE_SCALINGS = ("linear", "llama3")
 LAYER_KINDS = ("global", "local")
@@ -29,10 +31,19 @@ class TransformerConfig:
     `remat` says what of a layer the backward pass finds saved: "none" recomputes nothing, "dots" all
     but products with weights, "full" everything, "names" everything but the tensors named in `saved`
     and, moved to the host's memory, in `offloaded` (see TENSOR_NAMES).
+    `bias` says which products have one: none, those to queries, keys and values, or all, and then
+    LayerNorms too. Norm "rms_plus_one" stores its scale less 1 (Gemma). Placed "parallel", one norm
+    feeds attention and feed-forward, and both are added at once (PaLM, arXiv:2204.02311).
+    `local_rope_base` is the base of local layers, which are then not scaled (None: as the others).
+    `attention_scale` multiplies queries by keys (None: 1 / sqrt(head_dim)).
     `attention` names the chip whose kernels to use; "auto" is settled by `resolve_attention`.
     With `num_experts` every layer's feed-forward is a mixture of so many of size `mlp_dim`: a token
     takes `experts_per_token` of them by `expert_scores`, and one dense feed-forward of size
-    `shared_experts` * `mlp_dim`. `router_bias` takes part in that choice and in nothing else.
+    `shared_experts` * `mlp_dim`. `router_bias` takes part in that choice and in nothing else;
+    `routed_scale` multiplies what the chosen experts say. The first `dense_layers` have a
+    feed-forward of size `dense_mlp_dim` instead (DeepSeek-V3, arXiv:2412.19437).
+    With `latent_rank` attention is that of `LatentAttention`: queries go through `query_rank`
+    (None: through none), the last `rope_dim` of `head_dim` are rotated, values have `value_dim`.
     """
 
     vocab_size: int = 4096
@@ -49,16 +60,26 @@ class TransformerConfig:
     shared_experts: int = 0
     expert_scores: str = "softmax"
     router_bias: bool = False
+    routed_scale: float = 1.0
+    dense_layers: int = 0
+    dense_mlp_dim: int | None = None
+
+    latent_rank: int | None = None
+    query_rank: int | None = None
+    rope_dim: int | None = None
+    value_dim: int | None = None
 
     activation: str = "swiglu"
     norm: str = "rms"
     norm_placement: str = "pre"
     norm_epsilon: float = 1e-6
-    bias: bool = False
+    bias: str = "none"
     qk_norm: bool = False
+    embedding_norm: bool = False
 
     positions: str = "rope"
     rope_base: float = 10_000.0
+    local_rope_base: float | None = None
     rope_scaling: str | None = None
     rope_factor: float = 8.0
     rope_low_frequency_factor: float = 1.0
@@ -68,6 +89,7 @@ class TransformerConfig:
     layer_pattern: tuple[str, ...] = ("global",)
     window: int | None = None
     attention: str = "reference"
+    attention_scale: float | None = None
     attention_soft_cap: float | None = None
     attention_sinks: bool = False
     logit_soft_cap: float | None = None
@@ -109,7 +131,7 @@ class TransformerConfig:
         """Raises ValueError, naming the field and a fix, for a model that cannot be built."""
         for field, choices in (
             ("activation", ACTIVATIONS), ("norm", NORMS), ("norm_placement", NORM_PLACEMENTS),
-            ("positions", POSITIONS), ("dtype", DTYPES),
+            ("positions", POSITIONS), ("dtype", DTYPES), ("bias", BIASES),
             ("remat", REMAT_POLICIES), ("attention", ATTENTIONS), ("expert_scores", EXPERT_SCORES),
         ):
             _check_choice(field, getattr(self, field), choices)
@@ -148,11 +170,13 @@ class TransformerConfig:
             raise ValueError(f"model.dropout={self.dropout}: expected 0 <= dropout < 1")
         self._validate_pattern()
         self._validate_experts()
+        self._validate_latent()
 
     def _validate_experts(self) -> None:
         if self.num_experts is None:
             for field, default in (
-                ("shared_experts", 0), ("expert_scores", "softmax"), ("router_bias", False)
+                ("shared_experts", 0), ("expert_scores", "softmax"), ("router_bias", False),
+                ("routed_scale", 1.0), ("dense_layers", 0), ("dense_mlp_dim", None),
             ):
                 if getattr(self, field) != default:
                     raise ValueError(
@@ -167,8 +191,62 @@ class TransformerConfig:
             )
         if self.shared_experts < 0:
             raise ValueError(f"model.shared_experts={self.shared_experts}: expected at least 0")
-        if self.bias:
-            raise ValueError("model.bias=True: experts have no biases; set model.bias=False")
+        self._validate_dense_layers()
+        if self.bias == "all":
+            raise ValueError(
+                "model.bias='all': experts have no biases; set model.bias='none' or 'qkv'"
+            )
+
+    def _validate_dense_layers(self) -> None:
+        if not 0 <= self.dense_layers < self.num_layers:
+            raise ValueError(
+                f"model.dense_layers={self.dense_layers}: expected 0 to model.num_layers - 1="
+                f"{self.num_layers - 1}"
+            )
+        if (self.dense_layers > 0) != (self.dense_mlp_dim is not None):
+            raise ValueError(
+                f"model.dense_layers={self.dense_layers} and model.dense_mlp_dim="
+                f"{self.dense_mlp_dim} go together: set both or neither"
+            )
+        if self.dense_layers and len(self.layer_pattern) > 1:
+            raise ValueError(
+                f"model.layer_pattern={self.layer_pattern}: layers before those with experts "
+                "(model.dense_layers) know one kind of layer"
+            )
+
+    def _validate_latent(self) -> None:
+        others = ("query_rank", "rope_dim", "value_dim")
+        if self.latent_rank is None:
+            for field in others:
+                if getattr(self, field) is not None:
+                    raise ValueError(
+                        f"model.{field}={getattr(self, field)} has no effect without latent "
+                        f"attention: set model.latent_rank, or model.{field}=None"
+                    )
+            return
+        for field, most in (
+            ("latent_rank", math.inf), ("query_rank", math.inf), ("rope_dim", self.head_dim - 1),
+            ("value_dim", self.head_dim),
+        ):
+            value = getattr(self, field)
+            if field == "query_rank" and value is None:
+                continue
+            if value is None or not 1 <= value <= most:
+                raise ValueError(
+                    f"model.{field}={value}: latent attention (model.latent_rank) needs at least 1 "
+                    f"and at most {most} (model.head_dim={self.head_dim})"
+                )
+        if self.rope_dim % 2:
+            raise ValueError(f"model.rope_dim={self.rope_dim} must be even: pairs are rotated")
+        for field, only in (
+            ("positions", "rope"), ("bias", "none"), ("qk_norm", False), ("attention_sinks", False),
+            ("num_kv_heads", self.num_heads),
+        ):
+            if getattr(self, field) != only:
+                raise ValueError(
+                    f"model.{field}={getattr(self, field)!r} is not known with latent attention: "
+                    f"set model.{field}={only!r}, or model.latent_rank=None"
+                )
 
     def _validate_pattern(self) -> None:
         if not self.layer_pattern:
@@ -184,6 +262,13 @@ class TransformerConfig:
             raise ValueError(
                 f"model.window={self.window} has no effect: no layer of model.layer_pattern="
                 f"{self.layer_pattern} is 'local'; unset model.window or add one"
+            )
+        if self.local_rope_base is None:
+            return
+        if self.positions != "rope" or "local" not in self.layer_pattern:
+            raise ValueError(
+                f"model.local_rope_base={self.local_rope_base} has no effect: it needs "
+                "model.positions='rope' and a 'local' layer in model.layer_pattern"
             )
 
 

@@ -162,12 +162,15 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
 class Norm(nnx.Module):
     """RMSNorm (arXiv:1910.07467) or LayerNorm (arXiv:1607.06450) over the last dim, in fp32."""
 
-    def __init__(self, config: TransformerConfig, letter: str = "D"):
+    def __init__(self, config: TransformerConfig, letter: str = "D", size: int | None = None):
+        sizes = config.sizes if size is None else {letter: size}
         self.centered = config.norm == "layer"
         self.epsilon = config.norm_epsilon
-        has_bias = self.centered and config.bias
-        setattr(self, f"scale_{letter}", vector(letter, config.sizes, 1.0))
-        setattr(self, f"bias_{letter}", vector(letter, config.sizes, 0.0) if has_bias else None)
+        self.plus_one = config.norm == "rms_plus_one"
+        has_bias = self.centered and config.bias == "all"
+        start = 0.0 if self.plus_one else 1.0
+        setattr(self, f"scale_{letter}", vector(letter, sizes, start))
+        setattr(self, f"bias_{letter}", vector(letter, sizes, 0.0) if has_bias else None)
         self.letter = letter
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -176,7 +179,8 @@ class Norm(nnx.Module):
         if self.centered:
             y -= y.mean(axis=-1, keepdims=True)
         y *= jax.lax.rsqrt(jnp.square(y).mean(axis=-1, keepdims=True) + self.epsilon)
-        y *= jnp.expand_dims(scale[...], range(x.ndim - 1))
+        scale = 1 + scale[...] if self.plus_one else scale[...]
+        y *= jnp.expand_dims(scale, range(x.ndim - 1))
         return add_bias(y, bias).astype(x.dtype)
 
 
@@ -193,9 +197,10 @@ class FeedForward(nnx.Module):
         self.down_FD = matrix(
             rngs, "FD", sizes, inputs="F", stddev=stddev, gain=residual_gain(config)
         )
-        self.up_bias_F = vector("F", sizes, 0.0) if config.bias else None
-        self.gate_bias_F = vector("F", sizes, 0.0) if config.bias and config.gated else None
-        self.down_bias_D = vector("D", sizes, 0.0) if config.bias else None
+        has_bias = config.bias == "all"
+        self.up_bias_F = vector("F", sizes, 0.0) if has_bias else None
+        self.gate_bias_F = vector("F", sizes, 0.0) if has_bias and config.gated else None
+        self.down_bias_D = vector("D", sizes, 0.0) if has_bias else None
 
     def hidden(self, x_BTD: jax.Array) -> jax.Array:
         """What the units say, h_BTF."""

@@ -8,13 +8,17 @@ import jax.numpy as jnp
 from batiste.models.config import TransformerConfig
 
 
-def rope_frequencies(config: TransformerConfig) -> jax.Array:
-    """Radians per position of each rotated pair, float32 of shape (H / 2,).
+def rope_frequencies(config: TransformerConfig, kind: str = "global") -> jax.Array:
+    """Radians per position of each rotated pair in a kind of layer, float32 of shape (H / 2,).
 
     RoPE (arXiv:2104.09864); "linear" divides all by the factor (arXiv:2306.15595); "llama3"
     divides only wavelengths beyond the original length and blends between (arXiv:2407.21783).
+    Local layers with a base of their own are not scaled (Gemma 3, arXiv:2503.19786).
     """
-    exponents = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
+    rotated = config.head_dim if config.rope_dim is None else config.rope_dim
+    exponents = jnp.arange(0, rotated, 2, dtype=jnp.float32) / rotated
+    if kind == "local" and config.local_rope_base is not None:
+        return config.local_rope_base**-exponents
     frequencies = config.rope_base**-exponents
     if config.rope_scaling is None:
         return frequencies
@@ -27,9 +31,11 @@ def rope_frequencies(config: TransformerConfig) -> jax.Array:
     return (1 - blend) * slow + blend * frequencies
 
 
-def rotation(config: TransformerConfig, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+def rotation(
+    config: TransformerConfig, positions_BT: jax.Array, kind: str = "global"
+) -> tuple[jax.Array, jax.Array]:
     """Cosine and sine of each position's rotation, float32 of shape (B, T, 1, H / 2)."""
-    frequencies = rope_frequencies(config)
+    frequencies = rope_frequencies(config, kind)
     angles = positions_BT[:, :, None, None].astype(jnp.float32) * frequencies[None, None, None]
     return jnp.cos(angles), jnp.sin(angles)
 

@@ -34,7 +34,7 @@ def route(
 
     Scores are a softmax or sigmoids, in fp32. The largest are chosen, after bias_E has been added
     (arXiv:2408.15664); the weights are the chosen scores without it, made to sum to 1: what Mixtral
-    (arXiv:2401.04088), DeepSeek-V3 (arXiv:2412.19437) and Qwen3 do. One expert a token gets its
+    (arXiv:2401.04088), DeepSeek-V3 (arXiv:2412.19437) and Qwen3 do, times `routed_scale`. One expert a token gets its
     score itself as in Switch (arXiv:2101.03961): a weight of 1 would teach the router nothing.
     between_blocks: how x_BTD lies on the mesh; no layout costs communication.
     """
@@ -55,6 +55,7 @@ def route(
     weights_BTC = (hit_BTCE * scores_BTE[:, :, None]).sum(axis=-1)
     if C > 1:
         weights_BTC /= weights_BTC.sum(axis=-1, keepdims=True)
+    weights_BTC *= config.routed_scale
     if not softmax:
         scores_BTE /= scores_BTE.sum(axis=-1, keepdims=True)
     sums = _sums(logits_BTE, scores_BTE, hit_BTCE, real_BT)

@@ -1,7 +1,6 @@
 """One Transformer: embed, a scanned stack of blocks, norm, logits."""
 
-import functools
-import math
+import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -60,8 +59,11 @@ class Transformer(nnx.Module):
         self.position_TD = (
             matrix(rngs, "TD", sizes, inputs="D", stddev=stddev) if learned else None
         )
-        build = nnx.vmap(lambda rngs: Block(config, rngs=rngs), in_axes=0, out_axes=0)
-        self.layers = nnx.split_rngs(splits=config.num_layers)(build)(rngs)
+        self.embedding_norm = Norm(config) if config.embedding_norm else None
+        dense = dataclasses.replace(config, num_experts=None, mlp_dim=config.dense_mlp_dim)
+        first = config.dense_layers
+        self.dense_layers = _stacked(dense, first, rngs) if first else None
+        self.layers = _stacked(config, config.num_layers - first, rngs)
         self.norm = Norm(config) if config.norm_placement != "post" else None
         tied = config.tied_embeddings
         self.head_DV = None if tied else matrix(rngs, "DV", sizes, inputs="D", stddev=stddev)
@@ -88,6 +90,8 @@ class Transformer(nnx.Module):
         measured: bool = False,
     ) -> tuple[jax.Array, LayerOutput]:
         """The last hidden states, x_BTD in the compute dtype, and what the layers did, by layer.
+
+        What is measured of them is of those after the first `dense_layers`.
 
         positions_BT: place of each token in its document, int32; None counts along the row.
         segments_BT: document of each token, int32, 0 for padding; None is one document a row.
@@ -153,11 +157,19 @@ class Transformer(nnx.Module):
         return Head(weight, "VD" if tied else "DV", self.config.logit_soft_cap)
 
     def empty_cache(self, batch: int, length: int) -> Cache:
-        """Room for `length` tokens in each of `batch` rows, in the compute dtype."""
+        """Room for `length` tokens in each of `batch` rows, in the compute dtype.
+
+        Of latent attention, k holds latents and rotated keys, and v nothing.
+        """
         config = self.config
-        shape = (config.num_layers, batch, length, config.num_kv_heads, config.head_dim)
-        zeros = functools.partial(jnp.zeros, shape, config.dtype)
-        return Cache(zeros(), zeros(), jnp.zeros((batch,), jnp.int32))
+        heads, sizes = config.num_kv_heads, (config.head_dim, config.head_dim)
+        if config.latent_rank is not None:
+            heads, sizes = 1, (config.latent_rank + config.rope_dim, 0)
+        k, v = (
+            jnp.zeros((config.num_layers, batch, length, heads, size), config.dtype)
+            for size in sizes
+        )
+        return Cache(k, v, jnp.zeros((batch,), jnp.int32))
 
     def _stack(self, tokens_BT, positions_BT, segments, cache, dropout_key, measured=False):
         config = self.config
@@ -166,29 +178,47 @@ class Transformer(nnx.Module):
             embed_key, layers_key = jax.random.split(dropout_key)
         x_BTD = split_time(self._embed(tokens_BT, positions_BT), cache)
         x_BTD = dropout(x_BTD, config.dropout, embed_key)
-        graphdef, weights = nnx.split(self.layers)
+        keys = None if layers_key is None else jax.random.split(layers_key, config.num_layers)
+        layer_cache = None if cache is None else LayerCache(cache.k_LBSKH, cache.v_LBSKH)
+        rows, given, before = (positions_BT, segments), Layers(None, keys, layer_cache), None
+        if self.dense_layers is not None:
+            run, weights = self._runner(self.dense_layers, cache, measured)
+            first = jax.tree.map(lambda leaf: leaf[: config.dense_layers], given)
+            given = jax.tree.map(lambda leaf: leaf[config.dense_layers:], given)
+            first = first._replace(weights=weights)
+            x_BTD, before = run(config.layer_pattern, rows, x_BTD, first)
+        run, weights = self._runner(self.layers, cache, measured)
+        layers = given._replace(weights=weights)
+        if cache is None and layout().stage > 1:
+            policy = None if config.remat == "none" else remat_policy(config)
+            return pipelined(run, config.layer_kinds, policy, x_BTD, rows, layers)
+        x_BTD, output = run(config.layer_pattern, rows, x_BTD, layers)
+        return x_BTD, output if before is None else output._replace(cache=jax.tree.map(
+            lambda *parts: jnp.concatenate(parts), before.cache, output.cache))
+
+    def _runner(self, stack, cache, measured):
+        """What runs some layers of a stack, as `pipelined` wants it, and the stack's weights."""
+        config = self.config
+        graphdef, weights = nnx.split(stack)
 
         def run(pattern, rows, x_BTD, layers):
             positions_BT, segments = rows
-            turn = rotation(config, positions_BT) if config.positions == "rope" else None
+            turns = self._rotations(positions_BT)
             masks = self._masks(segments, cache)
 
             def apply(kind, x_BTD, layer):
-                mask = OneOf(tuple(masks.values()), layer.kinds) if kind is None else masks[kind]
+                if kind is None:
+                    mask = OneOf(tuple(masks.values()), layer.kinds)
+                    turn = _one_of(tuple(turns.values()), layer.kinds)
+                else:
+                    mask, turn = masks[kind], turns[kind]
                 x_BTD = checkpoint_name(x_BTD, LAYER_INPUT)
                 block = nnx.merge(graphdef, gathered(layer.weights))
                 return block(x_BTD, mask, turn, layer.cache, layer.keys, measured)
 
             return _scan_pattern(config, pattern, apply, x_BTD, layers)
 
-        keys = None if layers_key is None else jax.random.split(layers_key, config.num_layers)
-        rows = (positions_BT, segments)
-        if cache is None and layout().stage > 1:
-            policy = None if config.remat == "none" else remat_policy(config)
-            layers = Layers(weights, keys)
-            return pipelined(run, config.layer_kinds, policy, x_BTD, rows, layers)
-        layer_cache = None if cache is None else LayerCache(cache.k_LBSKH, cache.v_LBSKH)
-        return run(config.layer_pattern, rows, x_BTD, Layers(weights, keys, layer_cache))
+        return run, weights
 
     def _masks(self, segments, cache: Cache | None) -> dict[str, AttentionMask]:
         """The mask of each kind of layer."""
@@ -203,16 +233,41 @@ class Transformer(nnx.Module):
             for kind in self.config.layer_pattern
         }
 
+    def _rotations(self, positions_BT: jax.Array) -> dict[str, tuple | None]:
+        """How each kind of layer rotates; kinds that rotate alike share the arrays."""
+        config, kinds = self.config, dict.fromkeys(self.config.layer_pattern)
+        if config.positions != "rope":
+            return kinds
+        if config.local_rope_base is None:
+            return dict.fromkeys(kinds, rotation(config, positions_BT))
+        return {kind: rotation(config, positions_BT, kind) for kind in kinds}
+
     def _embed(self, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
         config = self.config
         x_BTD = lookup(gather(self.embedding_VD[...], "VD"), tokens_BT, "VD")
         if config.scale_embeddings:
-            x_BTD *= math.sqrt(config.model_dim)
+            # In the compute dtype, as Gemma was trained: 55.5 and not 55.43 in bf16.
+            x_BTD *= jnp.sqrt(float(config.model_dim)).astype(config.dtype).astype(jnp.float32)
         if config.positions == "learned":
             x_BTD += lookup(gather(self.position_TD[...], "TD"), positions_BT, "TD")
         elif config.positions == "sinusoidal":
             x_BTD += sinusoids(positions_BT, config.model_dim)
+        if self.embedding_norm is not None:
+            x_BTD = self.embedding_norm(x_BTD)
         return x_BTD.astype(config.dtype)
+
+
+def _stacked(config: TransformerConfig, depth: int, rngs: nnx.Rngs) -> Block:
+    """So many blocks as one, their parameters with a leading L."""
+    build = nnx.vmap(lambda rngs: Block(config, rngs=rngs), in_axes=0, out_axes=0)
+    return nnx.split_rngs(splits=depth)(build)(rngs)
+
+
+def _one_of(turns: tuple, index: jax.Array) -> tuple | None:
+    """The rotation at an index that is known when the program runs."""
+    if all(turn is turns[0] for turn in turns):
+        return turns[0]
+    return jax.tree.map(lambda *each: jnp.stack(each)[index], *turns)
 
 
 def _places(tokens_BT: jax.Array) -> jax.Array:

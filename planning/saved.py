@@ -27,7 +27,7 @@ class Saved(NamedTuple):
 
     per_layer: kept by every repetition of the layer pattern, else once. letters may name a dim
     twice (T for keys as well: the reference attention's probabilities); "1" is a dim of one, "h"
-    half a head dim, "W" rows of a token among the experts. whole: lies as the products of a block need
+    half a head dim, other small letters are those of `latent_sizes`, "W" rows of a token among the experts. whole: lies as the products of a block need
     it and not as it does between blocks.
     """
 
@@ -85,7 +85,8 @@ def _read(model: TransformerConfig, sizes: dict[str, int], leaf: Any) -> Saved |
     if not shape or shape[0] not in leading:
         return None
     letters = leading[shape[0]]
-    by_size = {size: letter for letter, size in reversed(sizes.items())} | {1: "1"}
+    by_size = {size: name for name, size in latent_sizes(model).items()}
+    by_size |= {size: letter for letter, size in reversed(sizes.items())} | {1: "1"}
     by_size |= {sizes["H"] // 2: "h"}
     for size in shape[1:]:
         letters += by_size[size]
@@ -94,6 +95,17 @@ def _read(model: TransformerConfig, sizes: dict[str, int], leaf: Any) -> Saved |
     product_input = leaf.dtype == model.dtype and model.remat == "none" and model.dtype != "float32"
     whole = product_input or bool(set(letters) & set("NKFGHW"))
     return Saved(letters, leaf.dtype.itemsize, per_layer, whole, 1)
+
+
+def latent_sizes(model: TransformerConfig) -> dict[str, int]:
+    """Sizes that latent attention has and no letter tells apart, each by a small letter."""
+    if model.latent_rank is None:
+        return {}
+    rotated, own = model.rope_dim, model.head_dim - model.rope_dim
+    ranks = {"r": model.latent_rank, "d": model.latent_rank + rotated}
+    ranks |= {} if model.query_rank is None else {"q": model.query_rank}
+    return ranks | {"o": rotated, "p": rotated // 2, "n": own, "v": model.value_dim,
+                    "u": own + model.value_dim}
 
 
 def expert_rows(model: TransformerConfig, devices: int) -> int:
@@ -110,12 +122,12 @@ def bytes_per_row(
     dims = model.sizes | {
         "T": length, "G": model.num_heads // model.num_kv_heads, "1": 1, "h": model.head_dim // 2,
         "W": expert_rows(model, sizes["expert"]), "C": model.experts_per_token,
-    }
+    } | latent_sizes(model)
     total = float(entry.itemsize)
     split: set[str] = set()
     for letter in entry.letters[1:]:
         total *= dims[letter]
-        if letter in "1hGWCE":
+        if letter in "1GWCE" or letter.islower():
             continue
         (axes,) = spec(letter, between_blocks=not entry.whole)
         for axis in (axes,) if isinstance(axes, str) else axes or ():

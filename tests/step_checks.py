@@ -16,7 +16,7 @@ from batiste.train import TrainConfig, make_program, make_train_step
 # Dims that tensor 4 and data 8 divide, all different: D 32, N 8, K 4, F 64, V 40.
 WIDE = TransformerConfig(
     vocab_size=40, num_layers=3, model_dim=32, num_heads=8, num_kv_heads=4, head_dim=6, mlp_dim=64,
-    max_length=16, bias=True, qk_norm=True, norm="layer",
+    max_length=16, bias="all", qk_norm=True, norm="layer",
 )
 BATCH = make_batch(8, 12, 40, 0)
 TOLERANCE = 1e-6

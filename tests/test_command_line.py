@@ -26,7 +26,7 @@ REFUSED = {
     "--config.train.faults=dead_layer:layer=9": ("train.faults='dead_layer:layer=9'", "from 0 to"),
     "--config.train.schedule.learning_rate=fast": ("learning_rate=fast", "expected a number"),
     "--config.train.stop.patience=soon": ("--config.train.stop.patience=soon", "a whole number"),
-    "--config.model.bias=maybe": ("--config.model.bias=maybe", "true or false"),
+    "--config.model.qk_norm=maybe": ("--config.model.qk_norm=maybe", "true or false"),
     "--config.model.num_layers=None": ("--config.model.num_layers=None", "cannot be absent"),
     "--config.model.norm=rsm": ("model.norm='rsm'", "did you mean 'rms'?"),
     "--config.model.num_kv_heads=3": ("model.num_kv_heads=3", "model.num_heads=4", "[1, 2, 4]"),
@@ -176,7 +176,7 @@ def test_help_lists_the_flags_and_exits_with_0(verb, capsys):
     shown = capsys.readouterr().out
     assert ("--workdir" in shown) == (verb not in ("plan", "supervise"))
     assert ("--topology" in shown) == (verb == "plan")
-    assert ("--config" in shown) == (verb in ("plan", "prepare", "train"))
+    assert ("--config" in shown) == (verb in ("plan", "prepare", "train", "import"))
     assert ("--prompt" in shown) == (verb == "generate")
     assert ("--distributed" in shown) == (verb in ("train", "evaluate", "generate"))
 
@@ -193,9 +193,9 @@ def test_help_lists_the_verbs_and_no_verb_is_a_mistake(arguments, code, capsys):
 @pytest.mark.parametrize("arguments,name,value", [
     (["--config.model.num_layers=3"], "model.num_layers", 3),
     (["--config.model.norm_epsilon=1e-3"], "model.norm_epsilon", 1e-3),
-    (["--config.model.bias"], "model.bias", True),
-    (["--config.model.bias=true"], "model.bias", True),
-    (["--config.model.bias=false"], "model.bias", False),
+    (["--config.model.qk_norm"], "model.qk_norm", True),
+    (["--config.model.qk_norm=true"], "model.qk_norm", True),
+    (["--config.model.qk_norm=false"], "model.qk_norm", False),
     (["--config.model.tied_embeddings=false"], "model.tied_embeddings", False),
     (["--noconfig.model.tied_embeddings"], "model.tied_embeddings", False),
     (["--config.model.layer_pattern=('local','global')", "--config.model.window=8"],

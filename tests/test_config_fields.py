@@ -35,6 +35,7 @@ FROZEN = BYTES | {f"train.optimizer.{group}_multiplier": 0.0
 HALF = MODEL | {"model.num_layers": 1, "model.dtype": "float16",
                 "train.loss_scale.initial": 2.0**10, "train.loss_scale.growth_interval": 1}
 EXPERTS = {"model.num_experts": 4}
+LATENT = {"model.latent_rank": 5, "model.rope_dim": 2, "model.value_dim": 3}
 LLAMA3 = {"model.rope_scaling": "llama3", "model.rope_original_length": 16}
 BASES = {
     probes.shapes: MODEL, probes.logits: MODEL, probes.step_text: MODEL, probes.start: MODEL,
@@ -67,8 +68,13 @@ CASES = {
     **cases(probes.shapes, "model.", {
         "vocab_size": 16, "num_layers": 3, "model_dim": 16, "num_heads": 4, "num_kv_heads": 1,
         "head_dim": 8, "mlp_dim": 16, "max_length": (32, {"model.positions": "learned"}),
-        "bias": True, "qk_norm": True, "attention_sinks": True, "tied_embeddings": False,
-        "num_experts": 4, "shared_experts": (1, EXPERTS), "router_bias": (True, EXPERTS),
+        "bias": "qkv", "qk_norm": True, "embedding_norm": True, "attention_sinks": True,
+        "tied_embeddings": False, "num_experts": 4, "shared_experts": (1, EXPERTS),
+        "router_bias": (True, EXPERTS), "latent_rank": (6, LATENT),
+        "dense_layers": (1, EXPERTS | {"model.num_layers": 3, "model.dense_layers": 2,
+                                       "model.dense_mlp_dim": 12}),
+        "dense_mlp_dim": (16, EXPERTS | {"model.dense_layers": 1, "model.dense_mlp_dim": 12}),
+        "query_rank": (6, LATENT), "value_dim": (4, LATENT),
     }),
     **cases(probes.logits, "model.", {
         "activation": "geglu", "norm": "layer", "norm_placement": "sandwich",
@@ -79,8 +85,10 @@ CASES = {
         "layer_pattern": (("local", "global"), {"model.window": 2, "model.layer_pattern":
                                                 ("global", "local")}),
         "window": (3, {"model.window": 2, "model.layer_pattern": ("local",)}),
-        "attention_soft_cap": 0.5, "logit_soft_cap": 0.5, "scale_embeddings": True,
-        "experts_per_token": (1, EXPERTS), "expert_scores": ("sigmoid", EXPERTS),
+        "local_rope_base": (100.0, {"model.window": 2, "model.layer_pattern": ("local",)}),
+        "attention_scale": 0.1, "attention_soft_cap": 0.5, "logit_soft_cap": 0.5, "scale_embeddings": True,
+        "rope_dim": (4, LATENT | {"model.head_dim": 8}),
+        "routed_scale": (2.5, EXPERTS), "experts_per_token": (1, EXPERTS), "expert_scores": ("sigmoid", EXPERTS),
         "dropout": 0.5, "init_stddev": 0.02, "depth_scaled_init": False, "dtype": "bfloat16",
     }),
     **cases(probes.step_text, "", {

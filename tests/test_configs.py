@@ -14,16 +14,21 @@ import sys
 
 import jax
 import pytest
+from flax import nnx
 from jax.sharding import AbstractMesh
 
-from batiste import command_line, main
+from batiste import command_line, interop, main
+from batiste.configs import families
 from batiste.configs.experiment import Experiment, flatten, from_dict
+from batiste.models import Transformer
 from batiste.sharding import AXES
 from batiste.train import make_program
+from batiste.verbs import VERBS
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 GOLDEN = pathlib.Path(__file__).parent / "golden"
-NAMES = sorted(path.stem for path in CONFIGS.glob("*.py") if "def get_config" in path.read_text())
+NAMES = sorted(path.stem for path in CONFIGS.glob("*.py")
+               if "def get_config" in path.read_text() and path.stem != "families")
 # Parameters as published, and the devices that each docstring says it is meant for.
 PRESETS = {
     "gpt2_124m": (124_439_808, 8),
@@ -32,6 +37,37 @@ PRESETS = {
     "llama3_8b": (8_030_261_248, 64),
     "llama3_70b": (70_553_706_496, 1024),
     "mixtral_8x7b": (46_702_792_704, 64),
+}
+# What each entry of configs/families.py is elsewhere, and its parameters as published.
+PUBLISHED = {
+    "gpt2_medium": ("gpt2", 354_823_168),
+    "gpt2_large": ("gpt2", 774_030_080),
+    "gpt2_xl": ("gpt2", 1_557_611_200),
+    "llama2_7b": ("llama", 6_738_415_616),
+    "llama2_70b": ("llama", 68_976_648_192),
+    "llama3_2_1b": ("llama", 1_235_814_400),
+    "llama3_2_3b": ("llama", 3_212_749_824),
+    "mistral_7b": ("mistral", 7_241_732_096),
+    "qwen2_5_0_5b": ("qwen2", 494_032_768),
+    "qwen2_5_7b": ("qwen2", 7_615_616_512),
+    "qwen3_0_6b": ("qwen3", 596_049_920),
+    "qwen3_8b": ("qwen3", 8_190_735_360),
+    "qwen3_30b_a3b": ("qwen3_moe", 30_532_122_624),
+    "gemma2_2b": ("gemma2", 2_614_341_888),
+    "gemma2_9b": ("gemma2", 9_241_705_984),
+    "gemma2_27b": ("gemma2", 27_227_128_320),
+    "gemma3_1b": ("gemma3_text", 999_885_952),
+    "gemma3_4b": ("gemma3_text", 3_880_263_168),
+    "smollm2_135m": ("llama", 134_515_008),
+    "smollm2_360m": ("llama", 361_821_120),
+    "smollm2_1_7b": ("llama", 1_711_376_384),
+    "bloom_560m": ("bloom", 559_214_592),
+    "bloom_7b1": ("bloom", 7_069_016_064),
+    "bloom_176b": ("bloom", 176_247_271_424),
+    "deepseek_v3": ("deepseek_v3", 671_026_419_200),
+    "palm_8b": ("cohere", 8_632_012_800),
+    "palm_62b": ("cohere", 62_495_662_080),
+    "palm_540b": ("cohere", 540_356_474_880),
 }
 MOST_FIELDS = 150
 
@@ -111,6 +147,29 @@ def test_a_preset_says_its_size_and_batch_and_has_them(name):
     experiment = load(name)
     tokens = experiment.train.batch_size * experiment.data.sequence_length
     assert f"{tokens:,} tokens a" in " ".join(docstring.split())
+
+
+def test_every_published_model_is_in_the_table():
+    assert list(families.MODELS) == list(PUBLISHED)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_published_model_has_its_family_and_its_parameters(name):
+    experiment = families.get_config(name)
+    experiment.validate()
+    family, published = PUBLISHED[name]
+    assert interop.fitting_family(experiment.model, interop.FAMILIES).model_type == family
+    model = nnx.eval_shape(lambda: Transformer(experiment.model, rngs=nnx.Rngs(0)))
+    leaves = jax.tree.leaves(nnx.state(model, nnx.Param))
+    assert sum(math.prod(leaf.shape) for leaf in leaves) == published
+
+
+def test_the_commands_of_the_families_are_accepted():
+    for verb, flags in re.findall(r"^ {4}batiste (\w+) (.*)$", families.__doc__, re.M):
+        values = command_line._parse(VERBS[verb].define, ["batiste", *shlex.split(flags)])
+        assert values.config.model.vocab_size > 10_000
+    with pytest.raises(ValueError, match="expected one of gpt2_medium, "):
+        families.get_config("gemma9")
 
 
 @pytest.mark.parametrize("name", NAMES)

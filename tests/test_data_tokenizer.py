@@ -1,18 +1,22 @@
 """Tokenizers lose nothing, count bytes rightly and train the same way twice."""
 
 import functools
+import json
+import pathlib
+import tempfile
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from batiste.data import load_tokenizer
+from batiste.data import load_tokenizer, pack_tokenizer
+from batiste.data.huggingface_tokenizer import HuggingFaceTokenizer
 from batiste.data.tokenizer import ByteTokenizer, SentencePieceTokenizer
 from batiste.data.tokenizer_training import train
 
 TEXTS = [f"def f{n}(self, x):\n\tif x:\n        return été[{n}] + {n * 7}\n\n\n"
          for n in range(200)]
-KINDS = ("bpe", "unigram", "characters", "bytes")
+KINDS = ("bpe", "unigram", "characters", "bytes", "byte level", "byte fallback")
 SIZES = {"bpe": 330, "unigram": 310, "characters": 4096}
 ANY_TEXT = st.text(st.one_of(
     st.characters(codec="utf-8"), st.sampled_from(" \t\n\r\0\u2581\u2585\ue009é\u0301😀def")))
@@ -22,7 +26,36 @@ ANY_TEXT = st.text(st.one_of(
 def tokenizer_of(kind):
     if kind == "bytes":
         return ByteTokenizer()
+    if kind.startswith("byte "):
+        return huggingface(kind == "byte level")
     return SentencePieceTokenizer(train(kind, SIZES[kind], TEXTS))
+
+
+def huggingface(byte_level):
+    """A tokenizer.json as published models have them: GPT-2's kind, or Llama 2's."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    tokenizer = Tokenizer(models.BPE(byte_fallback=not byte_level, unk_token=None))
+    alphabet = []
+    if byte_level:
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+    else:
+        tokenizer.normalizer = normalizers.Sequence(
+            [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+        tokenizer.decoder = decoders.ByteFallback()
+    specials = ["<s>", "</s>", *(f"<0x{value:02X}>" for value in range(256))]
+    tokenizer.train_from_iterator(TEXTS, trainers.BpeTrainer(
+        vocab_size=600, special_tokens=specials[:None if not byte_level else 2],
+        initial_alphabet=alphabet, show_progress=False))
+    described = json.loads(tokenizer.to_str())
+    # Trained as special so that they have the first places; they are bytes.
+    described["added_tokens"] = described["added_tokens"][:2]
+    with tempfile.TemporaryDirectory() as folder:
+        folder = pathlib.Path(folder)
+        (folder / "tokenizer.json").write_text(json.dumps(described))
+        (folder / "tokenizer_config.json").write_text('{"bos_token": "<s>", "eos_token": "</s>"}')
+        return HuggingFaceTokenizer(pack_tokenizer(folder))
 
 
 def train_directly(path, **options):

@@ -141,7 +141,7 @@ def test_top_k_keeps_the_largest_of_each_row_and_all_if_asked():
 
 EXCHANGED = TransformerConfig(
     vocab_size=600, num_layers=3, model_dim=16, num_heads=2, num_kv_heads=2, head_dim=6, mlp_dim=24,
-    max_length=16, bias=True,
+    max_length=16, bias="all",
 )
 
 

@@ -56,7 +56,7 @@ def count_products(remat: str, **change) -> int:
     # Query, key, value, out, up, gate. No gradient needs what leaves down.
     ({}, 6),
     # Instead of up and gate: the router, and all three of the experts, whose weighted sum follows.
-    ({"num_experts": 4, "bias": False}, 8),
+    ({"num_experts": 4, "bias": "none"}, 8),
 ], ids=["dense", "experts"])
 def test_dots_computes_no_product_with_weights_again(change, weights):
     none, dots, full = (count_products(remat, **change) for remat in ("none", "dots", "full"))

@@ -312,7 +312,7 @@ def test_cached_decoding_equals_the_full_forward():
     ({"model.experts_per_token": 9}, "model.experts_per_token=9: expected 1 to model.num_expe"),
     ({"mesh.expert": 3}, "model.num_experts=8 is not divisible by mesh.expert=3"),
     ({"model.num_experts": None}, "mesh.expert=2 has no experts.*use mesh.data"),
-    ({"model.bias": True}, "model.bias=True: experts have no biases"),
+    ({"model.bias": "all"}, "model.bias='all': experts have no biases"),
     ({"model.shared_experts": -1}, "model.shared_experts=-1: expected at least 0"),
     ({"model.expert_scores": "softmx"}, "model.expert_scores='softmx'.*did you mean 'softmax'"),
     ({"model.num_experts": None, "mesh.expert": 1, "model.router_bias": True},

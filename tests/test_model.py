@@ -15,7 +15,7 @@ from batiste.models.positions import alibi_slopes, rope_frequencies, rotate, rot
 VARIANTS = {
     "plain": {},
     "mha, gelu, layer norm, biases, learned positions": dict(
-        num_kv_heads=4, activation="gelu", norm="layer", bias=True, positions="learned"),
+        num_kv_heads=4, activation="gelu", norm="layer", bias="all", positions="learned"),
     "mqa, relu2, post norm, alibi": dict(
         num_kv_heads=1, activation="relu2", norm_placement="post", positions="alibi"),
     "sandwich, geglu, soft caps, local and global layers": dict(
@@ -26,6 +26,15 @@ VARIANTS = {
     "llama3 rope, unrolled": dict(rope_scaling="llama3", rope_original_length=8, scan_unroll=3),
     "linear rope, relu": dict(rope_scaling="linear", activation="relu", init_stddev=0.3),
     "no positions, remat": dict(positions="none", remat="full"),
+    "parallel, one norm less, a scale, norms stored less one": dict(
+        norm_placement="parallel", norm="rms_plus_one", attention_scale=0.7, bias="qkv"),
+    "latents, low rank queries": dict(
+        num_kv_heads=4, head_dim=10, latent_rank=9, query_rank=11, rope_dim=4, value_dim=7),
+    "latents, remat, dense layers first": dict(
+        dense_layers=1, dense_mlp_dim=24, num_experts=4, num_kv_heads=4, latent_rank=9, rope_dim=2, value_dim=6, remat="dots"),
+    "local rope, embedding norm": dict(
+        local_rope_base=50.0, embedding_norm=True, rope_scaling="linear",
+        layer_pattern=("local", "global"), window=5),
 }
 
 

@@ -65,9 +65,12 @@ def test_predicted_state_is_what_a_real_state_takes(kind, data, tensor, zero):
 
 @pytest.mark.parametrize("change", [
     {}, {"activation": "geglu", "qk_norm": True},
-    {"norm": "layer", "bias": True, "positions": "none"},
+    {"norm": "layer", "bias": "all", "positions": "none"},
     {"layer_pattern": ("global",), "window": None}, {"norm_placement": "sandwich"},
     {"num_kv_heads": 8}, {"num_kv_heads": 1, "dtype": "float32"}, {"num_experts": 6},
+    {"norm_placement": "parallel", "local_rope_base": 100.0, "embedding_norm": True},
+    {"num_kv_heads": 8, "head_dim": 20, "latent_rank": 26, "rope_dim": 6, "value_dim": 18,
+     "query_rank": 34},
 ], ids=str)
 @pytest.mark.parametrize("remat", ["none", "full", "names"])
 def test_what_is_said_to_be_kept_is_what_the_real_derivative_keeps(change, remat):

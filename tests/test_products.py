@@ -12,7 +12,7 @@ from step_checks import WIDE, alone, check_equal, three_steps, train_config
 from batiste.sharding import MeshConfig
 
 MODEL = dataclasses.replace(
-    WIDE, num_layers=4, max_length=48, mlp_dim=24, bias=False, layer_pattern=("local", "global"), window=5,
+    WIDE, num_layers=4, max_length=48, mlp_dim=24, bias="none", layer_pattern=("local", "global"), window=5,
     num_experts=4, experts_per_token=2, shared_experts=1, router_bias=True,
 )
 BATCH = make_batch(8, 32, 40, 0)
@@ -49,3 +49,22 @@ def test_micro_batches_on_a_product_equal_one_device():
     layout = MeshConfig(slice=2, context=2, tensor=2, zero=1)
     run = three_steps(with_balance(accumulation=2), layout, MODEL, BATCH)
     check_equal(run, alone(with_balance(loss_chunk=None), MODEL, BATCH))
+
+
+PLAIN = dataclasses.replace(MODEL, num_experts=None, shared_experts=0, router_bias=False)
+LATENT = dataclasses.replace(
+    PLAIN, layer_pattern=("global",), window=None, qk_norm=False, num_kv_heads=8, head_dim=10,
+    latent_rank=12, rope_dim=4, value_dim=6, query_rank=16)
+PARALLEL = dataclasses.replace(
+    PLAIN, norm="rms_plus_one", norm_placement="parallel", embedding_norm=True,
+    local_rope_base=50.0)
+
+
+@pytest.mark.parametrize("model,layout", [
+    (LATENT, MeshConfig(context=2, tensor=2, zero=3)),
+    (LATENT, MeshConfig(stage=2, tensor=4, micro_batches=2)),
+    (PARALLEL, MeshConfig(stage=2, tensor=2, micro_batches=2, zero=3)),
+], ids=["latents, context tensor data", "latents, stage tensor", "parallel, stage tensor data"])
+def test_other_kinds_of_layers_on_a_product_equal_one_device(model, layout):
+    run = three_steps(train_config("sgd"), layout, model, BATCH)
+    check_equal(run, alone(train_config("sgd"), model, BATCH))

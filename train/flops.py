@@ -36,7 +36,8 @@ def flops_per_token(config: TransformerConfig, params: Any, letters: Any, length
     for layer in range(config.num_layers):
         local = config.layer_pattern[layer % len(config.layer_pattern)] == "local"
         keys += min(config.window, length / 2) if local else length / 2
-    return 6 * weights + 12 * config.num_heads * config.head_dim * keys
+    dims = config.head_dim + (config.value_dim or config.head_dim)
+    return 6 * weights + 6 * config.num_heads * dims * keys
 
 
 def total_peak_flops(mesh: jax.sharding.Mesh, dtype: str) -> tuple[float | None, str]:

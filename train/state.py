@@ -41,7 +41,8 @@ class Program(NamedTuple):
 
     graphdef: the model's structure; `nnx.merge(graphdef, params)` is the model.
     letters: the parameters' letters. abstract_state: shapes, dtypes and shardings of the state.
-    layout: the mesh config that all of it follows.
+    layout: the mesh config that all of it follows. begin: the state before the first step, of
+    parameters laid out as abstract_state says; `initialize` draws them first.
     """
 
     graphdef: Any
@@ -51,6 +52,7 @@ class Program(NamedTuple):
     abstract_state: TrainState
     layout: MeshConfig
     initialize: Callable[[], TrainState]
+    begin: Callable[[Any], TrainState]
 
 
 def make_program(
@@ -78,6 +80,9 @@ def make_program(
             lambda leaf, name: restacked(leaf, 0 if name[:1] == "L" else None, MeshConfig(), layout),
             params, letters,
         )
+        return begin(params)
+
+    def begin(params: Any) -> TrainState:
         scaled = model_config.dtype == "float16"
         state = TrainState(
             step=jnp.zeros((), jnp.int32),
@@ -101,6 +106,7 @@ def make_program(
     return Program(
         graphdef, optimizer, schedule, letters, abstract_state, layout,
         initialize=jax.jit(initialize, out_shardings=state_shardings),
+        begin=jax.jit(begin, out_shardings=state_shardings, donate_argnums=0),
     )
 
 

@@ -1,0 +1,239 @@
+"""Where work directories meet the models of other libraries: import, export, and the certificate."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax import nnx
+
+from batiste.assembly import Assembly
+from batiste.configs.experiment import Experiment, flatten
+from batiste.data import Tokenizer, load_tokenizer, pack_tokenizer
+from batiste.interop import FAMILIES, Family, Tensors, WeightMap, family_of, fitting_family
+from batiste.interop import certificate as certificates
+from batiste.interop.directory import CONFIG, Written, bring, read_config, write_directory
+from batiste.interop.family import FREE_FIELDS
+from batiste.models import TransformerConfig
+from batiste.sharding import MeshConfig, is_first, make_mesh, restack
+from batiste.train import (
+    Checkpoints, Program, TrainConfig, TrainState, arrays_of, check_same, make_program,
+)
+
+FOLDER, META, FILES, TOKENIZER = "imported", "import.json", "files", "tokenizer.json"
+
+
+class Imported(NamedTuple):
+    """The weights that a work directory begins with: its folder, and what was saved beside them."""
+
+    folder: pathlib.Path
+    meta: dict[str, Any]
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer that came along; ValueError if none did."""
+        path = self.folder / TOKENIZER
+        if not path.is_file():
+            raise ValueError(
+                f"{self.folder}: the model came without a tokenizer.json; put one beside its "
+                "config.json and import it again"
+            )
+        return load_tokenizer(path)
+
+    def check(self, experiment: Experiment, abstract_params: Any) -> None:
+        """Raises ValueError where an experiment's model is not the imported one."""
+        free = tuple(f"model.{name}" for name in FREE_FIELDS)
+        check_same(self.meta["model"], _model_fields(experiment.model), free)
+        check_same(self.meta["arrays"], arrays_of(abstract_params))
+
+    def parameters(self, experiment: Experiment, program: Program) -> Any:
+        """The weights, verified, laid out for a program."""
+        abstract = program.abstract_state.params
+        self.check(experiment, abstract)
+        with contextlib.closing(Checkpoints(self.folder, experiment.train.checkpoint)) as saved:
+            found = saved.newest_verified()
+            if found.step is None:
+                raise ValueError(
+                    f"{self.folder}: the imported weights are damaged: "
+                    f"{'; '.join(found.passed_over.values()) or 'there are none'}; import them again"
+                )
+            params = saved.restore(0, {"params": abstract})["params"]
+        targets = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+        return restack(params, MeshConfig(), program.layout, targets)
+
+
+def imported(workdir: pathlib.Path) -> Imported | None:
+    """What a work directory begins with, None if it was not imported."""
+    folder = pathlib.Path(workdir, FOLDER)
+    path = folder / META
+    return Imported(folder, json.loads(path.read_text())) if path.is_file() else None
+
+
+def beginning(assembly: Assembly) -> TrainState:
+    """The state before the first step: of imported weights, where the run has some."""
+    begun = imported(assembly.workdir)
+    if begun is None:
+        return assembly.program.initialize()
+    if is_first():
+        print(f"beginning with the weights in {begun.folder}", flush=True)
+    return assembly.program.begin(begun.parameters(assembly.experiment, assembly.program))
+
+
+def import_model(source: str, workdir: str, experiment: Experiment | None = None) -> Experiment:
+    """Makes a work directory of a model in Hugging Face's format; returns its experiment.
+
+    experiment: what it is to be trained on and how; the model's sizes become those of `source`.
+    Reads one tensor at a time into its place on the devices. Raises ValueError for a model that is
+    not known here, files that are damaged, or a work directory that is taken.
+    """
+    path, target = pathlib.Path(source), pathlib.Path(workdir)
+    theirs = read_config(path)
+    family = family_of(theirs, FAMILIES)
+    model = family.model_of(theirs)
+    if (target / "config.json").exists() or (target / FOLDER).exists():
+        raise ValueError(f"workdir={workdir}: holds a run; choose another --workdir")
+    experiment = _with_model(experiment, model)
+    unfinished = target / f"{FOLDER}.unfinished"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    if TOKENIZER in bring(path, unfinished / FILES):
+        _bring_tokenizer(unfinished, model.vocab_size)
+        experiment.data.tokenizer = str(target / FOLDER / TOKENIZER)
+    experiment.validate()
+    layout = experiment.mesh.plain(len(jax.devices()))
+    program = make_program(experiment.model, experiment.train, make_mesh(layout), layout)
+    abstract = program.abstract_state.params
+    weights = WeightMap(family, model, theirs, abstract)
+    state = TrainState(np.int32(0), weights.parameters(Tensors(path), abstract), None, None)
+    with contextlib.closing(Checkpoints(unfinished, experiment.train.checkpoint)) as saved:
+        saved.save(0, state, {})
+        saved.finish(0, state, {})
+    meta = {"family": family.model_type, "model": _model_fields(experiment.model),
+            "arrays": arrays_of(abstract)}
+    (unfinished / META).write_text(json.dumps(meta, indent=1) + "\n")
+    os.replace(unfinished, target / FOLDER)
+    return experiment
+
+
+def _bring_tokenizer(folder: pathlib.Path, vocab_size: int) -> None:
+    """Makes of the tokenizer.json that came along what encodes text here."""
+    (folder / TOKENIZER).write_bytes(pack_tokenizer(folder / FILES))
+    size = load_tokenizer(folder / TOKENIZER).vocab_size
+    if size > vocab_size:
+        raise ValueError(
+            f"{TOKENIZER} has {size} tokens, but config.json says vocab_size={vocab_size}: one of "
+            "the two is of another model"
+        )
+
+
+def _with_model(experiment: Experiment | None, model: TransformerConfig) -> Experiment:
+    """The experiment with the model's sizes, and its own way to compute it if it says one."""
+    if experiment is None:
+        experiment = Experiment()
+        experiment.model = dataclasses.replace(model, attention="auto")
+        data, health = experiment.data, experiment.train.health
+        data.sequence_length = min(data.sequence_length, model.max_length)
+        data.vocab_size = min(data.vocab_size, model.vocab_size)
+        health.every = None if model.dense_layers else health.every
+    else:
+        own = {name: getattr(experiment.model, name) for name in FREE_FIELDS if name != "dtype"}
+        experiment.model = dataclasses.replace(model, **own)
+    return experiment
+
+
+def _model_fields(model: TransformerConfig) -> dict[str, Any]:
+    return {f"model.{name}": value for name, value in flatten(model).items()}
+
+
+class Export(NamedTuple):
+    """What is exported: the model and its parameters, and the work directory they are from."""
+
+    model: TransformerConfig
+    params: Any
+    workdir: pathlib.Path
+    tokenizer: Tokenizer | None
+
+
+def export_model(
+    given: Export, to: str, family_name: str | None = None, dtype: str | None = None
+) -> dict[str, int]:
+    """Writes a directory that `transformers` loads; returns its number of tensors and of bytes.
+
+    family_name: None takes the family it was imported as, or the first that has such a model. dtype:
+    of the files, None for the model's compute dtype. Raises ValueError where no family has it.
+    """
+    target = pathlib.Path(to)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"to={to}: is there already; choose another --to, or remove it")
+    begun = imported(given.workdir)
+    brought = None if begun is None else begun.folder / FILES
+    family = _family(given.model, family_name, begun)
+    config = {} if brought is None else json.loads((brought / CONFIG).read_text())
+    if begun is None or family.model_type != begun.meta["family"]:
+        config, brought = _ids(given.tokenizer), None
+    model = dataclasses.replace(given.model, dtype=dtype or given.model.dtype)
+    theirs = family.config_of(model, config)
+    weights = WeightMap(family, model, theirs, given.params)
+    file_dtype = jax.numpy.dtype(model.dtype)
+    unfinished = target.with_name(f"{target.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    content = Written(weights, given.params, file_dtype, theirs, brought)
+    write_directory(unfinished, content, given.workdir.resolve().name)
+    if brought is None and given.tokenizer is not None and given.tokenizer.model is not None:
+        (unfinished / given.tokenizer.file_name).write_bytes(given.tokenizer.model)
+    certificates.write(unfinished, _fingerprint_of(unfinished))
+    os.replace(unfinished, target)
+    planned = weights.planned(file_dtype)
+    return {"tensors": len(planned), "bytes": sum(each.bytes for each in planned)}
+
+
+def verify_export(folder: str) -> float:
+    """How far the logits of an exported directory are from its certificate, relative to the largest.
+
+    Raises ValueError where that is beyond the tolerance, or a file is not as it was written.
+    """
+    path = pathlib.Path(folder)
+    certificate = certificates.read(path)
+    return certificates.check(certificate, _fingerprint_of(path))
+
+
+def _family(model: TransformerConfig, name: str | None, begun: Imported | None) -> Family:
+    if name is not None:
+        return family_of({"model_type": name}, FAMILIES)
+    if begun is not None:
+        return family_of({"model_type": begun.meta["family"]}, FAMILIES)
+    return fitting_family(model, FAMILIES)
+
+
+def _ids(tokenizer: Tokenizer | None) -> Mapping[str, Any]:
+    if tokenizer is None:
+        return {}
+    return {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.end_id,
+            "pad_token_id": tokenizer.pad_id}
+
+
+def _fingerprint_of(folder: pathlib.Path) -> dict[str, Any]:
+    """The fingerprint of a directory's model, read as an import would, in float32."""
+    theirs = read_config(folder)
+    family = family_of(theirs, FAMILIES)
+    model = dataclasses.replace(family.model_of(theirs), dtype="float32")
+    mesh = make_mesh(MeshConfig())
+    program = make_program(model, TrainConfig(), mesh, MeshConfig())
+    abstract = program.abstract_state.params
+    params = WeightMap(family, model, theirs, abstract).parameters(Tensors(folder), abstract)
+    logits = jax.jit(lambda params, tokens_BT: nnx.merge(program.graphdef, params)(tokens_BT))
+
+    def logits_of(tokens_BT: np.ndarray) -> np.ndarray:
+        # Each device must have rows of its own.
+        rows = -(-len(tokens_BT) // mesh.size) * mesh.size
+        tiled_BT = np.resize(tokens_BT, (rows, tokens_BT.shape[1]))
+        with jax.set_mesh(mesh), jax.default_matmul_precision("highest"):
+            return np.asarray(logits(params, tiled_BT))[: len(tokens_BT)]
+
+    return certificates.fingerprint(logits_of, model.vocab_size, model.max_length)

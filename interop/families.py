@@ -1,0 +1,326 @@
+"""The families: tables, from which reading and writing both follow."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from batiste.interop.family import Family, Field, from_square, to_square
+from batiste.interop.layout import Row
+
+LAYER = "layers/"
+
+
+def _row(theirs: str, ours: str, layout: str, **options: Any) -> Row:
+    return Row(theirs, tuple(ours.split()), layout, **options)
+
+
+def _attention_rows(prefix: str, rotary: str | None = None) -> tuple[Row, ...]:
+    """Queries, keys, values and output as four linear layers, with what may belong to them."""
+    prefix, ours = prefix + "self_attn.", LAYER + "attention/"
+    return (
+        _row(prefix + "q_proj.weight", ours + "query_DNH", "(NH)D", rotary=rotary),
+        _row(prefix + "k_proj.weight", ours + "key_DKH", "(KH)D", rotary=rotary),
+        _row(prefix + "v_proj.weight", ours + "value_DKH", "(KH)D"),
+        _row(prefix + "o_proj.weight", ours + "out_NHD", "D(NH)"),
+        _row(prefix + "q_proj.bias", ours + "query_bias_NH", "(NH)"),
+        _row(prefix + "k_proj.bias", ours + "key_bias_KH", "(KH)"),
+        _row(prefix + "v_proj.bias", ours + "value_bias_KH", "(KH)"),
+        _row(prefix + "o_proj.bias", ours + "out_bias_D", "D"),
+        _row(prefix + "q_norm.weight", ours + "query_norm/scale_H", "H"),
+        _row(prefix + "k_norm.weight", ours + "key_norm/scale_H", "H"),
+    )
+
+
+def _gated_rows(prefix: str, ours: str, names: Sequence[str], experts: str = "") -> tuple[Row, ...]:
+    gate, up, down = names
+    E = "E" if experts else ""
+    return (
+        _row(f"{prefix}{experts}{gate}.weight", f"{ours}gate_{E}DF", "FD"),
+        _row(f"{prefix}{experts}{up}.weight", f"{ours}up_{E}DF", "FD"),
+        _row(f"{prefix}{experts}{down}.weight", f"{ours}down_{E}FD", "DF"),
+    )
+
+
+MODEL_LAYER = "model.layers.{layer}."
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+ENDS = (
+    _row("model.embed_tokens.weight", "embedding_VD", "VD"),
+    _row("model.norm.weight", "norm/scale_D", "D"),
+    _row("lm_head.weight", "head_DV", "VD"),
+)
+PRE_NORMS = (
+    _row(MODEL_LAYER + "input_layernorm.weight", LAYER + "attention_norm/scale_D", "D"),
+    _row(MODEL_LAYER + "post_attention_layernorm.weight", LAYER + "feed_forward_norm/scale_D", "D"),
+)
+DENSE = _gated_rows(MODEL_LAYER + "mlp.", LAYER + "feed_forward/", PROJECTIONS)
+LLAMA_ROWS = (*ENDS, *PRE_NORMS, *_attention_rows(MODEL_LAYER), *DENSE)
+MIXTRAL_ROWS = (
+    *ENDS, *PRE_NORMS, *_attention_rows(MODEL_LAYER),
+    _row(MODEL_LAYER + "block_sparse_moe.gate.weight", LAYER + "mixture/router_DE", "ED"),
+    *_gated_rows(MODEL_LAYER + "block_sparse_moe.", LAYER + "mixture/", ("w1", "w3", "w2"),
+                 "experts.{expert}."),
+)
+EXPERT_ROWS = (
+    _row(MODEL_LAYER + "mlp.gate.weight", LAYER + "mixture/router_DE", "ED"),
+    *_gated_rows(MODEL_LAYER + "mlp.", LAYER + "mixture/", PROJECTIONS, "experts.{expert}."),
+)
+QWEN3_MOE_ROWS = (*ENDS, *PRE_NORMS, *_attention_rows(MODEL_LAYER), *EXPERT_ROWS)
+SANDWICH = tuple(
+    _row(f"{MODEL_LAYER}{theirs}_layernorm.weight", f"{LAYER}{ours}_norm/scale_D", "D")
+    for theirs, ours in (
+        ("input", "attention"), ("post_attention", "attention_post"),
+        ("pre_feedforward", "feed_forward"), ("post_feedforward", "feed_forward_post"),
+    )
+)
+GEMMA_ROWS = (*ENDS, *SANDWICH, *_attention_rows(MODEL_LAYER), *DENSE)
+LATENT, LATENT_LAYER = LAYER + "attention/", MODEL_LAYER + "self_attn."
+LATENT_ROWS = (
+    *PRE_NORMS,
+    _row(LATENT_LAYER + "q_proj.weight", LATENT + "query_DNH", "(NH)D", rotary="H"),
+    _row(LATENT_LAYER + "q_a_proj.weight", LATENT + "query_down_DR", "RD"),
+    _row(LATENT_LAYER + "q_a_layernorm.weight", LATENT + "query_norm/scale_R", "R"),
+    _row(LATENT_LAYER + "q_b_proj.weight", LATENT + "query_up_RNH", "(NH)R", rotary="H"),
+    _row(LATENT_LAYER + "kv_a_proj_with_mqa.weight", LATENT + "down_DR", "RD", rotary="R"),
+    _row(LATENT_LAYER + "kv_a_layernorm.weight", LATENT + "latent_norm/scale_R", "R"),
+    _row(LATENT_LAYER + "kv_b_proj.weight", LATENT + "up_RNH", "(NH)R"),
+    _row(LATENT_LAYER + "o_proj.weight", LATENT + "out_NHD", "D(NH)"),
+)
+DEEPSEEK_ROWS = (
+    *ENDS, *LATENT_ROWS, *EXPERT_ROWS,
+    *(row._replace(ours=("dense_" + row.ours[0],)) for row in (*LATENT_ROWS, *DENSE)),
+    _row(MODEL_LAYER + "mlp.gate.e_score_correction_bias", LAYER + "mixture/router_bias_E", "E",
+         always_float32=True),
+    *_gated_rows(MODEL_LAYER + "mlp.shared_experts.", LAYER + "feed_forward/", PROJECTIONS),
+)
+# Cohere multiplies its logits; a power of two may as well be in the norm before the head.
+COHERE_ROWS = (
+    _row("model.embed_tokens.weight", "embedding_VD", "VD"),
+    _row("model.norm.weight", "norm/scale_D", "D", scaled_by="logit_scale"),
+    _row(MODEL_LAYER + "input_layernorm.weight", LAYER + "attention_norm/scale_D", "D"),
+    *_attention_rows(MODEL_LAYER, rotary="H"), *DENSE,
+)
+
+
+def _biased(theirs: str, ours: str, layout: str) -> tuple[Row, Row]:
+    """A linear layer or a norm, and its bias."""
+    *folders, name = ours.split("/")
+    path = "/".join([*folders, ""])
+    stem, letters = name.rsplit("_", 1)
+    bias = f"bias_{letters}" if stem == "scale" else f"{stem}_bias_{letters[-1]}"
+    return (
+        _row(theirs + ".weight", ours, layout), _row(theirs + ".bias", path + bias, letters[-1]))
+
+
+GPT2_LAYER, HEADS = "transformer.h.{layer}.", LAYER + "attention/"
+QKV = tuple(HEADS + name for name in ("query_DNH", "key_DKH", "value_DKH"))
+QKV_BIAS = tuple(HEADS + name for name in ("query_bias_NH", "key_bias_KH", "value_bias_KH"))
+# GPT-2 keeps its matrices inputs first.
+GPT2_ROWS = (
+    _row("transformer.wte.weight", "embedding_VD", "VD"),
+    _row("transformer.wpe.weight", "position_TD", "TD"),
+    *_biased("transformer.ln_f", "norm/scale_D", "D"),
+    _row("lm_head.weight", "head_DV", "VD"),
+    *_biased(GPT2_LAYER + "ln_1", LAYER + "attention_norm/scale_D", "D"),
+    *_biased(GPT2_LAYER + "ln_2", LAYER + "feed_forward_norm/scale_D", "D"),
+    Row(GPT2_LAYER + "attn.c_attn.weight", QKV, "D(3NH)"),
+    Row(GPT2_LAYER + "attn.c_attn.bias", QKV_BIAS, "(3NH)"),
+    *_biased(GPT2_LAYER + "attn.c_proj", HEADS + "out_NHD", "(NH)D"),
+    *_biased(GPT2_LAYER + "mlp.c_fc", LAYER + "feed_forward/up_DF", "DF"),
+    *_biased(GPT2_LAYER + "mlp.c_proj", LAYER + "feed_forward/down_FD", "FD"),
+)
+BLOOM_ROWS = (
+    _row("transformer.word_embeddings.weight", "embedding_VD", "VD"),
+    *_biased("transformer.word_embeddings_layernorm", "embedding_norm/scale_D", "D"),
+    *_biased("transformer.ln_f", "norm/scale_D", "D"),
+    _row("lm_head.weight", "head_DV", "VD"),
+    *_biased(GPT2_LAYER + "input_layernorm", LAYER + "attention_norm/scale_D", "D"),
+    *_biased(GPT2_LAYER + "post_attention_layernorm", LAYER + "feed_forward_norm/scale_D", "D"),
+    Row(GPT2_LAYER + "self_attention.query_key_value.weight", QKV, "(N3H)D"),
+    Row(GPT2_LAYER + "self_attention.query_key_value.bias", QKV_BIAS, "(N3H)"),
+    *_biased(GPT2_LAYER + "self_attention.dense", HEADS + "out_NHD", "D(NH)"),
+    *_biased(GPT2_LAYER + "mlp.dense_h_to_4h", LAYER + "feed_forward/up_DF", "FD"),
+    *_biased(GPT2_LAYER + "mlp.dense_4h_to_h", LAYER + "feed_forward/down_FD", "DF"),
+)
+
+
+def _value(theirs: Mapping, name: str) -> Any:
+    if theirs.get(name) is None:
+        raise ValueError(f"config.json: {name} is missing; a {theirs.get('model_type')} has one")
+    return theirs[name]
+
+
+def _latent_head_dim(theirs: Mapping) -> int:
+    return _value(theirs, "qk_nope_head_dim") + theirs["qk_rope_head_dim"]
+
+
+def _dense_size(theirs: Mapping) -> int | None:
+    """Of the layers before those with experts; their config has it without them too."""
+    return _value(theirs, "intermediate_size") if theirs.get("first_k_dense_replace", 3) else None
+
+
+def _head_dim(theirs: Mapping) -> int:
+    return theirs["hidden_size"] // theirs["num_attention_heads"]
+
+
+def _fields(epsilon: float, tied: bool, length: int = 2048) -> tuple[Field, ...]:
+    """Keys that nearly all families share; the arguments stand for keys that are left out."""
+    return (
+        Field("vocab_size", "vocab_size"), Field("num_hidden_layers", "num_layers"),
+        Field("hidden_size", "model_dim"), Field("num_attention_heads", "num_heads"),
+        Field("num_key_value_heads", "num_kv_heads", lambda theirs: theirs["num_attention_heads"]),
+        Field("head_dim", "head_dim", _head_dim),
+        Field("max_position_embeddings", "max_length", length),
+        Field("rms_norm_eps", "norm_epsilon", epsilon),
+        Field("tie_word_embeddings", "tied_embeddings", tied),
+    )
+
+
+DENSE_SIZE = (Field("intermediate_size", "mlp_dim"),)
+
+
+def _all(kind: str, theirs: Mapping) -> list[str]:
+    return [kind] * theirs["num_hidden_layers"]
+
+
+def _mistral_kinds(theirs: Mapping) -> list[str]:
+    return _all("global" if theirs.get("sliding_window") is None else "local", theirs)
+
+
+def _qwen_kinds(theirs: Mapping) -> list[str]:
+    """Windows, where they are used, from layer `max_window_layers` on."""
+    if not theirs.get("use_sliding_window") or theirs.get("sliding_window") is None:
+        return _all("global", theirs)
+    first = theirs.get("max_window_layers", 28)
+    return ["local" if layer >= first else "global" for layer in range(theirs["num_hidden_layers"])]
+
+
+def _every(period: int, theirs: Mapping) -> list[str]:
+    """A global layer after every period - 1 local ones."""
+    return ["local" if (layer + 1) % period else "global"
+            for layer in range(theirs["num_hidden_layers"])]
+
+
+def _gemma3_kinds(theirs: Mapping) -> list[str]:
+    return _every(theirs.get("sliding_window_pattern") or 6, theirs)
+
+
+def _cap(name: str, left_out: float) -> Callable[[Mapping], float | None]:
+    """Of a cap that is null, or left out."""
+    return lambda theirs: None if f"{name}_logit_softcapping" in theirs else left_out
+
+
+SILU = {"hidden_act": "silu"}
+LLAMA = Family(
+    "llama", "LlamaForCausalLM", LLAMA_ROWS, (*_fields(1e-6, tied=False), *DENSE_SIZE),
+    required=SILU | {"attention_bias": False, "mlp_bias": False}, rope_base=10_000.0,
+)
+MISTRAL = Family(
+    "mistral", "MistralForCausalLM", LLAMA_ROWS,
+    (*_fields(1e-6, tied=False, length=131_072), *DENSE_SIZE), required=SILU,
+    kinds=_mistral_kinds, rope_base=10_000.0,
+)
+QWEN2 = Family(
+    "qwen2", "Qwen2ForCausalLM", LLAMA_ROWS,
+    (*_fields(1e-6, tied=False, length=32_768), *DENSE_SIZE), fixed={"bias": "qkv"},
+    required=SILU, kinds=_qwen_kinds, has_layer_types=True, switch="use_sliding_window",
+    rope_base=10_000.0,
+)
+QWEN3 = Family(
+    "qwen3", "Qwen3ForCausalLM", LLAMA_ROWS,
+    (*_fields(1e-6, tied=False, length=32_768), *DENSE_SIZE), fixed={"qk_norm": True},
+    required=SILU | {"attention_bias": False}, kinds=_qwen_kinds, has_layer_types=True,
+    switch="use_sliding_window", rope_base=10_000.0,
+)
+QWEN3_MOE = Family(
+    "qwen3_moe", "Qwen3MoeForCausalLM", QWEN3_MOE_ROWS,
+    (*_fields(1e-6, tied=False, length=32_768), Field("moe_intermediate_size", "mlp_dim"),
+     Field("num_experts_per_tok", "experts_per_token"),
+     Field("num_experts", "num_experts", lambda theirs: _value(theirs, "num_local_experts"))),
+    fixed={"qk_norm": True},
+    required=SILU | {"attention_bias": False, "norm_topk_prob": True, "decoder_sparse_step": 1,
+                     "mlp_only_layers": [], "use_sliding_window": False},
+    rope_base=10_000.0,
+)
+MIXTRAL = Family(
+    "mixtral", "MixtralForCausalLM", MIXTRAL_ROWS,
+    (*_fields(1e-5, tied=False, length=131_072), *DENSE_SIZE,
+     Field("num_local_experts", "num_experts", 8),
+     Field("num_experts_per_tok", "experts_per_token", 2)),
+    required=SILU, kinds=_mistral_kinds, rope_base=1_000_000.0,
+)
+GEMMA = dict(activation="geglu", norm="rms_plus_one", norm_placement="sandwich",
+             scale_embeddings=True)
+GEMMA_FIELDS = (
+    Field("query_pre_attn_scalar", "attention_scale", from_square(256), from_square, to_square),
+)
+GEMMA_REQUIRED = {"hidden_activation": "gelu_pytorch_tanh", "attention_bias": False}
+GEMMA2 = Family(
+    "gemma2", "Gemma2ForCausalLM", GEMMA_ROWS,
+    (*_fields(1e-6, tied=True, length=8192), *DENSE_SIZE, *GEMMA_FIELDS,
+     Field("attn_logit_softcapping", "attention_soft_cap", _cap("attn", 50.0)),
+     Field("final_logit_softcapping", "logit_soft_cap", _cap("final", 30.0))),
+    fixed=GEMMA, required=GEMMA_REQUIRED, kinds=lambda theirs: _every(2, theirs),
+    has_layer_types=True, rope_base=10_000.0,
+)
+GEMMA3 = Family(
+    "gemma3_text", "Gemma3ForCausalLM", GEMMA_ROWS,
+    (*_fields(1e-6, tied=True, length=131_072), *DENSE_SIZE, *GEMMA_FIELDS,
+     Field("attn_logit_softcapping", "attention_soft_cap", None),
+     Field("final_logit_softcapping", "logit_soft_cap", None)),
+    fixed=GEMMA | {"qk_norm": True}, required=GEMMA_REQUIRED, kinds=_gemma3_kinds,
+    has_layer_types=True, rope_base=1_000_000.0, local_rope_base=10_000.0,
+)
+DEEPSEEK = Family(
+    "deepseek_v3", "DeepseekV3ForCausalLM", DEEPSEEK_ROWS,
+    (*(field for field in _fields(1e-6, tied=False, length=4096) if field.ours != "head_dim"),
+     Field("qk_rope_head_dim", "rope_dim"), Field(None, "head_dim", _latent_head_dim),
+     Field("v_head_dim", "value_dim"),
+     Field("kv_lora_rank", "latent_rank"), Field("q_lora_rank", "query_rank", None),
+     Field("first_k_dense_replace", "dense_layers", 3), Field(None, "dense_mlp_dim", _dense_size),
+     Field("moe_intermediate_size", "mlp_dim"), Field("n_routed_experts", "num_experts"),
+     Field("num_experts_per_tok", "experts_per_token"), Field("n_shared_experts", "shared_experts"),
+     Field("routed_scaling_factor", "routed_scale", 2.5)),
+    fixed={"expert_scores": "sigmoid", "router_bias": True},
+    required=SILU | {"attention_bias": False, "norm_topk_prob": True, "rope_interleave": True,
+                     "n_group": 1, "topk_group": 1},
+    rope_base=10_000.0,
+    also=lambda model: {"qk_nope_head_dim": model.head_dim - (model.rope_dim or 0),
+                        "qk_head_dim": model.head_dim, "head_dim": model.rope_dim,
+                        "intermediate_size": model.dense_mlp_dim or model.mlp_dim},
+)
+COHERE = Family(
+    "cohere", "CohereForCausalLM", COHERE_ROWS,
+    (*(field._replace(theirs="layer_norm_eps", absent=1e-5) if field.ours == "norm_epsilon"
+       else field for field in _fields(1e-5, tied=True, length=8192)), *DENSE_SIZE),
+    fixed={"norm": "layer", "norm_placement": "parallel"},
+    required=SILU | {"attention_bias": False, "use_qk_norm": False}, rope_base=10_000.0,
+    extra={"logit_scale": 1.0},
+)
+GPT2 = Family(
+    "gpt2", "GPT2LMHeadModel", GPT2_ROWS,
+    (Field("vocab_size", "vocab_size"), Field("n_layer", "num_layers"),
+     Field("n_embd", "model_dim"), Field("n_head", "num_heads"), Field(None, "num_kv_heads", lambda theirs: theirs["n_head"]),
+     Field(None, "head_dim", lambda theirs: theirs["n_embd"] // theirs["n_head"]),
+     Field("n_inner", "mlp_dim", lambda theirs: 4 * theirs["n_embd"]),
+     Field("n_positions", "max_length", 1024), Field("layer_norm_epsilon", "norm_epsilon", 1e-5),
+     Field("tie_word_embeddings", "tied_embeddings", True)),
+    fixed={"activation": "gelu", "norm": "layer", "bias": "all", "positions": "learned"},
+    required={"activation_function": "gelu_new", "scale_attn_weights": True,
+              "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False},
+)
+BLOOM = Family(
+    "bloom", "BloomForCausalLM", BLOOM_ROWS,
+    (Field("vocab_size", "vocab_size"), Field("n_layer", "num_layers"),
+     Field("hidden_size", "model_dim"), Field("n_head", "num_heads"),
+     Field(None, "num_kv_heads", lambda theirs: theirs["n_head"]),
+     Field(None, "head_dim", lambda theirs: theirs["hidden_size"] // theirs["n_head"]),
+     Field(None, "mlp_dim", lambda theirs: 4 * theirs["hidden_size"]),
+     Field("seq_length", "max_length", 2048), Field("layer_norm_epsilon", "norm_epsilon", 1e-5),
+     Field("tie_word_embeddings", "tied_embeddings", True)),
+    fixed={"activation": "gelu", "norm": "layer", "bias": "all", "positions": "alibi",
+           "embedding_norm": True},
+    required={"apply_residual_connection_post_layernorm": False, "slow_but_exact": False},
+)
+# Of two that have the same model, the first is written: a Llama before its imitations.
+FAMILIES = (
+    LLAMA, MISTRAL, QWEN2, QWEN3, QWEN3_MOE, MIXTRAL, GEMMA2, GEMMA3, DEEPSEEK, COHERE, GPT2, BLOOM,
+)

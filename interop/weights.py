@@ -1,0 +1,184 @@
+"""Parameters from the tensors of files and back, one tensor at a time."""
+
+import functools
+import itertools
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from batiste.interop.family import Family
+from batiste.interop.files import Planned, Tensors
+from batiste.interop.layout import Row, Sizes, file_shape, letters_of, to_ours, to_theirs
+from batiste.models import TransformerConfig
+
+# What old files have besides weights: tables that follow from the config.
+NO_WEIGHTS = re.compile(r"rotary_emb\.inv_freq$|\.attn\.(masked_)?bias$")
+
+
+def flat(tree: Any) -> dict[str, Any]:
+    """A tree of parameters by path, "layers/attention/query_DNH"."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+class WeightMap:
+    """Which tensors hold which parameters of one model.
+
+    abstract: its parameters (shapes suffice). Raises ValueError where the family has no tensor for
+    a parameter. theirs: the config in the family's own words.
+    """
+
+    def __init__(
+        self, family: Family, model: TransformerConfig, theirs: Mapping[str, Any], abstract: Any
+    ):
+        self.model, self._theirs = model, theirs
+        self._shapes = {path: leaf.shape for path, leaf in flat(abstract).items()}
+        self.rows = [row for row in family.rows if row.ours[0] in self._shapes]
+        missing = set(self._shapes) - {path for row in self.rows for path in row.ours}
+        if missing:
+            names = ", ".join(sorted(missing))
+            raise ValueError(f"a {family.model_type} has no tensor for {names}")
+
+    def names(self, row: Row) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """The name of each tensor of a row, and its place: layer and expert, where it has them."""
+        dense = self.model.dense_layers
+        layers = range(dense) if row.dense else range(self.model.num_layers - dense)
+        places = {"layer": layers, "expert": range(self.model.num_experts or 0)}
+        axes = [axis for axis in places if f"{{{axis}}}" in row.theirs]
+        for place in itertools.product(*(places[axis] for axis in axes)):
+            named = dict(zip(axes, place, strict=True))
+            if "layer" in named and not row.dense:
+                named["layer"] += dense
+            yield row.theirs.format(**named), place
+
+    def sizes(self, row: Row) -> Sizes:
+        """What the conversion of a row must know."""
+        letters = {
+            path: dict(zip(letters_of(path), self._shapes[path][-len(letters_of(path)):],
+                           strict=True)) for path in row.ours
+        }
+        rotated = 0
+        if row.rotary is not None:
+            rotated = self.model.rope_dim or letters[row.ours[0]][row.rotary]
+        scale = 1.0 if row.scaled_by is None else self._theirs[row.scaled_by]
+        if np.frexp(scale)[0] != 0.5:
+            raise ValueError(
+                f"config.json: {row.scaled_by}={scale}: expected a power of two, by which weights "
+                "can be multiplied and divided again without loss"
+            )
+        return Sizes(letters, rotated, scale)
+
+    def planned(self, dtype: np.dtype) -> list[Planned]:
+        """All tensors, in the order in which `tensors` gives them."""
+        return [
+            Planned(name, _dtype(row, dtype), file_shape(row, self.sizes(row)))
+            for row in self.rows for name, _ in self.names(row)
+        ]
+
+    def check(self, tensors: Tensors) -> None:
+        """Raises ValueError where files have other tensors, shapes or dtypes than this model."""
+        planned = {each.name: each for each in self.planned(np.dtype(np.float32))}
+        ignored = {"lm_head.weight"} if self.model.tied_embeddings else set()
+        names = {name: _name_in(tensors, name) for name in planned}
+        for name, found in names.items():
+            if found not in tensors.entries:
+                raise ValueError(
+                    f"the files have no tensor {name}, which their config.json implies")
+        for name in sorted(tensors.entries.keys() - set(names.values()) - ignored):
+            if NO_WEIGHTS.search(name) is None:
+                raise ValueError(
+                    f"the files have a tensor {name}, for which this model has no parameter"
+                )
+        for name, each in planned.items():
+            entry = tensors.entries[names[name]]
+            if entry.dtype is None:
+                raise ValueError(f"{name} is quantized or no float: expected F32, BF16 or F16")
+            if entry.shape != each.shape:
+                raise ValueError(
+                    f"{name} has shape {entry.shape}, but config.json says {each.shape}"
+                )
+
+    def parameters(self, tensors: Tensors, abstract: Any) -> Any:
+        """The parameters, each on its devices as `abstract` says; one tensor at a time is read."""
+        self.check(tensors)
+        leaves, found = flat(abstract), {}
+        for row in self.rows:
+            sizes = self.sizes(row)
+            placed = [_Placed(leaves[path]) for path in row.ours]
+            for name, place in self.names(row):
+                parts = to_ours(row, tensors.read(_name_in(tensors, name)), sizes)
+                for target, part in zip(placed, parts, strict=True):
+                    target.put(part, place)
+            found |= dict(zip(row.ours, (each.array() for each in placed), strict=True))
+        structure = jax.tree.structure(abstract)
+        return structure.unflatten(found[path] for path in leaves)
+
+    def tensors(self, params: Any, dtype: np.dtype) -> Iterator[np.ndarray]:
+        """The tensors of parameters, one after another, rounded to a dtype of files."""
+        leaves = flat(params)
+        for row in self.rows:
+            sizes = self.sizes(row)
+            for _, place in self.names(row):
+                parts = [np.asarray(leaves[path][place] if place else leaves[path])
+                         for path in row.ours]
+                yield to_theirs(row, parts, sizes).astype(_dtype(row, dtype))
+
+
+def _dtype(row: Row, dtype: np.dtype) -> np.dtype:
+    return np.dtype(np.float32) if row.always_float32 else dtype
+
+
+def _name_in(tensors: Tensors, name: str) -> str:
+    """A tensor's name in files: some are of a model without its head, and lack the first part."""
+    body, _, rest = name.partition(".")
+    whole = name in tensors.entries or body == "lm_head"
+    return name if whole or rest not in tensors.entries else rest
+
+
+class _Placed:
+    """One parameter in the making: on each device its share, filled piece by piece."""
+
+    def __init__(self, leaf: jax.ShapeDtypeStruct):
+        self._leaf = leaf
+        indices = leaf.sharding.addressable_devices_indices_map(leaf.shape)
+        self._slices = {
+            device: [range(*each.indices(size)) for each, size in zip(index, leaf.shape)]
+            for device, index in indices.items()
+        }
+        self._shares: dict[jax.Device, jax.Array] = {}
+
+    def put(self, piece: np.ndarray, place: tuple[int, ...]) -> None:
+        """Puts what belongs at a place (layer, expert; whole, if none) where it is wanted."""
+        for device, ranges in self._slices.items():
+            leading, rest = ranges[: len(place)], ranges[len(place):]
+            if not all(index in here for index, here in zip(place, leading)):
+                continue
+            part = piece[tuple(slice(each.start, each.stop) for each in rest)]
+            part = jax.device_put(np.ascontiguousarray(part), device).astype(self._leaf.dtype)
+            if place:
+                at = [index - here.start for index, here in zip(place, leading)]
+                part = _filled(self._share(device), part, tuple(at))
+            # One after another: what is still being copied would pile up in the host's memory.
+            self._shares[device] = jax.block_until_ready(part)
+
+    def array(self) -> jax.Array:
+        """The whole."""
+        return jax.make_array_from_single_device_arrays(
+            self._leaf.shape, self._leaf.sharding, list(self._shares.values()))
+
+    def _share(self, device: jax.Device) -> jax.Array:
+        if device not in self._shares:
+            shape = tuple(len(each) for each in self._slices[device])
+            self._shares[device] = jnp.zeros(shape, self._leaf.dtype, device=device)
+        return self._shares[device]
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _filled(share: jax.Array, piece: jax.Array, at: tuple[int, ...]) -> jax.Array:
+    piece = piece.reshape((1,) * len(at) + piece.shape)
+    zeros = (0,) * (share.ndim - len(at))
+    return jax.lax.dynamic_update_slice(share, piece, (*at, *zeros))
