@@ -20,7 +20,9 @@ from flax import nnx
 
 from batiste import __version__
 from batiste.configs.experiment import Experiment, flatten
-from batiste.data import Batch, Loader, Prepared
+from batiste.data import (
+    Batch, Loader, Prepared, Transform, encode_prompt, special_ids, transform_of,
+)
 from batiste.evaluation import Perplexity, RowSums, make_row_losses, perplexity
 from batiste.inference import SamplingConfig, generate
 from batiste.models import resolve_attention
@@ -52,15 +54,25 @@ class Assembly:
 
     @functools.cached_property
     def byte_lengths_V(self) -> jax.Array:
-        """Bytes of text that each token stands for, whole on every device."""
-        return replicate(self.mesh, self.prepared.tokenizer.byte_lengths_V.astype(np.float32))
+        """Bytes of text that each token stands for, whole on every device; special tokens: none."""
+        lengths_V = np.zeros(self.experiment.model.vocab_size, np.float32)
+        known = self.prepared.tokenizer.byte_lengths_V
+        lengths_V[: len(known)] = known
+        return replicate(self.mesh, lengths_V)
+
+    @functools.cached_property
+    def transform(self) -> Transform:
+        """What becomes of each record."""
+        return transform_of(
+            self.experiment.data, self.experiment.model.form, self.prepared.tokenizer)
 
     def measure(self, params: Any, max_batches: int | None = None) -> Perplexity:
         """The perplexity of the validation split, or of its first batches."""
         rows = self.program.layout.micro_batches
         rows *= math.prod(self.mesh.shape[axis] for axis in RULES["B"])
         batch_size = -(-self.experiment.train.batch_size // rows) * rows
-        loader = Loader(self.prepared, "validation", batch_size, self.experiment.data.seed)
+        loader = Loader(
+            self.prepared, "validation", batch_size, self.experiment.data.seed, self.transform)
         share = Share(self.mesh, batch_size)
         return perplexity(
             lambda batch: self.row_losses(params, share.place(batch), self.byte_lengths_V),
@@ -81,11 +93,14 @@ class Assembly:
         self, params: Any, prompts: Sequence[str], config: SamplingConfig
     ) -> Iterator[list[str]]:
         """Continues each prompt; yields the text that each step adds to each."""
-        tokenizer = self.prepared.tokenizer
-        ids = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts]
+        tokenizer, data = self.prepared.tokenizer, self.experiment.data
+        special = special_ids(data, tokenizer)
+        ids = [[tokenizer.bos_id, *encode_prompt(tokenizer, special, prompt)] for prompt in prompts]
         decoders = [tokenizer.stream() for _ in prompts]
         model = nnx.merge(self.program.graphdef, self.plain(params))
-        for tokens in generate(model, ids, tokenizer.bos_id, config):
+        kinds = {objective.kind for objective in data.objectives}
+        whole = kinds == {"prefix"}  # As they were trained.
+        for tokens in generate(model, ids, tokenizer.bos_id, config, whole_prompts=whole):
             # A model may have more tokens than the tokenizer (a padded vocabulary): no text.
             yield [
                 "" if token is None or token >= tokenizer.vocab_size else decoder.push(token)

@@ -16,7 +16,7 @@ import numpy as np
 
 from batiste.assembly import Assembly, assemble
 from batiste.configs.experiment import Experiment, flatten, from_dict
-from batiste.data import Loader, Prepared, load_prepared, position
+from batiste.data import Loader, Prepared, load_prepared, position, special_tokens
 from batiste.data import prepare as prepare_data
 from batiste.evaluation import Perplexity
 from batiste.forecast import check_memory
@@ -65,10 +65,12 @@ def prepare(experiment: Experiment, workdir: str | os.PathLike) -> Prepared:
     together("read what process 0 prepared",
              lambda: read.append(load_prepared(directory)) or read[0].fingerprint)
     prepared = read[0]
-    if prepared.tokenizer.vocab_size > experiment.model.vocab_size:
+    tokens, special = prepared.tokenizer.vocab_size, len(special_tokens(experiment.data))
+    if tokens + special > experiment.model.vocab_size:
+        more = f" and data.objectives {special} special ones" if special else ""
         raise ValueError(
-            f"model.vocab_size={experiment.model.vocab_size}, but the tokenizer has "
-            f"{prepared.tokenizer.vocab_size} tokens: set model.vocab_size at least that high"
+            f"model.vocab_size={experiment.model.vocab_size}, but the tokenizer has {tokens} tokens"
+            f"{more}: set model.vocab_size at least {tokens + special}"
         )
     return prepared
 
@@ -261,7 +263,8 @@ def _fit_from(
         if is_first():
             print(f"continuing from step {start} of {assembly.workdir}", flush=True)
     ledger.enter("initialization")
-    loader = Loader(assembly.prepared, "train", experiment.train.batch_size, experiment.data.seed)
+    loader = Loader(assembly.prepared, "train", experiment.train.batch_size, experiment.data.seed,
+                    assembly.transform)
     share = Share(assembly.mesh, experiment.train.batch_size)
     windows = skipped(decisions_of(meta))
     batches = loader.iterate(start or 0, share.rows, windows)

@@ -6,7 +6,7 @@ import types
 import typing
 from typing import Any
 
-from batiste.data import DataConfig
+from batiste.data import FORMS, DataConfig, special_tokens
 from batiste.inference import SamplingConfig
 from batiste.models import TransformerConfig
 from batiste.sharding import AXES, MeshConfig, layer_order
@@ -38,11 +38,14 @@ class Experiment:
                 f"train.faults={self.train.faults!r}: expected a layer from 0 to {depth - 1}, as "
                 f"model.num_layers={depth}"
             )
+        self._validate_objectives()
         learned = self.data.tokenizer in ("bpe", "unigram")
-        if learned and self.data.vocab_size > self.model.vocab_size:
+        special = len(special_tokens(self.data))
+        if learned and self.data.vocab_size + special > self.model.vocab_size:
+            more = f", and {special} special ones of data.objectives" if special else ""
             raise ValueError(
                 f"model.vocab_size={self.model.vocab_size} is below data.vocab_size="
-                f"{self.data.vocab_size}, the tokens to be learned: raise model.vocab_size"
+                f"{self.data.vocab_size}, the tokens to be learned{more}: raise model.vocab_size"
             )
         for axis in ("stage", "tensor"):
             if self.train.objective.fused and getattr(self.mesh, axis) > 1:
@@ -59,6 +62,31 @@ class Experiment:
             )
         self._validate_splits()
         layer_order(self.model.num_layers, self.mesh.stage, self.mesh.interleave)
+
+    def _validate_objectives(self) -> None:
+        """Raises ValueError for what this form of model does not learn, or not with the rest."""
+        kinds, form = self._kinds(), self.model.form
+        for kind in kinds:
+            if kind not in FORMS[form]:
+                raise ValueError(
+                    f"data.objectives of kind {kind!r} are not learned by model.form={form!r}: "
+                    f"choose one of {', '.join(FORMS[form])}, or another model.form"
+                )
+        if form == "decoder" and "prefix" not in kinds:
+            return
+        what = f"model.form={form!r}" if form != "decoder" else (
+            "data.objectives of kind 'prefix', whose rows have the beginnings of all documents first,")
+        refused = [(f"mesh.{axis}", getattr(self.mesh, axis), 1) for axis in ("stage", "context")]
+        if form == "decoder":
+            refused += [("model.window", self.model.window, None),
+                        ("model.positions", self.model.positions == "alibi" and "alibi", False)]
+        for field, value, usual in refused:
+            if value != usual:
+                raise ValueError(
+                    f"{field}={value!r} does not know {what}: choose another {field}")
+
+    def _kinds(self) -> tuple[str, ...]:
+        return tuple(objective.kind for objective in self.data.objectives) or ("causal",)
 
     def _validate_experts(self) -> None:
         if self.model.num_experts is not None:

@@ -16,13 +16,15 @@ from batiste.sharding import compiler_options
 
 
 def generate(
-    model: Transformer, prompts: Sequence[Sequence[int]], stop_id: int, config: SamplingConfig
+    model: Transformer, prompts: Sequence[Sequence[int]], stop_id: int, config: SamplingConfig,
+    whole_prompts: bool = False,
 ) -> Iterator[list[int | None]]:
     """Yields, step by step, the next token of each prompt; None for a row that has ended.
 
     prompts: token ids, at least one each. A row ends with `stop_id` (which is not yielded), after
     `config.max_tokens`, or when the model's max_length is full. What a row draws depends on its
-    own prompt, its index and the seed alone, not on the rows beside it.
+    own prompt, its index and the seed alone, not on the rows beside it. whole_prompts: each token
+    of a prompt sees all of it, as a prefix language model was trained; otherwise those before it.
     Raises ValueError when a prompt is empty or leaves no room.
     """
     config.validate()
@@ -39,7 +41,7 @@ def generate(
     graphdef, params = nnx.split(model, nnx.Param)
     (device, *_) = jax.tree.leaves(params)[0].devices()
     options = compiler_options(device, letters_tree(params))
-    prefill, decode = _compiled(graphdef, config, options)
+    prefill, decode = _compiled(graphdef, config, options, whole_prompts)
     keys_B = jax.random.split(jax.random.key(config.seed), len(prompts))
     token_B, cache = prefill(params, tokens_BT, lengths_B, keys_B)
     budget = max_length if config.max_tokens is None else config.max_tokens
@@ -54,7 +56,7 @@ def generate(
 
 
 def _compiled(
-    graphdef: Any, config: SamplingConfig, options: dict[str, bool] | None
+    graphdef: Any, config: SamplingConfig, options: dict[str, bool] | None, whole_prompts: bool
 ) -> tuple[Any, Any]:
     def draw(model, x_BD, keys_B, length_B):
         keys_B = jax.vmap(jax.random.fold_in)(keys_B, length_B)
@@ -66,7 +68,7 @@ def _compiled(
     def prefill(params, tokens_BT, lengths_B, keys_B):
         model = nnx.merge(graphdef, params)
         cache = model.empty_cache(tokens_BT.shape[0], model.config.max_length)
-        x_BTD, cache = model.extend(tokens_BT, cache)
+        x_BTD, cache = model.extend(tokens_BT, cache, lengths_B if whole_prompts else None)
         x_BD = jnp.take_along_axis(x_BTD, (lengths_B - 1)[:, None, None], axis=1)[:, 0]
         return draw(model, x_BD, keys_B, lengths_B), cache._replace(length_B=lengths_B)
 

@@ -8,10 +8,10 @@ from batiste.models.mixture import rebalanced
 from batiste.models.parameter import letters_tree
 from batiste.models.router import RouterSums
 from batiste.models.token_loss import LossRules, token_losses, vocabulary_sums
-from batiste.models.transformer import Cache, Transformer
+from batiste.models.transformer import Beside, Cache, Transformer
 
 __all__ = [
-    "AttentionSums", "Cache", "LayerSums", "LossRules", "RouterSums", "Rows", "Transformer",
+    "AttentionSums", "Beside", "Cache", "LayerSums", "LossRules", "RouterSums", "Rows", "Transformer",
     "TransformerConfig", "letters_tree", "rebalanced", "resolve_attention", "token_losses",
     "vocabulary_sums",
 ]

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from batiste.pallas_kernels import certified
 
+FORMS = ("decoder", "encoder")
 ACTIVATIONS = ("relu", "relu2", "gelu", "swiglu", "geglu")
 NORMS = ("rms", "layer")
 NORM_PLACEMENTS = ("pre", "post", "sandwich")
@@ -22,8 +23,9 @@ ATTENTIONS = ("auto", "reference", *certified.CHIPS)
 
 @dataclasses.dataclass
 class TransformerConfig:
-    """One decoder; presets in configs/ fill it in.
+    """One Transformer; presets in configs/ fill it in.
 
+    `form`: a "decoder" sees the past, an "encoder" all of a document.
     Sizes are counts. `window` is in tokens and applies to the "local" layers of `layer_pattern`,
     which repeats over the depth. `dtype` is the compute dtype; parameters are stored in float32.
     `remat` says what of a layer the backward pass finds saved: "none" recomputes nothing, "dots" all
@@ -35,6 +37,7 @@ class TransformerConfig:
     `shared_experts` * `mlp_dim`. `router_bias` takes part in that choice and in nothing else.
     """
 
+    form: str = "decoder"
     vocab_size: int = 4096
     num_layers: int = 6
     model_dim: int = 384
@@ -108,7 +111,7 @@ class TransformerConfig:
     def validate(self) -> None:
         """Raises ValueError, naming the field and a fix, for a model that cannot be built."""
         for field, choices in (
-            ("activation", ACTIVATIONS), ("norm", NORMS), ("norm_placement", NORM_PLACEMENTS),
+            ("form", FORMS), ("activation", ACTIVATIONS), ("norm", NORMS), ("norm_placement", NORM_PLACEMENTS),
             ("positions", POSITIONS), ("dtype", DTYPES),
             ("remat", REMAT_POLICIES), ("attention", ATTENTIONS), ("expert_scores", EXPERT_SCORES),
         ):

@@ -40,6 +40,15 @@ def remat_policy(config: TransformerConfig) -> Callable:
     return policies.nothing_saveable
 
 
+class Beside(NamedTuple):
+    """What an objective may give beside tokens; None for what it does not.
+
+    prefix_B: the first tokens of each row that causality does not hide, int32.
+    """
+
+    prefix_B: jax.Array | None = None
+
+
 class Cache(NamedTuple):
     """What decoding remembers: keys and values of all layers, and how many tokens each row has."""
 
@@ -49,7 +58,7 @@ class Cache(NamedTuple):
 
 
 class Transformer(nnx.Module):
-    """A decoder; `config` decides everything, and is validated here."""
+    """`config` decides everything, and is validated here."""
 
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
         config.validate()
@@ -86,6 +95,7 @@ class Transformer(nnx.Module):
         segments_BT: jax.Array | None = None,
         dropout_key: jax.Array | None = None,
         measured: bool = False,
+        beside: Beside = Beside(),
     ) -> tuple[jax.Array, LayerOutput]:
         """The last hidden states, x_BTD in the compute dtype, and what the layers did, by layer.
 
@@ -103,16 +113,21 @@ class Transformer(nnx.Module):
                 )
             positions_BT = _places(tokens_BT)
         segments = (segments_BT, segments_BT)
-        return self._stack(tokens_BT, positions_BT, segments, None, dropout_key, measured)
+        rows = positions_BT, (segments_BT, segments_BT), beside.prefix_B
+        return self._stack(tokens_BT, rows, None, dropout_key, measured)
 
-    def extend(self, tokens_BT: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+    def extend(
+        self, tokens_BT: jax.Array, cache: Cache, prefix_B: jax.Array | None = None
+    ) -> tuple[jax.Array, Cache]:
         """The hidden states of tokens that continue each row of the cache, and the cache after.
 
         A row may hold padding at its end: the caller sets `length_B` to what is real, and the
-        next call overwrites the rest.
+        next call overwrites the rest. prefix_B: the first tokens of each row that all of it sees;
+        None is causal.
         """
         positions_BT = cache.length_B[:, None] + jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None]
-        x_BTD, output = self._stack(tokens_BT, positions_BT, (None, None), cache, None)
+        rows = positions_BT, (None, None), prefix_B
+        x_BTD, output = self._stack(tokens_BT, rows, cache, None)
         return x_BTD, Cache(*output.cache, cache.length_B + tokens_BT.shape[1])
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
@@ -159,19 +174,20 @@ class Transformer(nnx.Module):
         zeros = functools.partial(jnp.zeros, shape, config.dtype)
         return Cache(zeros(), zeros(), jnp.zeros((batch,), jnp.int32))
 
-    def _stack(self, tokens_BT, positions_BT, segments, cache, dropout_key, measured=False):
+    def _stack(self, tokens_BT, rows, cache, dropout_key, measured=False):
+        """rows: positions_BT, the segments of queries and of keys, prefix_B."""
         config = self.config
         embed_key = layers_key = None
         if dropout_key is not None and config.dropout > 0:
             embed_key, layers_key = jax.random.split(dropout_key)
-        x_BTD = split_time(self._embed(tokens_BT, positions_BT), cache)
+        x_BTD = split_time(self._embed(tokens_BT, rows[0]), cache)
         x_BTD = dropout(x_BTD, config.dropout, embed_key)
         graphdef, weights = nnx.split(self.layers)
 
         def run(pattern, rows, x_BTD, layers):
-            positions_BT, segments = rows
+            positions_BT, segments, prefix_B = rows
             turn = rotation(config, positions_BT) if config.positions == "rope" else None
-            masks = self._masks(segments, cache)
+            masks = self._masks(segments, cache, prefix_B)
 
             def apply(kind, x_BTD, layer):
                 mask = OneOf(tuple(masks.values()), layer.kinds) if kind is None else masks[kind]
@@ -182,7 +198,6 @@ class Transformer(nnx.Module):
             return _scan_pattern(config, pattern, apply, x_BTD, layers)
 
         keys = None if layers_key is None else jax.random.split(layers_key, config.num_layers)
-        rows = (positions_BT, segments)
         if cache is None and layout().stage > 1:
             policy = None if config.remat == "none" else remat_policy(config)
             layers = Layers(weights, keys)
@@ -190,11 +205,12 @@ class Transformer(nnx.Module):
         layer_cache = None if cache is None else LayerCache(cache.k_LBSKH, cache.v_LBSKH)
         return run(config.layer_pattern, rows, x_BTD, Layers(weights, keys, layer_cache))
 
-    def _masks(self, segments, cache: Cache | None) -> dict[str, AttentionMask]:
+    def _masks(self, segments, cache: Cache | None, prefix_B=None) -> dict[str, AttentionMask]:
         """The mask of each kind of layer."""
         return {
             kind: AttentionMask(
-                causal=True,
+                causal=self.config.form == "decoder",
+                prefix_B=prefix_B,
                 window=self.config.window if kind == "local" else None,
                 query_segments_BT=segments[0],
                 key_segments_BS=segments[1],

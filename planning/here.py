@@ -78,7 +78,7 @@ def _step(workload: Workload, num_layers: int, rows: int, mesh: jax.sharding.Mes
     ones_BT = np.ones(shape, np.int32)
     positions_BT = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
     batch = Batch(tokens_BT, tokens_BT, ones_BT.astype(np.float32), ones_BT, positions_BT)
-    batch = place(mesh, batch, Batch(*("BT",) * len(batch)))
+    batch = place(mesh, batch, Batch(*("BT",) * 5))
     state = program.initialize()
 
     def run() -> None:

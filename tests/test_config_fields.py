@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from batiste.configs.experiment import Experiment, flatten
-from batiste.data import SourceConfig
+from batiste.data import RecordObjective, SourceConfig
 from batiste.train.health import CLASSES
 
 import field_probes as probes
@@ -130,6 +130,7 @@ CASES = {
         "tensor": 2, "zero": 3, "offload_optimizer": True,
         "context_exchange": ("all_to_all", {"mesh.context": 2}),
     }),
+    **cases(probes.layout, "model.", {"form": "encoder"}),
     **cases(probes.pipeline_text, "mesh.", {"micro_batches": 4, "interleave": 2}),
     **cases(probes.layout, "train.local.", {"steps": (2, {"mesh.slice": 2})}),
     **cases(probes.exchanged, "train.local.", {
@@ -144,7 +145,10 @@ CASES = {
                              "model.vocab_size": 300}),
         "sequence_length": 9, "packing": "first_fit",
     }),
-    **cases(probes.first_batch, "", {"train.batch_size": 16, "data.seed": 1}),
+    **cases(probes.first_batch, "", {
+        "train.batch_size": 16, "data.seed": 1,
+        "data.objectives": ((RecordObjective("prefix"),), {}),
+    }),
     **cases(probes.run, "", {
         "train.num_steps": 3, "train.checkpoint.every": 4, "train.checkpoint.keep": 1,
         "train.checkpoint.keep_every": 1, "train.checkpoint.keep_best": 1,

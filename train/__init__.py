@@ -22,7 +22,7 @@ _MODULES = {
     "manifest": ("Found",),
     "metrics": ("MetricsWriter", "Progress", "mfu_formula_line"),
     "monitor": ("Monitor", "Watched"),
-    "objectives": ("causal_loss",),
+    "objectives": ("batch_loss",),
     "report": ("ReportFacts", "write_report"),
     "resume": ("RESUME_MODES", "arrays_of", "check_mode", "check_override", "check_same"),
     "state": ("Program", "TrainState", "from_checkpoint", "make_program"),

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import jax
 
 from batiste.models import (
-    LayerSums, LossRules, RouterSums, Rows, Transformer, token_losses, vocabulary_sums,
+    Beside, LayerSums, LossRules, RouterSums, Rows, Transformer, token_losses, vocabulary_sums,
 )
 from batiste.sharding import constrain, in_time_order
 from batiste.train.config import ObjectiveConfig
@@ -43,19 +43,23 @@ class Terms(NamedTuple):
         return Terms(self.loss, *jax.tree.map(lambda term: term.sum(axis=0), self[1:]))
 
 
-def causal_loss(
+def batch_loss(
     model: Transformer, batch, dropout_key, config: ObjectiveConfig, scale: jax.Array | None,
     measured: bool = False,
 ) -> Terms:
-    """Next-token prediction over a Batch; with `loss_chunk` or `fused`, never all logits at once.
+    """The loss of a Batch's targets by its weights, whatever objective made them.
+
+    With `loss_chunk` or `fused`, never all logits at once.
 
     scale: what the caller multiplies the loss by before differentiating it, or None. measured:
     whether the layers sum up what they do.
     """
     # Whole over `context`, so that each device takes what it needs of them and nothing is sent.
-    batch = jax.tree.map(lambda x_BT: constrain(in_time_order(x_BT), "BS"), batch)
+    beside = Beside(*(getattr(batch, name) for name in Beside._fields))
+    beside = jax.tree.map(lambda x: constrain(x, "BS"[: x.ndim]), beside)
+    batch = type(batch)(*(constrain(in_time_order(x_BT), "BS") for x_BT in batch[:5]))
     x_BTD, output = model.features(
-        batch.tokens_BT, batch.positions_BT, batch.segments_BT, dropout_key, measured
+        batch.tokens_BT, batch.positions_BT, batch.segments_BT, dropout_key, measured, beside
     )
     rules = LossRules(config.label_smoothing, config.z_loss)
     tokens_B = batch.weights_BT.sum(axis=1)
