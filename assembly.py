@@ -163,7 +163,8 @@ class Assembly:
         ledger.enter("evaluation")
         result = self.measure(params)
         ledger.enter("sampling")
-        prompts = experiment.sample.prompts
+        # An encoder continues nothing.
+        prompts = () if experiment.model.form == "encoder" else experiment.sample.prompts
         texts = self.write(params, prompts, experiment.sample)
         ledger.enter("idle")
         if not is_first():
@@ -176,11 +177,13 @@ class Assembly:
             config=flatten(experiment),
             seconds_by_phase=read_account(self.workdir).seconds,
             samples=list(zip(prompts, texts, strict=True)),
-            bits_per_byte=result.bits_per_byte,
-            standard_error=result.standard_error,
-            xz_concatenated=manifest["validation"].get("xz_bits_per_byte"),
-            xz_per_document=manifest["validation"].get("xz_bits_per_byte_per_document"),
         )
+        if not experiment.data.objectives:  # Others do not predict every byte from those before.
+            facts = dataclasses.replace(
+                facts, bits_per_byte=result.bits_per_byte, standard_error=result.standard_error,
+                xz_concatenated=manifest["validation"].get("xz_bits_per_byte"),
+                xz_per_document=manifest["validation"].get("xz_bits_per_byte_per_document"),
+            )
         write_report(self.workdir, facts)
         return result
 

@@ -39,6 +39,7 @@ class Experiment:
                 f"model.num_layers={depth}"
             )
         self._validate_objectives()
+        self._validate_head()
         learned = self.data.tokenizer in ("bpe", "unigram")
         special = len(special_tokens(self.data))
         if learned and self.data.vocab_size + special > self.model.vocab_size:
@@ -84,6 +85,20 @@ class Experiment:
             if value != usual:
                 raise ValueError(
                     f"{field}={value!r} does not know {what}: choose another {field}")
+
+    def _validate_head(self) -> None:
+        objective = self.train.objective
+        for field in ("loss_chunk", "fused"):
+            if self.model.head_transform and getattr(objective, field):
+                raise ValueError(
+                    f"train.objective.{field}={getattr(objective, field)} does not know the bias of "
+                    "model.head_transform=True: leave one of them out"
+                )
+        if "order" in self._kinds() and self.model.token_types is None:
+            raise ValueError(
+                "model.token_types=None, but data.objectives of kind 'order' tell two halves of a "
+                "document apart: set model.token_types=2"
+            )
 
     def _kinds(self) -> tuple[str, ...]:
         return tuple(objective.kind for objective in self.data.objectives) or ("causal",)

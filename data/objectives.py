@@ -6,6 +6,7 @@ from collections.abc import Callable
 import numpy as np
 
 from batiste.data.config import DataConfig
+from batiste.data.masked import masked_rows, order_rows
 from batiste.data.packing import Batch, unpack
 from batiste.data.rearranged import fill_in_the_middle, prefix_rows
 from batiste.data.record_objective import RecordObjective
@@ -31,10 +32,14 @@ def transform_of(config: DataConfig, form: str, tokenizer: Tokenizer) -> Transfo
     if not config.objectives:
         return next_tokens(tokenizer)
     vocabulary = vocabulary_of(config, tokenizer)
-    draws = [functools.partial(_DECODER[objective.kind], objective=objective, vocabulary=vocabulary)
+    draws = [functools.partial(_ROWS[objective.kind], objective=objective, vocabulary=vocabulary)
              for objective in config.objectives]
-    prefixed = any(objective.kind == "prefix" for objective in config.objectives)
-    absent = {"prefix_B": np.zeros(1, np.int32)} if prefixed else {}
+    kinds = {objective.kind for objective in config.objectives}
+    absent = {}
+    if "prefix" in kinds:
+        absent["prefix_B"] = np.zeros(1, np.int32)
+    if "order" in kinds:
+        absent["types_BT"] = np.zeros((1, config.sequence_length), np.int32)
     return _Drawn(config, draws, absent)
 
 
@@ -79,4 +84,7 @@ def _prefix(record, objective, vocabulary, random) -> Batch:
     return prefix_rows(record, vocabulary, random)
 
 
-_DECODER = {"causal": _causal, "middle": _middle, "prefix": _prefix}
+_ROWS = {
+    "causal": _causal, "middle": _middle, "prefix": _prefix, "masked": masked_rows,
+    "order": order_rows,
+}

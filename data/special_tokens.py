@@ -56,6 +56,10 @@ class Vocabulary(NamedTuple):
     word_starts_V: np.ndarray
     sentence_ends_V: np.ndarray
 
+    def is_text(self, tokens: np.ndarray) -> np.ndarray:
+        """Which tokens stand for text."""
+        return np.isin(tokens, self.text_ids_V)
+
     @property
     def sentinels_V(self) -> np.ndarray:
         """The ids of the tokens that stand for spans, int32."""

@@ -25,9 +25,12 @@ def generate(
     `config.max_tokens`, or when the model's max_length is full. What a row draws depends on its
     own prompt, its index and the seed alone, not on the rows beside it. whole_prompts: each token
     of a prompt sees all of it, as a prefix language model was trained; otherwise those before it.
-    Raises ValueError when a prompt is empty or leaves no room.
+    Raises ValueError for an encoder, and when a prompt is empty or leaves no room.
     """
     config.validate()
+    if model.config.form == "encoder":
+        raise ValueError("model.form='encoder' sees all of a text and continues none: generate with "
+                         "a model of another form, or `batiste evaluate` this one")
     max_length = model.config.max_length
     lengths_B = np.array([len(prompt) for prompt in prompts], np.int32)
     if lengths_B.min() < 1 or lengths_B.max() >= max_length:

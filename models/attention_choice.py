@@ -198,6 +198,8 @@ def _check(config: TransformerConfig, chip: str, axis_sizes: Mapping[str, int]) 
     for kind in config.layer_pattern:
         window = ("window",) if kind == "local" else ()
         masks = [("causal", *window, "segments"), ("causal", *window, "offset")]
+        if config.form == "encoder":
+            masks = [(*window, "segments")]
         if axis_sizes.get("context", 1) > 1:  # The pairs of chunks of a ring.
             masks += [("segments",), ("causal", *window, "segments", "offset")]
         for mask in masks:

@@ -32,6 +32,8 @@ class TransformerConfig:
     but products with weights, "full" everything, "names" everything but the tensors named in `saved`
     and, moved to the host's memory, in `offloaded` (see TENSOR_NAMES).
     `attention` names the chip whose kernels to use; "auto" is settled by `resolve_attention`.
+    `token_types`: kinds of tokens, told apart by what is added to their embeddings (BERT's segments).
+    `head_transform`: a product, an activation and a norm before the logits, which get a bias (BERT).
     With `num_experts` every layer's feed-forward is a mixture of so many of size `mlp_dim`: a token
     takes `experts_per_token` of them by `expert_scores`, and one dense feed-forward of size
     `shared_experts` * `mlp_dim`. `router_bias` takes part in that choice and in nothing else.
@@ -75,7 +77,9 @@ class TransformerConfig:
     attention_sinks: bool = False
     logit_soft_cap: float | None = None
 
+    token_types: int | None = None
     tied_embeddings: bool = True
+    head_transform: bool = False
     scale_embeddings: bool = False
     dropout: float = 0.0
     init_stddev: float | None = None
@@ -102,10 +106,11 @@ class TransformerConfig:
     def sizes(self) -> dict[str, int]:
         """The size of each letter of the alphabet that this model's parameters use."""
         experts = {} if self.num_experts is None else {"E": self.num_experts}
-        return experts | {
+        types = {} if self.token_types is None else {"P": self.token_types}
+        return experts | types | {
             "V": self.vocab_size, "L": self.num_layers, "D": self.model_dim,
             "N": self.num_heads, "K": self.num_kv_heads, "H": self.head_dim,
-            "F": self.mlp_dim, "T": self.max_length,
+            "F": self.mlp_dim, "T": self.max_length, "R": self.model_dim,
         }
 
     def validate(self) -> None:
@@ -144,6 +149,8 @@ class TransformerConfig:
                     f"model.{field}={getattr(self, field)} has no effect with model.remat="
                     f"{self.remat!r}: set model.remat='names'"
                 )
+        if self.token_types is not None and self.token_types < 2:
+            raise ValueError(f"model.token_types={self.token_types}: expected at least 2, or None")
         both = set(self.saved) & set(self.offloaded)
         if both:
             raise ValueError(f"model.saved and model.offloaded both name {', '.join(sorted(both))}")

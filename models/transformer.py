@@ -15,7 +15,7 @@ from batiste.models.attention_choice import OneOf, fused_losses
 from batiste.models.block import Block, LayerOutput, split_time
 from batiste.models.chunked_loss import Head, Rows, chunked_loss
 from batiste.models.config import TransformerConfig
-from batiste.models.layers import PRODUCT, Norm, dropout, lookup, project
+from batiste.models.layers import PRODUCT, HeadTransform, Norm, dropout, lookup, project
 from batiste.models.parameter import gathered, matrix
 from batiste.models.pipeline import LAYER_INPUT, Layers, pipelined
 from batiste.models.positions import rotation, sinusoids
@@ -43,10 +43,12 @@ def remat_policy(config: TransformerConfig) -> Callable:
 class Beside(NamedTuple):
     """What an objective may give beside tokens; None for what it does not.
 
-    prefix_B: the first tokens of each row that causality does not hide, int32.
+    prefix_B: the first tokens of each row that causality does not hide, int32. types_BT: the type
+    of each token, int32; None is type 0.
     """
 
     prefix_B: jax.Array | None = None
+    types_BT: jax.Array | None = None
 
 
 class Cache(NamedTuple):
@@ -69,9 +71,12 @@ class Transformer(nnx.Module):
         self.position_TD = (
             matrix(rngs, "TD", sizes, inputs="D", stddev=stddev) if learned else None
         )
+        typed = config.token_types is not None
+        self.type_PD = matrix(rngs, "PD", sizes, inputs="D", stddev=stddev) if typed else None
         build = nnx.vmap(lambda rngs: Block(config, rngs=rngs), in_axes=0, out_axes=0)
         self.layers = nnx.split_rngs(splits=config.num_layers)(build)(rngs)
         self.norm = Norm(config) if config.norm_placement != "post" else None
+        self.head_transform = HeadTransform(config, rngs=rngs) if config.head_transform else None
         tied = config.tied_embeddings
         self.head_DV = None if tied else matrix(rngs, "DV", sizes, inputs="D", stddev=stddev)
 
@@ -113,7 +118,7 @@ class Transformer(nnx.Module):
                 )
             positions_BT = _places(tokens_BT)
         segments = (segments_BT, segments_BT)
-        rows = positions_BT, (segments_BT, segments_BT), beside.prefix_B
+        rows = positions_BT, (segments_BT, segments_BT), beside
         return self._stack(tokens_BT, rows, None, dropout_key, measured)
 
     def extend(
@@ -126,7 +131,7 @@ class Transformer(nnx.Module):
         None is causal.
         """
         positions_BT = cache.length_B[:, None] + jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None]
-        rows = positions_BT, (None, None), prefix_B
+        rows = positions_BT, (None, None), Beside(prefix_B)
         x_BTD, output = self._stack(tokens_BT, rows, cache, None)
         return x_BTD, Cache(*output.cache, cache.length_B + tokens_BT.shape[1])
 
@@ -135,6 +140,8 @@ class Transformer(nnx.Module):
         x_BTD, head = constrain(self._normed(x_BTD), "BTD"), self._head()
         table, summed = gather(head.weight, head.letters), head.letters.index("D")
         logits_BTV = constrain(project(x_BTD, table, (summed,), jnp.float32), "BTV")
+        if self.head_transform is not None:
+            logits_BTV += self.head_transform.bias_V[...][None, None]
         cap = head.soft_cap
         return logits_BTV if cap is None else cap * jnp.tanh(logits_BTV / cap)
 
@@ -160,7 +167,8 @@ class Transformer(nnx.Module):
             self.config.attention, self._normed(x_BTD), whole, targets_BT, options)
 
     def _normed(self, x_BTD: jax.Array) -> jax.Array:
-        return x_BTD if self.norm is None else self.norm(x_BTD)
+        x_BTD = x_BTD if self.norm is None else self.norm(x_BTD)
+        return x_BTD if self.head_transform is None else self.head_transform(x_BTD)
 
     def _head(self) -> Head:
         tied = self.head_DV is None
@@ -175,19 +183,19 @@ class Transformer(nnx.Module):
         return Cache(zeros(), zeros(), jnp.zeros((batch,), jnp.int32))
 
     def _stack(self, tokens_BT, rows, cache, dropout_key, measured=False):
-        """rows: positions_BT, the segments of queries and of keys, prefix_B."""
+        """rows: positions_BT, the segments of queries and of keys, and what is beside."""
         config = self.config
         embed_key = layers_key = None
         if dropout_key is not None and config.dropout > 0:
             embed_key, layers_key = jax.random.split(dropout_key)
-        x_BTD = split_time(self._embed(tokens_BT, rows[0]), cache)
+        x_BTD = split_time(self._embed(tokens_BT, rows[0], rows[2].types_BT), cache)
         x_BTD = dropout(x_BTD, config.dropout, embed_key)
         graphdef, weights = nnx.split(self.layers)
 
         def run(pattern, rows, x_BTD, layers):
-            positions_BT, segments, prefix_B = rows
+            positions_BT, segments, beside = rows
             turn = rotation(config, positions_BT) if config.positions == "rope" else None
-            masks = self._masks(segments, cache, prefix_B)
+            masks = self._masks(segments, cache, beside.prefix_B)
 
             def apply(kind, x_BTD, layer):
                 mask = OneOf(tuple(masks.values()), layer.kinds) if kind is None else masks[kind]
@@ -219,7 +227,7 @@ class Transformer(nnx.Module):
             for kind in self.config.layer_pattern
         }
 
-    def _embed(self, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
+    def _embed(self, tokens_BT: jax.Array, positions_BT: jax.Array, types_BT=None) -> jax.Array:
         config = self.config
         x_BTD = lookup(gather(self.embedding_VD[...], "VD"), tokens_BT, "VD")
         if config.scale_embeddings:
@@ -228,6 +236,9 @@ class Transformer(nnx.Module):
             x_BTD += lookup(gather(self.position_TD[...], "TD"), positions_BT, "TD")
         elif config.positions == "sinusoidal":
             x_BTD += sinusoids(positions_BT, config.model_dim)
+        if self.type_PD is not None:
+            types_BT = jnp.zeros_like(tokens_BT) if types_BT is None else types_BT
+            x_BTD += lookup(gather(self.type_PD[...], "PD"), types_BT, "PD")
         return x_BTD.astype(config.dtype)
 
 

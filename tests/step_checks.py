@@ -52,7 +52,7 @@ def start(config: TrainConfig, layout: MeshConfig, devices=None, model: Transfor
 
 def place_batch(mesh, batch: Batch = BATCH) -> Batch:
     """A batch on a mesh, as a run places it: rows come whole in time."""
-    return place(mesh, batch, Batch(*("BS",) * 5))
+    return place(mesh, batch, jax.tree.map(lambda x: "BS"[: x.ndim], batch))
 
 
 def three_steps(

@@ -21,7 +21,7 @@ def flops_per_token(config: TransformerConfig, params: Any, letters: Any, length
 
     A forward product costs 2 per weight, the backward pass twice that; embeddings are looked up,
     not multiplied, unless they are the head too. A causal query sees half of the row on average,
-    a local one at most its window. Of the experts, those count that a token takes.
+    an encoder's all of it, a local one at most its window, on both sides in an encoder. Of the experts, those count that a token takes.
     Rematerialization is not counted (PaLM, arXiv:2204.02311, B).
     params: arrays or abstract ones. length: tokens per row.
     """
@@ -30,12 +30,13 @@ def flops_per_token(config: TransformerConfig, params: Any, letters: Any, length
     weights = sum(
         math.prod(leaf.shape) * (share if name.startswith("LE") else 1)
         for name, leaf in zip(jax.tree.leaves(letters), jax.tree.leaves(params), strict=True)
-        if parameter_group(name) in multiplied and not name.startswith("T")
+        if parameter_group(name) in multiplied and not name.startswith(("T", "P"))
     )
+    sides = 2 if config.form == "encoder" else 1
     keys = 0.0
     for layer in range(config.num_layers):
         local = config.layer_pattern[layer % len(config.layer_pattern)] == "local"
-        keys += min(config.window, length / 2) if local else length / 2
+        keys += sides * (min(config.window, length / 2) if local else length / 2)
     return 6 * weights + 12 * config.num_heads * config.head_dim * keys
 
 
