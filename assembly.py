@@ -21,7 +21,8 @@ from flax import nnx
 from batiste import __version__
 from batiste.configs.experiment import Experiment, flatten
 from batiste.data import (
-    Batch, Loader, Prepared, Transform, encode_prompt, special_ids, transform_of,
+    Batch, Loader, Prepared, Transform, encode_prompt, special_ids, target_length,
+    transform_of,
 )
 from batiste.evaluation import Perplexity, RowSums, make_row_losses, perplexity
 from batiste.inference import SamplingConfig, generate
@@ -95,11 +96,13 @@ class Assembly:
         """Continues each prompt; yields the text that each step adds to each."""
         tokenizer, data = self.prepared.tokenizer, self.experiment.data
         special = special_ids(data, tokenizer)
-        ids = [[tokenizer.bos_id, *encode_prompt(tokenizer, special, prompt)] for prompt in prompts]
+        # A prompt is what the decoder begins with, or the source of an encoder, which has no BOS.
+        begins = [tokenizer.bos_id] * (self.experiment.model.form == "decoder")
+        ids = [begins + encode_prompt(tokenizer, special, prompt) for prompt in prompts]
         decoders = [tokenizer.stream() for _ in prompts]
         model = nnx.merge(self.program.graphdef, self.plain(params))
         kinds = {objective.kind for objective in data.objectives}
-        whole = kinds == {"prefix"}  # As they were trained.
+        whole = kinds == {"prefix"} and bool(begins)  # As they were trained.
         for tokens in generate(model, ids, tokenizer.bos_id, config, whole_prompts=whole):
             # A model may have more tokens than the tokenizer (a padded vocabulary): no text.
             yield [
@@ -129,9 +132,11 @@ class Assembly:
         """The terminal line, and the step at which the run ends by its steps or its FLOP budget."""
         experiment, program = self.experiment, self.program
         tokens_per_step = experiment.train.batch_size * experiment.data.sequence_length
+        length = experiment.data.sequence_length
+        two = experiment.model.form == "encoder_decoder"
         flops = flops_per_token(
-            experiment.model, program.abstract_state.params, program.letters,
-            experiment.data.sequence_length,
+            experiment.model, program.abstract_state.params, program.letters, length,
+            target_length(experiment.data) / length if two else 1.0,
         )
         peak, source = total_peak_flops(self.mesh, experiment.model.dtype)
         if is_first():

@@ -6,7 +6,8 @@ import types
 import typing
 from typing import Any
 
-from batiste.data import FORMS, DataConfig, special_tokens
+from batiste.configs.objective_checks import check_objectives
+from batiste.data import DataConfig, special_tokens
 from batiste.inference import SamplingConfig
 from batiste.models import TransformerConfig
 from batiste.sharding import AXES, MeshConfig, layer_order
@@ -38,8 +39,7 @@ class Experiment:
                 f"train.faults={self.train.faults!r}: expected a layer from 0 to {depth - 1}, as "
                 f"model.num_layers={depth}"
             )
-        self._validate_objectives()
-        self._validate_head()
+        check_objectives(self.model, self.data, self.mesh, self.train)
         learned = self.data.tokenizer in ("bpe", "unigram")
         special = len(special_tokens(self.data))
         if learned and self.data.vocab_size + special > self.model.vocab_size:
@@ -63,45 +63,6 @@ class Experiment:
             )
         self._validate_splits()
         layer_order(self.model.num_layers, self.mesh.stage, self.mesh.interleave)
-
-    def _validate_objectives(self) -> None:
-        """Raises ValueError for what this form of model does not learn, or not with the rest."""
-        kinds, form = self._kinds(), self.model.form
-        for kind in kinds:
-            if kind not in FORMS[form]:
-                raise ValueError(
-                    f"data.objectives of kind {kind!r} are not learned by model.form={form!r}: "
-                    f"choose one of {', '.join(FORMS[form])}, or another model.form"
-                )
-        if form == "decoder" and "prefix" not in kinds:
-            return
-        what = f"model.form={form!r}" if form != "decoder" else (
-            "data.objectives of kind 'prefix', whose rows have the beginnings of all documents first,")
-        refused = [(f"mesh.{axis}", getattr(self.mesh, axis), 1) for axis in ("stage", "context")]
-        if form == "decoder":
-            refused += [("model.window", self.model.window, None),
-                        ("model.positions", self.model.positions == "alibi" and "alibi", False)]
-        for field, value, usual in refused:
-            if value != usual:
-                raise ValueError(
-                    f"{field}={value!r} does not know {what}: choose another {field}")
-
-    def _validate_head(self) -> None:
-        objective = self.train.objective
-        for field in ("loss_chunk", "fused"):
-            if self.model.head_transform and getattr(objective, field):
-                raise ValueError(
-                    f"train.objective.{field}={getattr(objective, field)} does not know the bias of "
-                    "model.head_transform=True: leave one of them out"
-                )
-        if "order" in self._kinds() and self.model.token_types is None:
-            raise ValueError(
-                "model.token_types=None, but data.objectives of kind 'order' tell two halves of a "
-                "document apart: set model.token_types=2"
-            )
-
-    def _kinds(self) -> tuple[str, ...]:
-        return tuple(objective.kind for objective in self.data.objectives) or ("causal",)
 
     def _validate_experts(self) -> None:
         if self.model.num_experts is not None:

@@ -10,6 +10,7 @@ from batiste.data.loader import Loader
 from batiste.data.objectives import Transform, transform_of
 from batiste.data.order import position
 from batiste.data.packing import Batch
+from batiste.data.pairs import target_length
 from batiste.data.prepare import prepare
 from batiste.data.prepared import Prepared, load_prepared
 from batiste.data.record_objective import FORMS, RecordObjective
@@ -20,5 +21,5 @@ __all__ = [
     "FORMS", "Batch", "DataConfig", "Loader", "Prepared", "RecordObjective", "SourceConfig",
     "Tokenizer", "Transform", "damage", "encode_prompt", "hash_files", "load_prepared",
     "load_tokenizer", "position", "prepare", "read_signed", "special_ids", "special_tokens",
-    "transform_of", "write_signed",
+    "target_length", "transform_of", "write_signed",
 ]

@@ -8,6 +8,7 @@ import numpy as np
 from batiste.data.config import DataConfig
 from batiste.data.masked import masked_rows, order_rows
 from batiste.data.packing import Batch, unpack
+from batiste.data.pairs import PAIRS, pair_rows, target_length
 from batiste.data.rearranged import fill_in_the_middle, prefix_rows
 from batiste.data.record_objective import RecordObjective
 from batiste.data.special_tokens import Vocabulary, vocabulary_of
@@ -32,11 +33,17 @@ def transform_of(config: DataConfig, form: str, tokenizer: Tokenizer) -> Transfo
     if not config.objectives:
         return next_tokens(tokenizer)
     vocabulary = vocabulary_of(config, tokenizer)
-    draws = [functools.partial(_ROWS[objective.kind], objective=objective, vocabulary=vocabulary)
-             for objective in config.objectives]
+    def draw(objective: RecordObjective) -> Callable:
+        given = dict(objective=objective, vocabulary=vocabulary)
+        if form == "encoder_decoder":
+            pair, target = PAIRS[objective.kind], target_length(config)
+            return functools.partial(pair_rows, pair=pair, target=target, **given)
+        return functools.partial(_ROWS[objective.kind], **given)
+
+    draws = [draw(objective) for objective in config.objectives]
     kinds = {objective.kind for objective in config.objectives}
     absent = {}
-    if "prefix" in kinds:
+    if "prefix" in kinds and form == "decoder":
         absent["prefix_B"] = np.zeros(1, np.int32)
     if "order" in kinds:
         absent["types_BT"] = np.zeros((1, config.sequence_length), np.int32)

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 from batiste.pallas_kernels import certified
 
-FORMS = ("decoder", "encoder")
+FORMS = ("decoder", "encoder", "encoder_decoder")
 ACTIVATIONS = ("relu", "relu2", "gelu", "swiglu", "geglu")
 NORMS = ("rms", "layer")
 NORM_PLACEMENTS = ("pre", "post", "sandwich")
-POSITIONS = ("rope", "learned", "sinusoidal", "alibi", "none")
+POSITIONS = ("rope", "learned", "sinusoidal", "alibi", "relative", "none")
 ROPE_SCALINGS = ("linear", "llama3")
 LAYER_KINDS = ("global", "local")
 REMAT_POLICIES = ("none", "dots", "full", "names")
@@ -25,7 +25,10 @@ ATTENTIONS = ("auto", "reference", *certified.CHIPS)
 class TransformerConfig:
     """One Transformer; presets in configs/ fill it in.
 
-    `form`: a "decoder" sees the past, an "encoder" all of a document.
+    `form`: a "decoder" sees the past, an "encoder" all of a document; an "encoder_decoder" has
+    `encoder_layers` of the latter, to which each of its `num_layers` attends.
+    Positions "relative" add a number to the logits of self-attention, by head and distance, which all
+    layers share: `relative_buckets` of distances that grow up to `relative_distance` (T5).
     Sizes are counts. `window` is in tokens and applies to the "local" layers of `layer_pattern`,
     which repeats over the depth. `dtype` is the compute dtype; parameters are stored in float32.
     `remat` says what of a layer the backward pass finds saved: "none" recomputes nothing, "dots" all
@@ -40,6 +43,7 @@ class TransformerConfig:
     """
 
     form: str = "decoder"
+    encoder_layers: int | None = None
     vocab_size: int = 4096
     num_layers: int = 6
     model_dim: int = 384
@@ -63,6 +67,8 @@ class TransformerConfig:
     qk_norm: bool = False
 
     positions: str = "rope"
+    relative_buckets: int = 32
+    relative_distance: int = 128
     rope_base: float = 10_000.0
     rope_scaling: str | None = None
     rope_factor: float = 8.0
@@ -158,6 +164,37 @@ class TransformerConfig:
             raise ValueError(f"model.dropout={self.dropout}: expected 0 <= dropout < 1")
         self._validate_pattern()
         self._validate_experts()
+        self._validate_form()
+
+    def _validate_form(self) -> None:
+        two = self.form == "encoder_decoder"
+        if two != (self.encoder_layers is not None) or (two and self.encoder_layers < 1):
+            raise ValueError(
+                f"model.encoder_layers={self.encoder_layers} with model.form={self.form!r}: expected "
+                "at least 1 for 'encoder_decoder', and None for the others"
+            )
+        for field in ("num_experts", "window"):
+            if two and getattr(self, field) is not None:
+                raise ValueError(
+                    f"model.{field}={getattr(self, field)} does not know model.form="
+                    "'encoder_decoder': leave it None, or choose another model.form"
+                )
+        if self.relative_buckets < 4 or self.relative_buckets % 4:
+            raise ValueError(
+                f"model.relative_buckets={self.relative_buckets}: expected a multiple of 4, the half "
+                "of each side's for distances of their own"
+            )
+        if self.relative_distance <= self.relative_buckets // 2:
+            raise ValueError(
+                f"model.relative_distance={self.relative_distance}: expected more than half of "
+                f"model.relative_buckets={self.relative_buckets}, the distances with their own"
+            )
+
+    @property
+    def encoder(self) -> "TransformerConfig":
+        """The config of the stack that reads the source."""
+        return dataclasses.replace(
+            self, form="encoder", num_layers=self.encoder_layers, encoder_layers=None)
 
     def _validate_experts(self) -> None:
         if self.num_experts is None:

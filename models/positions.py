@@ -49,6 +49,28 @@ def sinusoids(positions_BT: jax.Array, model_dim: int) -> jax.Array:
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
 
 
+def relative_bias(
+    config: TransformerConfig, table_PN: jax.Array, distance_BTS: jax.Array
+) -> jax.Array:
+    """What is added to the logits, float32 BNTS, by the distance of query and key (T5).
+
+    One half of the buckets has a distance each; the others grow, up to `relative_distance`. An
+    encoder has half of all buckets for keys that follow (arXiv:1910.10683; its code's formula).
+    """
+    buckets, side_BTS = config.relative_buckets, 0
+    if config.form == "encoder":
+        buckets //= 2
+        side_BTS = jnp.where(distance_BTS < 0, buckets, 0)
+        distance_BTS = jnp.abs(distance_BTS)
+    distance_BTS = jnp.maximum(distance_BTS, 0)
+    exact = buckets // 2
+    ratio = jnp.maximum(distance_BTS, exact).astype(jnp.float32) / exact
+    grown = jnp.log(ratio) / math.log(config.relative_distance / exact) * (buckets - exact)
+    far_BTS = jnp.minimum(exact + grown.astype(jnp.int32), buckets - 1)
+    bucket_BTS = side_BTS + jnp.where(distance_BTS < exact, distance_BTS, far_BTS)
+    return jnp.moveaxis(table_PN[bucket_BTS], 3, 1)
+
+
 def alibi_slopes(num_heads: int) -> jax.Array:
     """One slope per head, float32 of shape (N,) (arXiv:2108.12409).
 

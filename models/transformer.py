@@ -10,15 +10,15 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from batiste.models.attention import LayerCache
+from batiste.models.attention import Given, LayerCache
 from batiste.models.attention_choice import OneOf, fused_losses
-from batiste.models.block import Block, LayerOutput, split_time
+from batiste.models.block import Block, LayerOutput, split_time, whole_time
 from batiste.models.chunked_loss import Head, Rows, chunked_loss
 from batiste.models.config import TransformerConfig
 from batiste.models.layers import PRODUCT, HeadTransform, Norm, dropout, lookup, project
 from batiste.models.parameter import gathered, matrix
 from batiste.models.pipeline import LAYER_INPUT, Layers, pipelined
-from batiste.models.positions import rotation, sinusoids
+from batiste.models.positions import relative_bias, rotation, sinusoids
 from batiste.models.token_loss import LossRules
 from batiste.pallas_kernels import AttentionMask
 from batiste.sharding import (
@@ -44,19 +44,29 @@ class Beside(NamedTuple):
     """What an objective may give beside tokens; None for what it does not.
 
     prefix_B: the first tokens of each row that causality does not hide, int32. types_BT: the type
-    of each token, int32; None is type 0.
+    of each token, int32; None is type 0. source: what the encoder reads, as the decoder's arrays of
+    these names; int32.
     """
 
     prefix_B: jax.Array | None = None
     types_BT: jax.Array | None = None
+    source_tokens_BS: jax.Array | None = None
+    source_positions_BS: jax.Array | None = None
+    source_segments_BS: jax.Array | None = None
 
 
 class Cache(NamedTuple):
-    """What decoding remembers: keys and values of all layers, and how many tokens each row has."""
+    """What decoding remembers: keys and values of all layers, and how many tokens each row has.
+
+    source: keys and values that all layers make of what the encoder read, and its segments.
+    """
 
     k_LBSKH: jax.Array
     v_LBSKH: jax.Array
     length_B: jax.Array
+    source_k_LBSKH: jax.Array | None = None
+    source_v_LBSKH: jax.Array | None = None
+    source_segments_BS: jax.Array | None = None
 
 
 class Transformer(nnx.Module):
@@ -73,9 +83,16 @@ class Transformer(nnx.Module):
         )
         typed = config.token_types is not None
         self.type_PD = matrix(rngs, "PD", sizes, inputs="D", stddev=stddev) if typed else None
-        build = nnx.vmap(lambda rngs: Block(config, rngs=rngs), in_axes=0, out_axes=0)
-        self.layers = nnx.split_rngs(splits=config.num_layers)(build)(rngs)
+        relative = config.positions == "relative"
+        buckets = sizes | {"P": config.relative_buckets}
+        bias = functools.partial(matrix, rngs, "PN", buckets, inputs="P", stddev=stddev)
+        self.relative_PN = bias() if relative else None
+        self.layers = _stacked(config, rngs)
         self.norm = Norm(config) if config.norm_placement != "post" else None
+        two = config.form == "encoder_decoder"
+        self.encoder_layers = _stacked(config.encoder, rngs) if two else None
+        self.encoder_norm = Norm(config) if two and config.norm_placement != "post" else None
+        self.encoder_relative_PN = bias() if two and relative else None
         self.head_transform = HeadTransform(config, rngs=rngs) if config.head_transform else None
         tied = config.tied_embeddings
         self.head_DV = None if tied else matrix(rngs, "DV", sizes, inputs="D", stddev=stddev)
@@ -86,12 +103,13 @@ class Transformer(nnx.Module):
         positions_BT: jax.Array | None = None,
         segments_BT: jax.Array | None = None,
         dropout_key: jax.Array | None = None,
+        beside: Beside = Beside(),
     ) -> jax.Array:
         """Logits in float32, logits_BTV; arguments as in `features`, but rows as they come."""
         if positions_BT is None:
             positions_BT = _places(tokens_BT)
         arrays = map(in_time_order, (tokens_BT, positions_BT, segments_BT))
-        return in_row_order(self.logits(self.features(*arrays, dropout_key)[0]))
+        return in_row_order(self.logits(self.features(*arrays, dropout_key, False, beside)[0]))
 
     def features(
         self,
@@ -118,8 +136,55 @@ class Transformer(nnx.Module):
                 )
             positions_BT = _places(tokens_BT)
         segments = (segments_BT, segments_BT)
+        memory = None
+        if self.encoder_layers is not None:
+            if (segments_BT is None) != (beside.source_segments_BS is None):
+                raise ValueError("segments_BT and beside.source_segments_BS: give both or none")
+            encoder_key = None
+            if dropout_key is not None:
+                dropout_key, encoder_key = jax.random.split(dropout_key)
+            memory = self.encode(beside, encoder_key)
         rows = positions_BT, (segments_BT, segments_BT), beside
-        return self._stack(tokens_BT, rows, None, dropout_key, measured)
+        return self._stack(tokens_BT, rows, (None, memory), dropout_key, measured)
+
+    def encode(self, beside: Beside, dropout_key: jax.Array | None = None) -> jax.Array:
+        """What the encoder makes of its source, source_BSD whole in time; ValueError without one."""
+        if beside.source_tokens_BS is None:
+            raise ValueError("model.form='encoder_decoder' reads a source: give beside.source_tokens_BS")
+        tokens_BS, positions_BS, segments_BS = beside[2:]
+        embed_key = layers_key = None
+        if dropout_key is not None and self.config.dropout > 0:
+            embed_key, layers_key = jax.random.split(dropout_key)
+        positions_BS = _places(tokens_BS) if positions_BS is None else positions_BS
+        x_BSD = dropout(self._embed(tokens_BS, positions_BS), self.config.dropout, embed_key)
+        config, (graphdef, weights) = self.config.encoder, nnx.split(self.encoder_layers)
+        mask = AttentionMask(
+            causal=False, query_segments_BT=segments_BS, key_segments_BS=segments_BS)
+        rotates = config.positions == "rope"
+        given = Given(rotation(config, positions_BS) if rotates else None,
+                      self._bias(config, self.encoder_relative_PN, mask, tokens_BS.shape[1:] * 2))
+
+        def apply(_, x_BSD, layer):
+            block = nnx.merge(graphdef, gathered(layer.weights))
+            return block(x_BSD, mask, given, None, layer.keys, False)
+
+        keys = None if layers_key is None else jax.random.split(layers_key, config.num_layers)
+        x_BSD, _ = _scan_pattern(
+            config, ("global",), apply, split_time(x_BSD, None), Layers(weights, keys))
+        x_BSD = x_BSD if self.encoder_norm is None else self.encoder_norm(x_BSD)
+        return whole_time(x_BSD, None)
+
+    def read(self, tokens_BS: jax.Array, segments_BS: jax.Array, length: int) -> Cache:
+        """An empty cache for `length` tokens in each row that continue these sources."""
+        source_BSD = self.encode(Beside(source_tokens_BS=tokens_BS, source_segments_BS=segments_BS))
+        graphdef, weights = nnx.split(self.layers)
+
+        def keys_values(weights):
+            return nnx.merge(graphdef, gathered(weights)).cross_attention.read(source_BSD)
+
+        k_LBSKH, v_LBSKH = jax.lax.map(keys_values, weights)
+        return self.empty_cache(tokens_BS.shape[0], length)._replace(
+            source_k_LBSKH=k_LBSKH, source_v_LBSKH=v_LBSKH, source_segments_BS=segments_BS)
 
     def extend(
         self, tokens_BT: jax.Array, cache: Cache, prefix_B: jax.Array | None = None
@@ -132,8 +197,10 @@ class Transformer(nnx.Module):
         """
         positions_BT = cache.length_B[:, None] + jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None]
         rows = positions_BT, (None, None), Beside(prefix_B)
-        x_BTD, output = self._stack(tokens_BT, rows, cache, None)
-        return x_BTD, Cache(*output.cache, cache.length_B + tokens_BT.shape[1])
+        x_BTD, output = self._stack(tokens_BT, rows, (cache, None), None)
+        return x_BTD, cache._replace(
+            k_LBSKH=output.cache.k_BSKH, v_LBSKH=output.cache.v_BSKH,
+            length_B=cache.length_B + tokens_BT.shape[1])
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """The head, in float32 from the product on; soft-capped if the config says so."""
@@ -182,9 +249,10 @@ class Transformer(nnx.Module):
         zeros = functools.partial(jnp.zeros, shape, config.dtype)
         return Cache(zeros(), zeros(), jnp.zeros((batch,), jnp.int32))
 
-    def _stack(self, tokens_BT, rows, cache, dropout_key, measured=False):
-        """rows: positions_BT, the segments of queries and of keys, and what is beside."""
-        config = self.config
+    def _stack(self, tokens_BT, rows, memory, dropout_key, measured=False):
+        """rows: positions_BT, the segments of queries and of keys, and what is beside.
+        memory: the cache, and what the encoder made; each may be None."""
+        config, (cache, source_BSD) = self.config, memory
         embed_key = layers_key = None
         if dropout_key is not None and config.dropout > 0:
             embed_key, layers_key = jax.random.split(dropout_key)
@@ -196,12 +264,17 @@ class Transformer(nnx.Module):
             positions_BT, segments, beside = rows
             turn = rotation(config, positions_BT) if config.positions == "rope" else None
             masks = self._masks(segments, cache, beside.prefix_B)
+            keys = tokens_BT.shape[1] if cache is None else cache.k_LBSKH.shape[2]
+            sizes = tokens_BT.shape[1], keys
+            bias_BNTS = self._bias(config, self.relative_PN, next(iter(masks.values())), sizes)
+            source_mask = self._source_mask(segments[0], beside, cache, tokens_BT)
+            given = Given(turn, bias_BNTS, source_BSD, source_mask)
 
             def apply(kind, x_BTD, layer):
                 mask = OneOf(tuple(masks.values()), layer.kinds) if kind is None else masks[kind]
                 x_BTD = checkpoint_name(x_BTD, LAYER_INPUT)
                 block = nnx.merge(graphdef, gathered(layer.weights))
-                return block(x_BTD, mask, turn, layer.cache, layer.keys, measured)
+                return block(x_BTD, mask, given, layer.cache, layer.keys, measured)
 
             return _scan_pattern(config, pattern, apply, x_BTD, layers)
 
@@ -210,14 +283,32 @@ class Transformer(nnx.Module):
             policy = None if config.remat == "none" else remat_policy(config)
             layers = Layers(weights, keys)
             return pipelined(run, config.layer_kinds, policy, x_BTD, rows, layers)
-        layer_cache = None if cache is None else LayerCache(cache.k_LBSKH, cache.v_LBSKH)
+        layer_cache = None if cache is None else LayerCache(
+            cache.k_LBSKH, cache.v_LBSKH, cache.source_k_LBSKH, cache.source_v_LBSKH)
         return run(config.layer_pattern, rows, x_BTD, Layers(weights, keys, layer_cache))
+
+    def _bias(self, config, table_PN, mask: AttentionMask, sizes: tuple) -> jax.Array | None:
+        """The relative bias of a stack, for all of its layers; None for other positions."""
+        if table_PN is None:
+            return None
+        return relative_bias(config, gather(table_PN[...], "PN"), mask.distance_BTS(*sizes))
+
+    def _source_mask(self, segments_BT, beside, cache, tokens_BT) -> AttentionMask | None:
+        """Who may look at the source: its own document; when decoding, all but padding."""
+        if self.encoder_layers is None:
+            return None
+        if cache is None:
+            keys_BS = beside.source_segments_BS
+        else:
+            segments_BT, keys_BS = jnp.ones_like(tokens_BT), cache.source_segments_BS
+        return AttentionMask(
+            causal=False, query_segments_BT=segments_BT, key_segments_BS=keys_BS)
 
     def _masks(self, segments, cache: Cache | None, prefix_B=None) -> dict[str, AttentionMask]:
         """The mask of each kind of layer."""
         return {
             kind: AttentionMask(
-                causal=self.config.form == "decoder",
+                causal=self.config.form != "encoder",
                 prefix_B=prefix_B,
                 window=self.config.window if kind == "local" else None,
                 query_segments_BT=segments[0],
@@ -240,6 +331,12 @@ class Transformer(nnx.Module):
             types_BT = jnp.zeros_like(tokens_BT) if types_BT is None else types_BT
             x_BTD += lookup(gather(self.type_PD[...], "PD"), types_BT, "PD")
         return x_BTD.astype(config.dtype)
+
+
+def _stacked(config: TransformerConfig, rngs: nnx.Rngs) -> Block:
+    """The layers of a stack as one block, whose parameters have a leading L."""
+    build = nnx.vmap(lambda rngs: Block(config, rngs=rngs), in_axes=0, out_axes=0)
+    return nnx.split_rngs(splits=config.num_layers)(build)(rngs)
 
 
 def _places(tokens_BT: jax.Array) -> jax.Array:

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from batiste.models import Transformer, TransformerConfig
+from batiste.models import Beside, Transformer, TransformerConfig
 from batiste.sharding import spec
 
 PERIODS = 3
@@ -46,7 +46,9 @@ def saved_arrays(model: TransformerConfig) -> list[Saved]:
 
     def residuals(params: Any, tokens_BT: jax.Array, segments_BT: jax.Array) -> list[jax.Array]:
         def features(params):
-            return nnx.merge(graphdef, params).features(tokens_BT, segments_BT, segments_BT)
+            source = (tokens_BT, segments_BT, segments_BT) if model.encoder_layers else (None,) * 3
+            return nnx.merge(graphdef, params).features(
+                tokens_BT, segments_BT, segments_BT, beside=Beside(None, None, *source))
 
         return jax.tree.leaves(jax.vjp(features, params)[1])
 
@@ -72,6 +74,7 @@ def _stand_in(model: TransformerConfig) -> tuple[TransformerConfig, dict[str, in
         model, vocab_size=sizes["V"], model_dim=sizes["D"], num_heads=sizes["N"],
         num_kv_heads=K, mlp_dim=sizes["F"], max_length=sizes["T"], scan_unroll=1,
         num_layers=PERIODS * pattern + model.num_layers % pattern, dropout=0.0,
+        encoder_layers=model.encoder_layers and PERIODS,
     )
     return changed, sizes
 

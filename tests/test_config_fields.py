@@ -34,6 +34,9 @@ FROZEN = BYTES | {f"train.optimizer.{group}_multiplier": 0.0
 # In float16, so that the loss scale is alive.
 HALF = MODEL | {"model.num_layers": 1, "model.dtype": "float16",
                 "train.loss_scale.initial": 2.0**10, "train.loss_scale.growth_interval": 1}
+TWO_STACKS = {"model.form": "encoder_decoder", "model.encoder_layers": 1,
+              "data.objectives": (RecordObjective("prefix"),)}
+RELATIVE = {"model.positions": "relative"}
 EXPERTS = {"model.num_experts": 4}
 LLAMA3 = {"model.rope_scaling": "llama3", "model.rope_original_length": 16}
 BASES = {
@@ -69,9 +72,12 @@ CASES = {
         "head_dim": 8, "mlp_dim": 16, "max_length": (32, {"model.positions": "learned"}),
         "bias": True, "qk_norm": True, "attention_sinks": True, "tied_embeddings": False,
         "token_types": 2, "head_transform": True,
+        "encoder_layers": (3, TWO_STACKS), "relative_buckets": (16, RELATIVE),
         "num_experts": 4, "shared_experts": (1, EXPERTS), "router_bias": (True, EXPERTS),
     }),
     **cases(probes.logits, "model.", {
+        "relative_distance": (3, RELATIVE | {"model.relative_buckets": 4,
+                                             "model.relative_distance": 6}),
         "activation": "geglu", "norm": "layer", "norm_placement": "sandwich",
         "norm_epsilon": 1e-2, "positions": "sinusoidal", "rope_base": 100.0,
         "rope_scaling": "linear", "rope_factor": (4.0, {"model.rope_scaling": "linear"}),

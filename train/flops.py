@@ -1,5 +1,6 @@
 """How many FLOPs a token costs, and how many the devices could do."""
 
+import dataclasses
 import math
 import statistics
 import time
@@ -16,15 +17,20 @@ CALIBRATION_SIZE = 2048
 CALIBRATION_RUNS = 5
 
 
-def flops_per_token(config: TransformerConfig, params: Any, letters: Any, length: int) -> float:
+def flops_per_token(
+    config: TransformerConfig, params: Any, letters: Any, length: int, decoded: float = 1.0
+) -> float:
     """Training FLOPs per token: 6 per weight in a matrix product, 12 per visible key and head dim.
 
     A forward product costs 2 per weight, the backward pass twice that; embeddings are looked up,
     not multiplied, unless they are the head too. A causal query sees half of the row on average,
     an encoder's all of it, a local one at most its window, on both sides in an encoder. Of the experts, those count that a token takes.
     Rematerialization is not counted (PaLM, arXiv:2204.02311, B).
-    params: arrays or abstract ones. length: tokens per row.
+    params: arrays or abstract ones. length: tokens per row. decoded: tokens of a decoder's row over
+    those of its encoder's, which are the ones that count.
     """
+    if config.form == "encoder_decoder":
+        return _of_both(config, params, letters, length, decoded)
     multiplied = {"matrix", "head"} | ({"embedding"} if config.tied_embeddings else set())
     share = 1 if config.num_experts is None else config.experts_per_token / config.num_experts
     weights = sum(
@@ -38,6 +44,25 @@ def flops_per_token(config: TransformerConfig, params: Any, letters: Any, length
         local = config.layer_pattern[layer % len(config.layer_pattern)] == "local"
         keys += sides * (min(config.window, length / 2) if local else length / 2)
     return 6 * weights + 12 * config.num_heads * config.head_dim * keys
+
+
+def _of_both(
+    config: TransformerConfig, params: dict, letters: dict, length: int, decoded: float
+) -> float:
+    """Of a token of the source: the encoder's, and the decoder's share, which attends to it too.
+
+    Keys and values of the source are counted as if the decoder's tokens had them.
+    """
+    def part(tree: dict, of_encoder: bool) -> dict:
+        return {name: leaf for name, leaf in tree.items() if name.startswith("encoder") == of_encoder}
+
+    decoder = dataclasses.replace(config, form="decoder", encoder_layers=None)
+    encoder = dataclasses.replace(config.encoder, tied_embeddings=False)
+    total = flops_per_token(encoder, part(params, True), part(letters, True), length)
+    total += decoded * flops_per_token(
+        decoder, part(params, False), part(letters, False), int(length * decoded))
+    across = config.num_layers * length  # Keys that a token of the decoder sees in the source.
+    return total + decoded * 12 * config.num_heads * config.head_dim * across
 
 
 def total_peak_flops(mesh: jax.sharding.Mesh, dtype: str) -> tuple[float | None, str]:
