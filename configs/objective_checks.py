@@ -23,12 +23,18 @@ def check_objectives(
             "document apart: set model.token_types=2"
         )
     prefixed = model.form == "decoder" and "prefix" in kinds
+    if model.future_heads and prefixed:
+        raise ValueError(
+            f"model.future_heads={model.future_heads} count along rows, which data.objectives of "
+            "kind 'prefix' rearrange: set it to 0"
+        )
     if prefixed:
         _check_places(model)
     for named, given in (
         (f"model.form={model.form!r}", model.form != "decoder"),
         ("model.positions='relative'", model.positions == "relative"),
         ("data.objectives of kind 'prefix'", prefixed),
+        (f"model.future_heads={model.future_heads}", model.future_heads > 0),
     ):
         for axis in ("slice", "stage", "context"):
             if given and getattr(mesh, axis) > 1:

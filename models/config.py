@@ -37,6 +37,8 @@ class TransformerConfig:
     `attention` names the chip whose kernels to use; "auto" is settled by `resolve_attention`.
     `token_types`: kinds of tokens, told apart by what is added to their embeddings (BERT's segments).
     `head_transform`: a product, an activation and a norm before the logits, which get a bias (BERT).
+    `future_heads`: layers beside each other after the last, which predict the second next token and so
+    on by the same logits (arXiv:2404.19737).
     With `num_experts` every layer's feed-forward is a mixture of so many of size `mlp_dim`: a token
     takes `experts_per_token` of them by `expert_scores`, and one dense feed-forward of size
     `shared_experts` * `mlp_dim`. `router_bias` takes part in that choice and in nothing else.
@@ -86,6 +88,7 @@ class TransformerConfig:
     token_types: int | None = None
     tied_embeddings: bool = True
     head_transform: bool = False
+    future_heads: int = 0
     scale_embeddings: bool = False
     dropout: float = 0.0
     init_stddev: float | None = None
@@ -179,6 +182,16 @@ class TransformerConfig:
                     f"model.{field}={getattr(self, field)} does not know model.form="
                     "'encoder_decoder': leave it None, or choose another model.form"
                 )
+        if self.future_heads < 0 or (self.future_heads and self.form != "decoder"):
+            raise ValueError(
+                f"model.future_heads={self.future_heads} with model.form={self.form!r}: expected at "
+                "least 0, and 0 for all but a 'decoder'"
+            )
+        if self.future_heads and self.num_experts is not None:
+            raise ValueError(
+                f"model.future_heads={self.future_heads} does not know model.num_experts="
+                f"{self.num_experts}: leave one of them out"
+            )
         if self.relative_buckets < 4 or self.relative_buckets % 4:
             raise ValueError(
                 f"model.relative_buckets={self.relative_buckets}: expected a multiple of 4, the half "

@@ -1,5 +1,6 @@
 """One Transformer: embed, a scanned stack of blocks, norm, logits."""
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -89,6 +90,8 @@ class Transformer(nnx.Module):
         self.relative_PN = bias() if relative else None
         self.layers = _stacked(config, rngs)
         self.norm = Norm(config) if config.norm_placement != "post" else None
+        heads = dataclasses.replace(config, num_layers=config.future_heads)
+        self.future_heads = _stacked(heads, rngs) if config.future_heads else None
         two = config.form == "encoder_decoder"
         self.encoder_layers = _stacked(config.encoder, rngs) if two else None
         self.encoder_norm = Norm(config) if two and config.norm_placement != "post" else None
@@ -185,6 +188,31 @@ class Transformer(nnx.Module):
         k_LBSKH, v_LBSKH = jax.lax.map(keys_values, weights)
         return self.empty_cache(tokens_BS.shape[0], length)._replace(
             source_k_LBSKH=k_LBSKH, source_v_LBSKH=v_LBSKH, source_segments_BS=segments_BS)
+
+    def ahead(
+        self, x_BTD: jax.Array, rows: tuple, index: int, dropout_key: jax.Array | None
+    ) -> jax.Array:
+        """What future head `index` makes of the features, x_BTD; it predicts index + 2 tokens on.
+
+        rows: positions_BT and segments_BT, as `features` was given them.
+        """
+        config, (positions_BT, segments_BT) = self.config, rows
+        mask = self._masks((segments_BT, segments_BT), None)[config.layer_kinds[-1]]
+        rotates = config.positions == "rope"
+        given = Given(rotation(config, positions_BT) if rotates else None,
+                      self._bias(config, self.relative_PN, mask, x_BTD.shape[1:2] * 2))
+        graphdef, weights = nnx.split(self.future_heads)
+        key = None
+        if dropout_key is not None and config.dropout > 0:
+            key = jax.random.fold_in(dropout_key, index + 1)
+
+        def apply(x_BTD, weights):
+            block = nnx.merge(graphdef, gathered(weights))
+            return block(x_BTD, mask, given, None, key, False)[0]
+
+        if config.remat != "none":
+            apply = jax.checkpoint(apply, policy=remat_policy(config))
+        return apply(x_BTD, jax.tree.map(lambda leaf: leaf[index], weights))
 
     def extend(
         self, tokens_BT: jax.Array, cache: Cache, prefix_B: jax.Array | None = None

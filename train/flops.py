@@ -43,6 +43,9 @@ def flops_per_token(
     for layer in range(config.num_layers):
         local = config.layer_pattern[layer % len(config.layer_pattern)] == "local"
         keys += sides * (min(config.window, length / 2) if local else length / 2)
+    if config.future_heads:  # Each makes all logits once more.
+        weights += config.future_heads * config.model_dim * config.vocab_size
+        keys += config.future_heads * keys / config.num_layers
     return 6 * weights + 12 * config.num_heads * config.head_dim * keys
 
 
