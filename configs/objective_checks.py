@@ -34,12 +34,18 @@ def check_objectives(
         (f"model.form={model.form!r}", model.form != "decoder"),
         ("model.positions='relative'", model.positions == "relative"),
         ("data.objectives of kind 'prefix'", prefixed),
+        ("model.shared_layers=True", model.shared_layers),
         (f"model.future_heads={model.future_heads}", model.future_heads > 0),
     ):
         for axis in ("slice", "stage", "context"):
             if given and getattr(mesh, axis) > 1:
                 raise ValueError(
                     f"mesh.{axis}={getattr(mesh, axis)} does not know {named}: set mesh.{axis}=1")
+    if model.shared_layers and train.faults is not None:
+        raise ValueError(
+            f"train.faults={train.faults!r} is of one layer, and model.shared_layers=True has no other: "
+            "leave one of them out"
+        )
     for field in ("loss_chunk", "fused"):
         if model.head_transform and getattr(train.objective, field):
             raise ValueError(

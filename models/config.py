@@ -37,6 +37,7 @@ class TransformerConfig:
     `attention` names the chip whose kernels to use; "auto" is settled by `resolve_attention`.
     `token_types`: kinds of tokens, told apart by what is added to their embeddings (BERT's segments).
     `head_transform`: a product, an activation and a norm before the logits, which get a bias (BERT).
+    `shared_layers`: all layers are one, applied `num_layers` times (ALBERT, arXiv:1909.11942).
     `future_heads`: layers beside each other after the last, which predict the second next token and so
     on by the same logits (arXiv:2404.19737).
     With `num_experts` every layer's feed-forward is a mixture of so many of size `mlp_dim`: a token
@@ -48,6 +49,7 @@ class TransformerConfig:
     encoder_layers: int | None = None
     vocab_size: int = 4096
     num_layers: int = 6
+    shared_layers: bool = False
     model_dim: int = 384
     num_heads: int = 6
     num_kv_heads: int = 6
@@ -181,6 +183,12 @@ class TransformerConfig:
                 raise ValueError(
                     f"model.{field}={getattr(self, field)} does not know model.form="
                     "'encoder_decoder': leave it None, or choose another model.form"
+                )
+        for field, usual in (("num_experts", None), ("encoder_layers", None)):
+            if self.shared_layers and getattr(self, field) != usual:
+                raise ValueError(
+                    f"model.{field}={getattr(self, field)} does not know model.shared_layers=True: "
+                    "leave one of them out"
                 )
         if self.future_heads < 0 or (self.future_heads and self.form != "decoder"):
             raise ValueError(

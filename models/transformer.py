@@ -90,7 +90,7 @@ class Transformer(nnx.Module):
         self.relative_PN = bias() if relative else None
         self.layers = _stacked(config, rngs)
         self.norm = Norm(config) if config.norm_placement != "post" else None
-        heads = dataclasses.replace(config, num_layers=config.future_heads)
+        heads = dataclasses.replace(config, num_layers=config.future_heads, shared_layers=False)
         self.future_heads = _stacked(heads, rngs) if config.future_heads else None
         two = config.form == "encoder_decoder"
         self.encoder_layers = _stacked(config.encoder, rngs) if two else None
@@ -287,6 +287,9 @@ class Transformer(nnx.Module):
         x_BTD = split_time(self._embed(tokens_BT, rows[0], rows[2].types_BT), cache)
         x_BTD = dropout(x_BTD, config.dropout, embed_key)
         graphdef, weights = nnx.split(self.layers)
+        shared = None
+        if config.shared_layers:
+            shared, weights = jax.tree.map(lambda leaf: leaf[0], weights), None
 
         def run(pattern, rows, x_BTD, layers):
             positions_BT, segments, beside = rows
@@ -301,7 +304,8 @@ class Transformer(nnx.Module):
             def apply(kind, x_BTD, layer):
                 mask = OneOf(tuple(masks.values()), layer.kinds) if kind is None else masks[kind]
                 x_BTD = checkpoint_name(x_BTD, LAYER_INPUT)
-                block = nnx.merge(graphdef, gathered(layer.weights))
+                own = layer.weights if shared is None else shared
+                block = nnx.merge(graphdef, gathered(own))
                 return block(x_BTD, mask, given, layer.cache, layer.keys, measured)
 
             return _scan_pattern(config, pattern, apply, x_BTD, layers)
@@ -313,7 +317,10 @@ class Transformer(nnx.Module):
             return pipelined(run, config.layer_kinds, policy, x_BTD, rows, layers)
         layer_cache = None if cache is None else LayerCache(
             cache.k_LBSKH, cache.v_LBSKH, cache.source_k_LBSKH, cache.source_v_LBSKH)
-        return run(config.layer_pattern, rows, x_BTD, Layers(weights, keys, layer_cache))
+        # With nothing of its own, a layer still has to be counted.
+        kinds = None if shared is None else jnp.zeros(config.num_layers, jnp.int32)
+        layers = Layers(weights, keys, layer_cache, kinds)
+        return run(config.layer_pattern, rows, x_BTD, layers)
 
     def _bias(self, config, table_PN, mask: AttentionMask, sizes: tuple) -> jax.Array | None:
         """The relative bias of a stack, for all of its layers; None for other positions."""
@@ -364,7 +371,7 @@ class Transformer(nnx.Module):
 def _stacked(config: TransformerConfig, rngs: nnx.Rngs) -> Block:
     """The layers of a stack as one block, whose parameters have a leading L."""
     build = nnx.vmap(lambda rngs: Block(config, rngs=rngs), in_axes=0, out_axes=0)
-    return nnx.split_rngs(splits=config.num_layers)(build)(rngs)
+    return nnx.split_rngs(splits=1 if config.shared_layers else config.num_layers)(build)(rngs)
 
 
 def _places(tokens_BT: jax.Array) -> jax.Array:

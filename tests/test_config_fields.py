@@ -71,7 +71,7 @@ CASES = {
         "vocab_size": 16, "num_layers": 3, "model_dim": 16, "num_heads": 4, "num_kv_heads": 1,
         "head_dim": 8, "mlp_dim": 16, "max_length": (32, {"model.positions": "learned"}),
         "bias": True, "qk_norm": True, "attention_sinks": True, "tied_embeddings": False,
-        "token_types": 2, "head_transform": True, "future_heads": 1,
+        "token_types": 2, "head_transform": True, "future_heads": 1, "shared_layers": True,
         "encoder_layers": (3, TWO_STACKS), "relative_buckets": (16, RELATIVE),
         "num_experts": 4, "shared_experts": (1, EXPERTS), "router_bias": (True, EXPERTS),
     }),

@@ -152,6 +152,32 @@ def test_cached_decoding_of_a_source_equals_the_full_forward(change):
         assert [row[0] for row in alone] == [row[index] for row in together][:len(alone)]
 
 
+def test_shared_layers_are_a_stack_of_equal_ones():
+    """Value, gradient (the sum of all layers') and cached decoding."""
+    model = Transformer(model_of("decoder", shared_layers=True), rngs=nnx.Rngs(0))
+    stack = Transformer(model_of("decoder"), rngs=nnx.Rngs(0))
+    tokens_BT = np.random.default_rng(0).integers(0, 258, (2, 9)).astype(np.int32)
+    (graphdef, params), stacked = (nnx.split(each, nnx.Param) for each in (model, stack))
+    params = nnx.to_pure_dict(params)
+    equal = params | {"layers": jax.tree.map(lambda x: jnp.repeat(x, 2, axis=0), params["layers"])}
+
+    def loss(graphdef, params):
+        x_BTD, _ = nnx.merge(graphdef, params).features(tokens_BT)
+        return jnp.square(x_BTD[:, :, :5]).mean()
+
+    value, gradient = jax.jit(jax.value_and_grad(functools.partial(loss, graphdef)))(params)
+    other, expected = jax.jit(jax.value_and_grad(functools.partial(loss, stacked[0])))(equal)
+    np.testing.assert_allclose(value, other, rtol=1e-6)
+    expected["layers"] = jax.tree.map(lambda x: x.sum(axis=0)[None], expected["layers"])
+    assert step_checks.largest_error(gradient, expected) < 1e-5
+    cache, pieces = model.empty_cache(2, 16), []
+    for part in (tokens_BT[:, :5], tokens_BT[:, 5:]):
+        x_BTD, cache = jax.jit(model.extend)(part, cache)
+        pieces.append(x_BTD)
+    full = jax.jit(lambda: model.features(tokens_BT)[0])()
+    np.testing.assert_allclose(jnp.concatenate(pieces, axis=1), full, atol=2e-5)
+
+
 def test_relative_buckets_are_those_of_t5():
     """Distances from -40 to 40 in 8 buckets up to 20, by T5's published formula in plain Python."""
     def bucket(behind: int, bidirectional: bool) -> int:
@@ -234,11 +260,11 @@ def test_each_objective_is_learned_beyond_its_unigram_loss(form, records):
 
 @pytest.mark.parametrize("form,zero,accumulation,more", (
     ("decoder", 1, 2, {}), ("decoder", 2, 1, {"future_heads": 2}),
-    ("encoder", 3, 1, {}), ("encoder_decoder", 3, 2, {}),
+    ("encoder", 3, 1, {"shared_layers": True, "num_layers": 3}), ("encoder_decoder", 3, 2, {}),
 ))
 def test_a_mesh_has_the_numbers_of_one_device(form, zero, accumulation, more, records):
     objectives, change = MIXTURES[form]
-    objectives = objectives[:1] if more else objectives  # No prefix with future heads.
+    objectives = objectives[:1] if "future_heads" in more else objectives  # No prefix with future heads.
     model, train = model_of(form, **change | more), step_checks.train_config("sgd")
     micro = step_checks.train_config("sgd", accumulation)
     transform = transform_of(config(*objectives), form, TOKENIZER)

@@ -39,6 +39,11 @@ def flops_per_token(
         if parameter_group(name) in multiplied and not name.startswith(("T", "P"))
     )
     sides = 2 if config.form == "encoder" else 1
+    if config.shared_layers:  # One layer's, multiplied so many times.
+        weights += (config.num_layers - 1) * sum(
+            math.prod(leaf.shape) for leaf, name in zip(
+                jax.tree.leaves(params["layers"]), jax.tree.leaves(letters["layers"]), strict=True)
+            if parameter_group(name) in multiplied)
     keys = 0.0
     for layer in range(config.num_layers):
         local = config.layer_pattern[layer % len(config.layer_pattern)] == "local"
