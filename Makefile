@@ -6,10 +6,13 @@ BIN := $(VENV)/bin
 CONFIG ?= configs/quickstart.py
 WORKDIR ?= runs/quickstart
 
-.PHONY: quickstart test clean
+.PHONY: quickstart check test clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/batiste train --config=$(CONFIG) --workdir=$(WORKDIR)
+
+check: $(VENV)/installed-dev
+	$(BIN)/python -m pytest tests --numprocesses=2 --dist=worksteal -m 'not slow'
 
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest tests --numprocesses=2 --dist=loadfile

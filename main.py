@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import itertools
 import json
 import os
 import pathlib
@@ -12,24 +11,21 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 
 from batiste.assembly import Assembly, assemble
 from batiste.configs.experiment import Experiment, flatten, from_dict
-from batiste.data import Loader, Prepared, load_prepared, position, special_tokens
+from batiste.data import Prepared, load_prepared, special_tokens
 from batiste.data import prepare as prepare_data
 from batiste.evaluation import Perplexity
+from batiste.fitting import stored_mesh, train_from
 from batiste.forecast import check_memory
 from batiste.inference import SamplingConfig
 from batiste.sharding import (
-    MeshConfig, Share, agree, check_connected, check_shared, is_first, replicate, restack,
-    together,
+    MeshConfig, agree, check_connected, check_shared, is_first, restack, together,
 )
 from batiste.train import (
-    Checkpoints, Decision, Found, Ledger, MetricsWriter, Monitor, Records, RollBack, Run, Watched,
-    arrays_of, check_mode, check_override, check_same, compilation_booked, decide, decided,
-    decisions_of, faulty_batches, fit, from_checkpoint, last_saved, make_train_step, parse_fault,
-    roll_back, skipped, start_of, steered,
+    Checkpoints, Found, Ledger, arrays_of, check_mode, check_override, check_same,
+    compilation_booked, complain, last_saved,
 )
 
 CONFIG_FILE = "config.json"
@@ -136,7 +132,7 @@ def _train(
     report = functools.partial(_report, ledger)
     opened = Checkpoints(workdir, experiment.train.checkpoint, report)
     with contextlib.closing(opened) as checkpoints:
-        state, reason = _fit(assembly, checkpoints, ledger, meta, found.step)
+        state, reason = train_from(assembly, checkpoints, ledger, meta, found.step)
     step = int(state.step)
     finished = not reason.startswith("SIG")
     validation = assembly.finish(state.params, ledger, step) if finished else None
@@ -201,106 +197,7 @@ def _report(ledger: Ledger, event: str, **fields: Any) -> None:
     ledger.write(event, **fields)
     if event == "save_failed" and is_first():
         again = "; trying again" if fields["in_a_row"] == 1 else ""
-        print(f"the checkpoint of step {fields['step']} could not be saved: {fields['why']}{again}",
-              file=sys.stderr, flush=True)
-
-
-def _fit(
-    assembly: Assembly, checkpoints: Checkpoints, ledger: Ledger, meta: dict[str, Any], start: int | None
-) -> tuple[Any, str]:
-    """Trains from the checkpoint of step `start`, or from nothing; the state, and why it ended.
-
-    What was decided about the run before holds, also what the checkpoint does not know yet.
-    """
-    train = assembly.experiment.train
-    known, everything = decisions_of(meta), _decided(assembly.workdir)
-    meta["decisions"] = [dataclasses.asdict(decision) for decision in everything]
-    before, start = start, start_of(start, known, everything)
-    if start != before:
-        meta = _rewound(checkpoints, meta, start)
-    train_step = make_train_step(assembly.program, train, assembly.mesh)
-    while True:
-        try:
-            return _fit_from(assembly, checkpoints, ledger, meta, start, train_step)
-        except RollBack as asked:
-            checkpoints.wait()
-            decision = roll_back(
-                asked.finding, checkpoints.verified(), decisions_of(meta), train.health.roll_back)
-            decide(decision, meta, ledger)
-            start = decision.to or None
-            meta = _rewound(checkpoints, meta, start)
-
-
-def _decided(workdir: pathlib.Path) -> list[Decision]:
-    """The decisions in the ledger, as the first process reads it."""
-    def read() -> str:
-        return json.dumps([dataclasses.asdict(decision) for decision in decided(workdir)])
-
-    return decisions_of({"decisions": json.loads(together(
-        "read what was decided", read if is_first() else str)[0])})
-
-
-def _rewound(checkpoints: Checkpoints, meta: dict[str, Any], start: int | None) -> dict[str, Any]:
-    """Sets aside what was saved after `start`; the meta of a run that continues there."""
-    checkpoints.set_aside_from((start or 0) + 1)
-    stored = {} if start is None else checkpoints.meta(start)
-    return {"validation": [], **stored} | {
-        name: meta[name] for name in ("config", "data", "arrays", "decisions")}
-
-
-def _fit_from(
-    assembly: Assembly, checkpoints: Checkpoints, ledger: Ledger, meta: dict[str, Any],
-    start: int | None, train_step: Callable,
-) -> tuple[Any, str]:
-    """The same, until the monitor asks to go back, which is a RollBack."""
-    experiment = assembly.experiment
-    if start is None:
-        state = assembly.program.initialize()
-    else:
-        ledger.enter("restore")
-        state = checkpoints.restore(start, assembly.program.abstract_state)
-        state = from_checkpoint(assembly.program, state, _stored_mesh(checkpoints.meta(start)))
-        if is_first():
-            print(f"continuing from step {start} of {assembly.workdir}", flush=True)
-    ledger.enter("initialization")
-    loader = Loader(assembly.prepared, "train", experiment.train.batch_size, experiment.data.seed,
-                    assembly.transform)
-    share = Share(assembly.mesh, experiment.train.batch_size)
-    windows = skipped(decisions_of(meta))
-    batches = loader.iterate(start or 0, share.rows, windows)
-    places = (position(step, windows) for step in itertools.count(start or 0))
-    faulty = faulty_batches(
-        parse_fault(experiment.train.faults), zip(places, batches),
-        assembly.prepared.tokenizer.vocab_size)
-    placed = map(share.place, faulty)
-    progress, last_step = assembly.progress()
-    monitor = None
-    if experiment.train.measures:
-        monitor = Monitor(experiment.train, Watched(
-            meta, ledger, meta["config"], progress.note,
-            lambda step: loader.records(position(step - 1, windows))))
-        monitor.remember(assembly.workdir, start or 0)
-        placed = monitor.watch(placed)
-    metrics = MetricsWriter(assembly.workdir if is_first() else None, start or 0)
-    ledger.write("from", step=start or 0, reached=metrics.reached)
-    if monitor is not None or decisions_of(meta):
-        train_step = steered(
-            train_step, meta, lambda factor: replicate(assembly.mesh, np.float32(factor)),
-            start or 0)
-    run = Run(
-        train_step=train_step,
-        batches=placed,
-        evaluate=lambda state: assembly.measure(
-            state.params, experiment.train.evaluation.max_batches
-        ).loss,
-        last_step=last_step,
-    )
-    try:
-        return fit(experiment.train, state, run,
-                   Records(checkpoints, metrics, progress, ledger, meta, monitor))
-    finally:
-        batches.close()
-        metrics.close()
+        complain(f"the checkpoint of step {fields['step']} could not be saved: {fields['why']}{again}")
 
 
 def _load(workdir: str | os.PathLike) -> tuple[Assembly, Any]:
@@ -319,13 +216,7 @@ def _load(workdir: str | os.PathLike) -> tuple[Assembly, Any]:
         abstract = {"params": program.abstract_state.params}
         params = checkpoints.restore(found.step, abstract)["params"]
     targets = jax.tree.map(lambda leaf: leaf.sharding, program.abstract_state.params)
-    return assembly, restack(params, _stored_mesh(stored), program.layout, targets)
-
-
-def _stored_mesh(meta: dict[str, Any]) -> MeshConfig:
-    """The mesh that a checkpoint was saved on, as far as it decides the order of the layers."""
-    config = meta["config"]  # Checkpoints of before there was interleaving lack that field.
-    return MeshConfig(stage=config["mesh.stage"], interleave=config.get("mesh.interleave", 1))
+    return assembly, restack(params, stored_mesh(stored), program.layout, targets)
 
 
 def _save_config(experiment: Experiment, workdir: pathlib.Path) -> None:

@@ -1,7 +1,7 @@
 """What watching over a run costs, and whether a healthy run is left in peace.
 
     python benchmarks/health.py [--rounds=9] [--steps=10]
-    python benchmarks/health.py --healthy_steps=2000 --workdir=runs/healthy
+    python benchmarks/health.py --healthy_steps=2000 --workdir=runs/healthy [--seed=1]
 
 The first times the quickstart's step with its statistics, without them, and without them but with
 gradients that are not finite skipped, a few steps each in turn, so that they share whatever else
@@ -29,6 +29,7 @@ from batiste.train import diagnose, make_program, make_train_step
 ROUNDS = flags.DEFINE_integer("rounds", 9, "Turns of each contestant that count.", 1)
 STEPS = flags.DEFINE_integer("steps", 10, "Steps in a turn.", 1)
 HEALTHY_STEPS = flags.DEFINE_integer("healthy_steps", None, "Steps of a healthy run.")
+SEED = flags.DEFINE_integer("seed", 0, "Of the healthy run's weights and order of examples.")
 WORKDIR = flags.DEFINE_string("workdir", "runs/healthy", "Of the healthy run.")
 
 
@@ -87,6 +88,7 @@ def healthy(steps: int) -> None:
     """Trains, and prints what was found."""
     experiment = copy.deepcopy(get_config())
     experiment.train.num_steps = steps
+    experiment.train.seed = experiment.data.seed = SEED.value
     result = train(experiment, WORKDIR.value)
     findings = diagnose(WORKDIR.value)
     print(f"{len(findings)} findings in {result.step:,} steps")

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from batiste import assembly, main
+from batiste import assembly, fitting, main
 from batiste.configs.experiment import Experiment, flatten
 from batiste.data import Batch, Loader
 from batiste.evaluation import make_row_losses
@@ -214,7 +214,7 @@ def first_batch(experiment: Experiment, corpus: pathlib.Path):
     def program(*arguments):
         return make_program(*arguments)._replace(initialize=lambda: None)
 
-    replaced = {(main, "fit"): fit, (assembly, "make_program"): program,
+    replaced = {(fitting, "fit"): fit, (assembly, "make_program"): program,
                 (assembly, "total_peak_flops"): _no_peak}
     with tempfile.TemporaryDirectory(dir=corpus) as workdir, _replacing(replaced):
         try:

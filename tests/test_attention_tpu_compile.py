@@ -46,7 +46,10 @@ def compile_attention(chip, conditions, features, shape, dtype="bfloat16"):
     return compile_for(chip, gradients, *shapes.values())
 
 
-@pytest.mark.parametrize("chip", certified.TPU_CHIPS)
+@pytest.mark.parametrize("chip", [
+    chip if chip in ("v5e", "v6e") else pytest.param(chip, marks=pytest.mark.slow)
+    for chip in certified.TPU_CHIPS
+])
 @pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: "+".join(entry.mask) or "full")
 def test_every_certified_mask_with_all_features(entry, chip):
     # One tile of queries by three of keys: small, and every kind of tile is in the program.
@@ -60,6 +63,7 @@ def test_every_certified_dtype_and_head_dim(dtype, chip):
         compile_attention(chip, ("causal",), (), (256, 256, head_dim), dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chip", certified.TPU_CHIPS)
 def test_the_tables_blocks_fit_into_vmem_at_sixteen_thousand_tokens(chip):
     program = compile_attention(chip, ("causal", "segments"), (), (16384, 16384, 128))

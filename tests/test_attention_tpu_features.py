@@ -33,6 +33,7 @@ def test_every_certified_dtype_and_head_dim(dtype, head_dim):
     check(("causal",), ("sinks",), shape=(40, 40, head_dim), dtype=dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("blocks", [
     Blocks(32, 64, 32, 32, 8),  # tiles that are not square: no diagonal
     Blocks(64, 64, 16, 16, 16),  # many units: the pipeline's seam, sixteen times

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from batiste import command_line, main
+from batiste import command_line, fitting, main
 from batiste.configs.experiment import Experiment
 from batiste.verbs import LAUNCHER_COUNTS, VERBS
 
@@ -63,7 +63,7 @@ class Launched(Exception):
 def refusal(capsys, tmp_path, monkeypatch):
     """Runs a command line in an empty directory that must refuse it; returns its one line."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(main, "fit", lambda *_: pytest.fail("the command was not refused"))
+    monkeypatch.setattr(fitting, "fit", lambda *_: pytest.fail("the command was not refused"))
 
     def run(*arguments: str) -> str:
         with pytest.raises(SystemExit) as exit:

@@ -50,12 +50,14 @@ def ten_lines(tmp_path_factory, environment) -> tuple[pathlib.Path, str]:
     return folder, run([sys.executable, "-c", code], folder, environment)
 
 
+@pytest.mark.slow
 def test_the_ten_lines_of_the_readme_train_and_sample(ten_lines):
     folder, output = ten_lines
     assert "bits_per_byte" in output
     assert (folder / "runs/ten_lines/report.md").exists()
 
 
+@pytest.mark.slow
 def test_the_commands_of_the_readme_run_on_its_own_work_directory(ten_lines, environment):
     folder, _ = ten_lines
     commands = re.findall(r"^batiste (evaluate|generate) (.*)$", README, re.M)
@@ -66,6 +68,7 @@ def test_the_commands_of_the_readme_run_on_its_own_work_directory(ten_lines, env
         assert output.strip()
 
 
+@pytest.mark.slow
 def test_the_processes_that_the_page_about_launching_starts_by_hand_train(ten_lines, environment):
     folder, _ = ten_lines
     by_hand = LAUNCH.split("## Several processes by hand")[1]
@@ -154,6 +157,7 @@ def test_what_the_page_says_that_attention_prints_is_printed():
     assert sorted(filter(None, said)) == sorted(printed)
 
 
+@pytest.mark.slow
 def test_the_notebook_runs_from_top_to_bottom(ten_lines, tmp_path, environment):
     shutil.copy(ROOT / "notebooks" / "quickstart.ipynb", tmp_path)
     # The notebook trains on the text of the README's example: prepared once.

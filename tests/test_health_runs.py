@@ -130,6 +130,7 @@ def test_only_the_skipped_window_changes_the_order_of_the_data(run):
     assert unharmed[37] != healed[37]
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_after_a_roll_back_repeats_the_decision(run):
     workdir, _ = run("healed", "roll_back", GARBAGE)
     # Before a checkpoint knows of the decision, and after.
@@ -142,6 +143,7 @@ def test_a_run_that_is_killed_after_a_roll_back_repeats_the_decision(run):
     assert len(events(killed, "decision")) == 1
 
 
+@pytest.mark.slow
 def test_a_lowered_learning_rate_stays_lowered_when_killed(run):
     whole, _ = run("lowered", "lower", GARBAGE, kill=65)
     rates = {step: rate for step, (_, rate) in losses(whole).items()}

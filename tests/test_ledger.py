@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import resource
 import time
 
 import pytest
@@ -218,20 +219,20 @@ def test_torn_lines_are_left_out_and_the_next_line_stands_alone(tmp_path, clocks
     assert read_account(tmp_path).starts[0].ended == "done"
 
 
-def test_a_full_disk_ends_no_run_and_its_lines_come_later(tmp_path, clocks, monkeypatch, capsys):
+def test_a_full_disk_ends_no_run_and_its_lines_come_later(tmp_path, clocks, capsys):
+    """A limit on the size of a file stands for the disk, which takes a part of the next line."""
     ledger = open_ledger(tmp_path, clocks)
-    append = module._append
-
-    def fail(path, text):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(module, "_append", fail)
-    steps(ledger, clocks, 1, 20)
-    ledger.enter("evaluation")
-    ledger.enter("step")
-    (said,) = capsys.readouterr().err.splitlines()
-    assert "No space left on device" in said
-    monkeypatch.setattr(module, "_append", append)
+    path, limit = tmp_path / LEDGER_FILE, resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = path.read_bytes()
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 9, limit[1]))
+        steps(ledger, clocks, 1, 20)
+        ledger.enter("evaluation")
+        ledger.enter("step")
+        (said,) = capsys.readouterr().err.splitlines()
+        assert "File too large" in said and path.read_bytes() == before
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     ledger.close("done")
     assert read_account(tmp_path).seconds["step"] == pytest.approx(20)
 

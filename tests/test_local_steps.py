@@ -319,6 +319,7 @@ def test_local_steps_that_cannot_be_are_refused(fields, message):
         experiment.validate()
 
 
+@pytest.mark.slow
 def test_a_run_with_local_steps_from_end_to_end(tmp_path):
     """What is trained, evaluated, restored and refused, by the front door."""
     (tmp_path / "corpus").mkdir()

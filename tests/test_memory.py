@@ -104,6 +104,7 @@ def test_a_saved_attention_is_not_computed_again_on_a_tpu():
     assert kernels == {(): 3, ("attended",): 2}
 
 
+@pytest.mark.slow
 def test_offloaded_activations_leave_the_chip(memory):
     rows, length, num_layers = 2, TPU_MODEL.max_length, 32
     named = 2 * 2 * rows * length * 1024 * num_layers
@@ -113,6 +114,7 @@ def test_offloaded_activations_leave_the_chip(memory):
     assert less >= 0.5 * named
 
 
+@pytest.mark.slow
 def test_an_offloaded_optimizer_leaves_the_chip(memory):
     whole, optimizer = memory["saved"], memory["optimizer"]
     moments = optimizer.host_argument_size_in_bytes

@@ -4,6 +4,7 @@ import io
 import json
 import math
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -13,9 +14,9 @@ import numpy as np
 import pytest
 from tensorboardX.proto import event_pb2
 
-from batiste.train import metrics
-from batiste.train.metrics import (MetricsWriter, Progress, duration, mfu_formula_line,
-                                   read_metrics)
+from batiste.train import progress as progress_module
+from batiste.train.metrics import MetricsWriter, read_metrics
+from batiste.train.progress import Progress, duration, mfu_formula_line
 from batiste.train.report import ReportFacts, smoothed, write_report
 
 
@@ -125,6 +126,27 @@ def test_a_killed_process_leaves_every_record_it_had_written(tmp_path):
     assert steps == list(range(len(steps))) and len(steps) > 100
 
 
+def test_a_full_disk_ends_nothing_and_what_it_did_not_take_comes_later(tmp_path):
+    """A limit on the size of a file stands for the disk; the second record would fit in part."""
+    writer = MetricsWriter(tmp_path, 0)
+    writer.write(1, loss=1.0)
+    path = tmp_path / "metrics.jsonl"
+    line = path.read_bytes()
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(line) + 9, limit[1]))
+        for step in range(2, 40):  # More than any buffer or queue of TensorBoard's holds.
+            writer.write(step, loss=float(step))
+        assert path.read_bytes() == line
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    writer.write(40, loss=40.0)
+    writer.close()
+    assert [record["loss"] for record in read_metrics(tmp_path)] == list(range(1, 41))
+    scalars = [event.step for event in tensorboard_events(tmp_path) if event.summary.value]
+    assert scalars[-1] == 40 and len(scalars) < 40
+
+
 class Terminal(io.StringIO):
     def isatty(self):
         return True
@@ -134,7 +156,7 @@ class Terminal(io.StringIO):
 def clock(monkeypatch):
     class Clock:
         now = 1000.0
-    monkeypatch.setattr(metrics.time, "monotonic", lambda: Clock.now)
+    monkeypatch.setattr(progress_module.time, "monotonic", lambda: Clock.now)
     return Clock
 
 

@@ -68,6 +68,7 @@ def four_steps(corpus: str, mesh: MeshConfig) -> Experiment:
     return experiment
 
 
+@pytest.mark.slow
 def test_a_run_changes_its_stages_evaluates_and_samples(corpus, tmp_path):
     alone, piped = tmp_path / "alone", tmp_path / "piped"
     result = train(four_steps(corpus, MeshConfig()), alone)

@@ -418,6 +418,7 @@ def small(mesh: MeshConfig, remat: str) -> tuple[Workload, Choice]:
     return Workload(SMALL, train, 512), Choice(mesh, remat, 1)
 
 
+@pytest.mark.slow
 def test_predicted_memory_and_flops_are_the_compilers():
     pytest.importorskip("libtpu", reason="libtpu exists for Linux on x86-64 only")
     from batiste.planning.compiled import compile_step
@@ -443,6 +444,7 @@ def test_predicted_memory_and_flops_are_the_compilers():
     assert len(moves) == 1 and " = f32[128,1024]" in moves[0]
 
 
+@pytest.mark.slow
 def test_the_compilers_buffers_are_read_as_it_counts_them(tmp_path):
     pytest.importorskip("libtpu", reason="libtpu exists for Linux on x86-64 only")
     from batiste.planning.buffers import is_accepted, read_buffers, writing_to

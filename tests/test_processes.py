@@ -26,6 +26,7 @@ from batiste.train import Checkpoints, flops_per_token, make_program
 from batiste.train.metrics import read_metrics
 from test_resume import tiny_experiment
 
+pytestmark = pytest.mark.slow
 ROOT = pathlib.Path(__file__).parents[1]
 CONFIG = """
 from test_processes import experiment

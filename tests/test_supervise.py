@@ -25,8 +25,15 @@ from batiste.train.ledger import LEDGER_FILE, read_ledger
 from batiste.train.metrics import read_metrics
 from batiste.train.page import report
 from batiste.train.plots import norms_by_layer
-from test_resume import CONFIG, child_environment
 
+CONFIG = """
+from batiste.configs.experiment import Experiment
+from test_resume import tiny_experiment
+
+
+def get_config(arg=None):
+    return tiny_experiment(arg)
+"""
 SUPERVISOR = """
 import pathlib, sys
 from batiste.supervise import Patience, Supervisor
@@ -56,6 +63,16 @@ def supervise(workdir: pathlib.Path, code: str, grace: float = 30, resume: str =
     return subprocess.Popen(
         [sys.executable, "-c", SUPERVISOR, str(workdir), child, str(grace), resume],
         stderr=subprocess.PIPE, text=True)
+
+
+def child_environment() -> dict[str, str]:
+    """Of a process that finds this folder's modules, and what was compiled before."""
+    return os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(pathlib.Path(__file__).parent),
+                                       os.environ.get("PYTHONPATH", "")]),
+        "JAX_COMPILATION_CACHE_DIR": str(pathlib.Path(__file__).parents[1] / ".jax_cache"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
+    }
 
 
 def ended(process: subprocess.Popen) -> tuple[int, str]:
@@ -177,6 +194,7 @@ def supervised(tmp_path_factory) -> tuple[pathlib.Path, str, tuple[float, float]
     return workdir, printed, (began, time.time())
 
 
+@pytest.mark.slow
 def test_a_supervised_run_continues_after_a_kill(supervised):
     workdir, printed, _ = supervised
     step = int(re.search(r"supervise: killed by SIGKILL; step (\d+) is committed; starting again "
@@ -186,6 +204,7 @@ def test_a_supervised_run_continues_after_a_kill(supervised):
     assert printed.splitlines()[-1] == "supervise: done"
 
 
+@pytest.mark.slow
 def test_its_ledger_accounts_for_all_of_the_time_within_one_percent(supervised):
     workdir, _, (began, finished) = supervised
     account = read_account(workdir)
@@ -204,6 +223,7 @@ def test_its_ledger_accounts_for_all_of_the_time_within_one_percent(supervised):
     assert account.seconds["lost"] < 12
 
 
+@pytest.mark.slow
 def test_it_says_what_the_kill_has_cost(supervised):
     workdir, _, _ = supervised
     account = read_account(workdir)
@@ -243,6 +263,7 @@ class Page(html.parser.HTMLParser):
         assert self.open.pop() == tag
 
 
+@pytest.mark.slow
 def test_the_report_is_text_and_one_page_that_fetches_nothing(supervised):
     workdir, _, _ = supervised
     path = workdir / "metrics.jsonl"

@@ -72,6 +72,7 @@ def by_zero() -> dict:
     return {zero: compile_step("v5e:2x4", MeshConfig(data=8, zero=zero))[1] for zero in (0, 2, 3)}
 
 
+@pytest.mark.slow
 def test_zero_2_reduces_by_scattering_on_a_tpu(by_zero):
     texts = {zero: by_zero[zero].as_text() for zero in (0, 2)}
     # The TPU compiler's name for a fused all-reduce and slice, which is a reduce-scatter; it fuses
@@ -90,6 +91,7 @@ def test_tensor_parallel_sums_travel_once_and_in_bfloat16():
     assert "all-to-all" not in text
 
 
+@pytest.mark.slow
 def test_zero_3_takes_less_memory_per_chip_than_zero_0(by_zero):
     arguments = {
         zero: step.memory_analysis().argument_size_in_bytes for zero, step in by_zero.items()}
@@ -119,6 +121,7 @@ def test_experts_exchange_only_what_there_is_and_multiply_nothing_twice():
     assert experts + others < lowered.compile().cost_analysis()["flops"] < 1.2 * (experts + others)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("exchange", ["ring", "all_to_all"])
 def test_rows_that_devices_share_compile_with_kernels(exchange):
     """A ring's keys leave before a kernel starts and are needed after it ends."""

@@ -11,11 +11,12 @@ import contextlib
 import json
 import os
 import pathlib
-import sys
 import threading
 import time
 from collections.abc import Iterator
 from typing import Any
+
+from batiste.train.lines import Lines, append
 
 LEDGER_FILE = "ledger.jsonl"
 PHASES = (
@@ -42,11 +43,11 @@ class Ledger:
 
     def __init__(self, workdir: str | os.PathLike | None, started: float | None = None):
         self._path = None if workdir is None else pathlib.Path(workdir, LEDGER_FILE)
+        self._lines = None if workdir is None else Lines(self._path)
         self._flushed = time.monotonic()
         self._booked = self._flushed if started is None else started
         self._phase, self._seconds, self._step = "initialization", {}, None
-        self._lines: list[str] = []
-        self._opened = self._complained = False
+        self._opened = False
         self._lock, self._closed = threading.RLock(), threading.Event()
         if self._path is None:
             return
@@ -140,20 +141,11 @@ class Ledger:
         self._append()
 
     def _add(self, event: str, clock: float, **fields: Any) -> None:
-        self._lines.append(_line(event, clock, fields))
+        self._lines.add(_line(event, clock, fields))
 
     def _append(self) -> None:
-        if not self._opened:
-            return
-        try:
-            _append(self._path, "".join(self._lines))
-        except OSError as error:
-            if not self._complained:
-                print(f"{self._path} cannot be written ({error.strerror}); what belongs there is "
-                      "kept for later", file=sys.stderr, flush=True)
-            self._complained = True
-        else:
-            self._lines, self._complained = [], False
+        if self._opened:
+            self._lines.write()
 
 
 def _line(event: str, clock: float, fields: dict[str, Any]) -> str:
@@ -166,17 +158,7 @@ def note(workdir: str | os.PathLike, event: str, **fields: Any) -> None:
     """Appends an event from outside of the run; nothing where the run has no ledger so far."""
     path = pathlib.Path(workdir, LEDGER_FILE)
     if path.is_file():
-        _append(path, _line(event, time.monotonic(), fields))
-
-
-def _append(path: pathlib.Path, text: str) -> None:
-    """Appends whole lines; a line that a kill or a full disk tore is ended first."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a+b") as file:
-        end = file.seek(0, os.SEEK_END)
-        file.seek(max(0, end - 1))
-        torn = file.read() not in (b"", b"\n")
-        file.write(b"\n" * torn + text.encode())
+        append(path, _line(event, time.monotonic(), fields))
 
 
 def read_ledger(workdir: str | os.PathLike) -> list[dict[str, Any]]:

@@ -11,7 +11,8 @@ import numpy as np
 from batiste.train.checkpoint import Checkpoints
 from batiste.train.config import TrainConfig
 from batiste.train.ledger import Ledger
-from batiste.train.metrics import MetricsWriter, Progress
+from batiste.train.metrics import MetricsWriter
+from batiste.train.progress import Progress
 from batiste.train.monitor import Monitor
 from batiste.train.state import TrainState
 from batiste.train.stopping import stop_requests

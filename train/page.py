@@ -7,7 +7,7 @@ import pathlib
 from typing import Any
 
 from batiste.train.account import RUNNING, Account, read_account
-from batiste.train.metrics import duration
+from batiste.train.progress import duration
 from batiste.train.plots import draw_all, read_records
 
 PAGE_FILE = "report.html"

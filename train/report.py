@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from batiste.train.metrics import duration, read_metrics
+from batiste.train.metrics import read_metrics
+from batiste.train.progress import duration
 
 REPORT_FILE = "report.md"
 CURVE_FILE = "loss.png"
