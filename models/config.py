@@ -35,6 +35,7 @@ class TransformerConfig:
     but products with weights, "full" everything, "names" everything but the tensors named in `saved`
     and, moved to the host's memory, in `offloaded` (see TENSOR_NAMES).
     `attention` names the chip whose kernels to use; "auto" is settled by `resolve_attention`.
+    `embedding_dim`: what is embedded has so many dims, and a product makes `model_dim` of them (ALBERT).
     `token_types`: kinds of tokens, told apart by what is added to their embeddings (BERT's segments).
     `head_transform`: a product, an activation and a norm before the logits, which get a bias (BERT).
     `shared_layers`: all layers are one, applied `num_layers` times (ALBERT, arXiv:1909.11942).
@@ -88,6 +89,7 @@ class TransformerConfig:
     logit_soft_cap: float | None = None
 
     token_types: int | None = None
+    embedding_dim: int | None = None
     tied_embeddings: bool = True
     head_transform: bool = False
     future_heads: int = 0
@@ -121,7 +123,8 @@ class TransformerConfig:
         return experts | types | {
             "V": self.vocab_size, "L": self.num_layers, "D": self.model_dim,
             "N": self.num_heads, "K": self.num_kv_heads, "H": self.head_dim,
-            "F": self.mlp_dim, "T": self.max_length, "R": self.model_dim,
+            "F": self.mlp_dim, "T": self.max_length,
+            "R": self.model_dim if self.embedding_dim is None else self.embedding_dim,
         }
 
     def validate(self) -> None:
@@ -199,6 +202,13 @@ class TransformerConfig:
             raise ValueError(
                 f"model.future_heads={self.future_heads} does not know model.num_experts="
                 f"{self.num_experts}: leave one of them out"
+            )
+        if self.embedding_dim is not None and not (
+            self.embedding_dim > 0 and self.head_transform and self.tied_embeddings
+        ):
+            raise ValueError(
+                f"model.embedding_dim={self.embedding_dim}: expected at least 1, and "
+                "model.head_transform=True with model.tied_embeddings=True, which lead back to it"
             )
         if self.relative_buckets < 4 or self.relative_buckets % 4:
             raise ValueError(

@@ -220,7 +220,7 @@ class HeadTransform(nnx.Module):
         self.activation = config.activation
         self.weight_DR = matrix(rngs, "DR", sizes, inputs="D", stddev=config.init_stddev)
         self.bias_R = vector("R", sizes, 0.0)
-        self.norm = Norm(config)
+        self.norm = Norm(config, "R")
         self.bias_V = vector("V", sizes, 0.0)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:

@@ -77,13 +77,17 @@ class Transformer(nnx.Module):
         config.validate()
         self.config = config
         sizes, stddev = config.sizes, config.init_stddev
-        self.embedding_VD = matrix(rngs, "VD", sizes, inputs="D", stddev=stddev)
-        learned = config.positions == "learned"
-        self.position_TD = (
-            matrix(rngs, "TD", sizes, inputs="D", stddev=stddev) if learned else None
-        )
-        typed = config.token_types is not None
-        self.type_PD = matrix(rngs, "PD", sizes, inputs="D", stddev=stddev) if typed else None
+        self.width = "D" if config.embedding_dim is None else "R"
+        for name, rows, wanted in (
+            ("embedding", "V", True), ("position", "T", config.positions == "learned"),
+            ("type", "P", config.token_types is not None),
+        ):
+            table = functools.partial(matrix, inputs=self.width, stddev=stddev)
+            letters = rows + self.width
+            setattr(self, f"{name}_{letters}", table(rngs, letters, sizes) if wanted else None)
+        factored = self.width == "R"
+        self.widening_RD = (
+            matrix(rngs, "RD", sizes, inputs="R", stddev=stddev) if factored else None)
         relative = config.positions == "relative"
         buckets = sizes | {"P": config.relative_buckets}
         bias = functools.partial(matrix, rngs, "PN", buckets, inputs="P", stddev=stddev)
@@ -233,7 +237,7 @@ class Transformer(nnx.Module):
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """The head, in float32 from the product on; soft-capped if the config says so."""
         x_BTD, head = constrain(self._normed(x_BTD), "BTD"), self._head()
-        table, summed = gather(head.weight, head.letters), head.letters.index("D")
+        table, summed = gather(head.weight, head.letters), 1 - head.letters.index("V")
         logits_BTV = constrain(project(x_BTD, table, (summed,), jnp.float32), "BTV")
         if self.head_transform is not None:
             logits_BTV += self.head_transform.bias_V[...][None, None]
@@ -266,9 +270,11 @@ class Transformer(nnx.Module):
         return x_BTD if self.head_transform is None else self.head_transform(x_BTD)
 
     def _head(self) -> Head:
-        tied = self.head_DV is None
-        weight = (self.embedding_VD if tied else self.head_DV)[...]
-        return Head(weight, "VD" if tied else "DV", self.config.logit_soft_cap)
+        if self.head_DV is not None:
+            return Head(self.head_DV[...], "DV", self.config.logit_soft_cap)
+        letters = "V" + self.width
+        table = getattr(self, f"embedding_{letters}")
+        return Head(table[...], letters, self.config.logit_soft_cap)
 
     def empty_cache(self, batch: int, length: int) -> Cache:
         """Room for `length` tokens in each of `batch` rows, in the compute dtype."""
@@ -355,17 +361,25 @@ class Transformer(nnx.Module):
 
     def _embed(self, tokens_BT: jax.Array, positions_BT: jax.Array, types_BT=None) -> jax.Array:
         config = self.config
-        x_BTD = lookup(gather(self.embedding_VD[...], "VD"), tokens_BT, "VD")
+        x_BTD = self._rows_of("embedding", "V", tokens_BT)
         if config.scale_embeddings:
             x_BTD *= math.sqrt(config.model_dim)
         if config.positions == "learned":
-            x_BTD += lookup(gather(self.position_TD[...], "TD"), positions_BT, "TD")
+            x_BTD += self._rows_of("position", "T", positions_BT)
         elif config.positions == "sinusoidal":
-            x_BTD += sinusoids(positions_BT, config.model_dim)
-        if self.type_PD is not None:
+            x_BTD += sinusoids(positions_BT, config.sizes[self.width])
+        if config.token_types is not None:
             types_BT = jnp.zeros_like(tokens_BT) if types_BT is None else types_BT
-            x_BTD += lookup(gather(self.type_PD[...], "PD"), types_BT, "PD")
-        return x_BTD.astype(config.dtype)
+            x_BTD += self._rows_of("type", "P", types_BT)
+        x_BTD = x_BTD.astype(config.dtype)
+        if self.widening_RD is None:
+            return x_BTD
+        return project(x_BTD, gather(self.widening_RD[...], "RD"))
+
+    def _rows_of(self, name: str, rows: str, places_BT: jax.Array) -> jax.Array:
+        """The rows of a table at these places, as wide as what is embedded."""
+        letters = rows + self.width
+        return lookup(gather(getattr(self, f"{name}_{letters}")[...], letters), places_BT, letters)
 
 
 def _stacked(config: TransformerConfig, rngs: nnx.Rngs) -> Block:

@@ -72,6 +72,7 @@ CASES = {
         "head_dim": 8, "mlp_dim": 16, "max_length": (32, {"model.positions": "learned"}),
         "bias": True, "qk_norm": True, "attention_sinks": True, "tied_embeddings": False,
         "token_types": 2, "head_transform": True, "future_heads": 1, "shared_layers": True,
+        "embedding_dim": (6, {"model.head_transform": True}),
         "encoder_layers": (3, TWO_STACKS), "relative_buckets": (16, RELATIVE),
         "num_experts": 4, "shared_experts": (1, EXPERTS), "router_bias": (True, EXPERTS),
     }),

@@ -61,7 +61,7 @@ def sight(model_config: TransformerConfig, batch) -> np.ndarray:
     """
     model = Transformer(model_config, rngs=nnx.Rngs(0))
     graphdef, params = nnx.split(model, nnx.Param)
-    params = nnx.to_pure_dict(params)
+    params, name = nnx.to_pure_dict(params), f"embedding_V{model.width}"
     T = batch.tokens_BT.shape[1]
     source = batch.source_tokens_BS
     total = T if source is None else T + source.shape[1]
@@ -74,12 +74,12 @@ def sight(model_config: TransformerConfig, batch) -> np.ndarray:
     @functools.partial(jax.vmap, in_axes=(0, None))
     def gradient(weights_T, one):
         def size(table_VD):
-            used = nnx.merge(graphdef, params | {"embedding_VD": table_VD})
+            used = nnx.merge(graphdef, params | {name: table_VD})
             beside = Beside(*(getattr(one, name) for name in Beside._fields))
             x_BTD = used.features(
                 one.tokens_BT, one.positions_BT, one.segments_BT, beside=beside)[0]
             return (jnp.square(x_BTD).sum(axis=-1) * weights_T[None]).sum()
-        return jnp.abs(jax.grad(size)(params["embedding_VD"])[:total]).sum(axis=-1) > 0
+        return jnp.abs(jax.grad(size)(params[name])[:total]).sum(axis=-1) > 0
 
     rows = [jax.tree.map(lambda x, row=row: x[row][None], one) for row in range(len(one.tokens_BT))]
     return np.stack([gradient(np.eye(T, dtype=np.float32), row) for row in rows])
@@ -109,7 +109,7 @@ def test_a_decoder_sees_what_prefixes_let_it_see():
 def test_an_encoder_sees_all_of_a_document_and_no_other():
     data = config(ENCODERS["order"], length=14)
     batch = transformed(sample_records(14), data, "encoder")
-    model = model_of("encoder", token_types=2, head_transform=True)
+    model = model_of("encoder", token_types=2, head_transform=True, embedding_dim=10)
     seen = sight(model, jax.tree.map(jnp.asarray, batch))
     np.testing.assert_array_equal(seen, expected_sight("encoder", batch))
 
@@ -260,7 +260,7 @@ def test_each_objective_is_learned_beyond_its_unigram_loss(form, records):
 
 @pytest.mark.parametrize("form,zero,accumulation,more", (
     ("decoder", 1, 2, {}), ("decoder", 2, 1, {"future_heads": 2}),
-    ("encoder", 3, 1, {"shared_layers": True, "num_layers": 3}), ("encoder_decoder", 3, 2, {}),
+    ("encoder", 3, 1, {"shared_layers": True, "embedding_dim": 10}), ("encoder_decoder", 3, 2, {}),
 ))
 def test_a_mesh_has_the_numbers_of_one_device(form, zero, accumulation, more, records):
     objectives, change = MIXTURES[form]
