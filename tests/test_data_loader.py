@@ -49,6 +49,25 @@ def test_any_rows_of_any_step_are_those_of_the_global_batch(prepared):
             assert same(whole, [np.concatenate(arrays) for arrays in zip(*(part[:5] for part in parts))])
 
 
+def test_a_transform_is_told_record_and_epoch(prepared):
+    told = []
+    loader = Loader(prepared, "train", 10, 5, lambda *given: told.append(given) or "rows")
+    sizes = [source["records"] for source in prepared.manifest["train"]["sources"]]
+    assert all(loader.batch(step) == "rows" for step in range(3 * sum(sizes) // 10))
+    seen = [(int(record), int(epoch)) for _, records, epochs in told
+            for record, epoch in zip(records, epochs, strict=True)]
+    assert len(seen) == len(set(seen))  # Each record once in an epoch of its source,
+    for start, size in zip((0, sizes[0]), sizes):  # and all of them in each that is over.
+        own = [pair for pair in seen if start <= pair[0] < start + size]
+        assert {record for record, epoch in own if epoch == 0} == set(range(start, start + size))
+        assert {epoch for _, epoch in own} >= {0, 1}
+    before = len(told)
+    for _ in range(2):
+        list(itertools.islice(loader.epoch_batches(), loader.num_batches))
+    passes = [records.tolist() for _, records, epochs in told[before:] if not epochs.any()]
+    assert sorted(passes[: loader.num_batches]) == sorted(passes[loader.num_batches:])
+
+
 def test_iterating_from_a_step_is_reading_it_by_index(prepared):
     loader = Loader(prepared, "train", 6, seed=5)
     for start, rows in ((0, None), (37, None), (37, slice(1, 4))):

@@ -90,13 +90,12 @@ def test_a_row_is_decided_by_seed_epoch_and_record_alone(form, objective, record
 @pytest.mark.parametrize("form,objective", OBJECTIVES, ids=lambda value: getattr(value, "kind", ""))
 def test_seeds_epochs_and_records_draw_anew(form, objective):
     text = " ".join(WORDS * 4)[: LENGTH]
-    record = np.array([[BOS, *TOKENIZER.encode(text)]], np.int32)
-    seen = set()
-    for seed, number, epoch in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)):
+    records, seen = np.tile(np.array([BOS, *TOKENIZER.encode(text)], np.int32), (8, 1)), set()
+    for seed, number, epoch in ((0, 0, 0), (1, 0, 0), (0, 8, 0), (0, 0, 1)):
         batch = transform_of(config(objective, seed=seed), form, TOKENIZER)(
-            record, np.array([number]), np.array([epoch]))
+            records, number + np.arange(8), np.full(8, epoch))
         seen.add(repr([None if field is None else field.tolist() for field in batch]))
-    assert len(seen) > 2
+    assert len(seen) == 4
 
 
 def undone(tokens, special):
