@@ -43,8 +43,8 @@ def check_objectives(
                     f"mesh.{axis}={getattr(mesh, axis)} does not know {named}: set mesh.{axis}=1")
     if model.shared_layers and train.faults is not None:
         raise ValueError(
-            f"train.faults={train.faults!r} is of one layer, and model.shared_layers=True has no other: "
-            "leave one of them out"
+            f"train.faults={train.faults!r} is of one layer, and model.shared_layers=True has no "
+            "other: leave one of them out"
         )
     for field in ("loss_chunk", "fused"):
         if model.head_transform and getattr(train.objective, field):

@@ -2,8 +2,8 @@
 
     batiste train --config=configs/objectives.py --workdir=runs/objectives
 
-That is "middle"; `--config=configs/objectives.py:NAME` takes another of NAMES. The quickstart's data
-and size, 300 steps. docs/objectives.md says what each of them is.
+That is "middle"; `--config=configs/objectives.py:NAME` takes another of NAMES. The quickstart's
+data and size, 300 steps. docs/objectives.md says what each of them is.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ from batiste.configs import quickstart
 from batiste.configs.experiment import Experiment
 from batiste.data import RecordObjective
 
-# UL2's denoisers, as the paper mixes them (arXiv:2205.05131, table 1): regular, sequential, extreme.
+# UL2's denoisers (arXiv:2205.05131, table 1): regular, sequential, extreme.
 UL2 = (
     *(RecordObjective("spans", rate=0.15, mean_span=mean_span) for mean_span in (3.0, 8.0)),
     RecordObjective("prefix"),

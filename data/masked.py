@@ -16,7 +16,7 @@ def masked_rows(
     record: np.ndarray, objective: RecordObjective, vocabulary: Vocabulary,
     random: np.random.Generator,
 ) -> Batch:
-    """Returns one row of which a share `rate` of the tokens is hidden; these alone have weight 1."""
+    """Returns one row with a share `rate` of its tokens hidden; these alone have weight 1."""
     batch = unpack(record[None], vocabulary.bos_id, vocabulary.pad_id)
     tokens_T = batch.tokens_BT[0]
     text_T = (batch.segments_BT[0] > 0) & vocabulary.is_text(tokens_T)

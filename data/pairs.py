@@ -1,4 +1,4 @@
-"""Objectives of an encoder and a decoder: what one reads and the other writes, document by document.
+"""Objectives of an encoder and a decoder: what one reads and the other writes of a document.
 
 The decoder's rows are shorter than the records where what is written is; a document whose part does
 not fit is left out.
@@ -131,10 +131,12 @@ def denoise_pair(text, objective: RecordObjective, vocabulary: Vocabulary, rando
         lengths, wanted, masks = [*lengths, size], wanted - size, masks + 1
     # Spans and kept tokens in random order: a span begins anywhere with the same probability.
     kept = len(text) - sum(lengths)
-    units = random.permutation(np.concatenate([np.ones(kept, np.int64), -np.array(lengths, int) - 1]))
+    spans = -np.array(lengths, np.int64) - 1
+    units = random.permutation(np.concatenate([np.ones(kept, np.int64), spans]))
     sizes = np.where(units < 0, -units - 1, 1)
     starts = np.cumsum(sizes) - sizes
-    read = np.where(units < 0, vocabulary.special["<mask>"], copy[np.minimum(starts, len(text) - 1)])
+    tokens = copy[np.minimum(starts, len(text) - 1)]
+    read = np.where(units < 0, vocabulary.special["<mask>"], tokens)
     return read.astype(np.int32), text
 
 

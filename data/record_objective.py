@@ -26,8 +26,8 @@ class RecordObjective:
     """One way to make inputs and targets of a record; docs/objectives.md has them side by side.
 
     kind: "causal", next tokens; "prefix", next tokens after a part that is seen whole; "middle",
-        next tokens with the middle of a document moved to its end; "masked", hidden tokens; "order",
-        those and whether the halves of a document are swapped; "spans", what spans left out; or
+        next tokens with the middle of a document moved to its end; "masked", hidden tokens;
+        "order", those and whether the halves of a document are swapped; "spans", what spans left out; or
         "denoise", the document from a damaged copy.
     weight: the share of the records that it is applied to, relative to the others.
     rate: the share of tokens that are hidden, or for "middle" of documents that are rearranged.
@@ -80,5 +80,5 @@ def validate_objectives(objectives: tuple[RecordObjective, ...]) -> None:
     if not any(set(kinds) <= set(together) for together in FORMS.values()):
         groups = "; ".join(", ".join(together) for together in FORMS.values())
         raise ValueError(
-            f"data.objectives: one model does not learn {', '.join(kinds)} together; expected kinds "
-            f"of one of these groups: {groups}")
+            f"data.objectives: one model does not learn {', '.join(kinds)} together; expected "
+            f"kinds of one of these groups: {groups}")

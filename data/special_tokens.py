@@ -22,7 +22,7 @@ NAMES = {
 
 
 def special_tokens(config: DataConfig) -> tuple[str, ...]:
-    """The names of the special tokens that a config's objectives need, in the order of their ids."""
+    """The names of the special tokens that a config's objectives need, by their ids."""
     objectives, length = config.objectives, config.sequence_length
     names = [name for objective in objectives for name in NAMES.get(objective.kind, ())]
     spans = [num_spans(length, objective) for objective in objectives if objective.kind == "spans"]

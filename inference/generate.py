@@ -21,16 +21,19 @@ def generate(
 ) -> Iterator[list[int | None]]:
     """Yields, step by step, the next token of each prompt; None for a row that has ended.
 
-    prompts: token ids, at least one each; where there is an encoder, what it reads. A row ends with `stop_id` (which is not yielded), after
-    `config.max_tokens`, or when the model's max_length is full. What a row draws depends on its
-    own prompt, its index and the seed alone, not on the rows beside it. whole_prompts: each token
-    of a prompt sees all of it, as a prefix language model was trained; otherwise those before it.
+    prompts: token ids, at least one each; where there is an encoder, what it reads. A row ends with
+    `stop_id` (which is not yielded), after `config.max_tokens`, or when the model's max_length is
+    full. What a row draws depends on its own prompt, its index and the seed alone, not on the rows
+    beside it. whole_prompts: each token of a prompt sees all of it, as a prefix language model was
+    trained; otherwise those before it.
     Raises ValueError for an encoder, and when a prompt is empty or leaves no room.
     """
     config.validate()
     if model.config.form == "encoder":
-        raise ValueError("model.form='encoder' sees all of a text and continues none: generate with "
-                         "a model of another form, or `batiste evaluate` this one")
+        raise ValueError(
+            "model.form='encoder' sees all of a text and continues none: generate with a model of "
+            "another form, or `batiste evaluate` this one"
+        )
     max_length = model.config.max_length
     lengths_B = np.array([len(prompt) for prompt in prompts], np.int32)
     reads = model.config.form == "encoder_decoder"
@@ -51,7 +54,8 @@ def generate(
     start = functools.partial(prefill, params)
     if reads:  # What is written begins as a document does.
         sources = tokens_BT, lengths_B
-        tokens_BT, lengths_B = np.full((len(prompts), 1), stop_id, np.int32), np.ones_like(lengths_B)
+        tokens_BT = np.full((len(prompts), 1), stop_id, np.int32)
+        lengths_B = np.ones_like(lengths_B)
         start = functools.partial(start, sources=sources)
     token_B, cache = start(tokens_BT, lengths_B, keys_B)
     budget = max_length if config.max_tokens is None else config.max_tokens

@@ -11,7 +11,7 @@ from batiste.models.token_loss import LossRules, token_losses, vocabulary_sums
 from batiste.models.transformer import Beside, Cache, Transformer
 
 __all__ = [
-    "AttentionSums", "Beside", "Cache", "LayerSums", "LossRules", "RouterSums", "Rows", "Transformer",
-    "TransformerConfig", "letters_tree", "rebalanced", "resolve_attention", "token_losses",
-    "vocabulary_sums",
+    "AttentionSums", "Beside", "Cache", "LayerSums", "LossRules", "RouterSums", "Rows",
+    "Transformer", "TransformerConfig", "letters_tree", "rebalanced", "resolve_attention",
+    "token_losses", "vocabulary_sums",
 ]

@@ -101,7 +101,8 @@ class Attention(nnx.Module):
         return self._attended(q_BTNH, (k_BSKH, v_BSKH), mask, logits, rest), cache, sums
 
     def across(
-        self, x_BTD: jax.Array, given: Given, cache: LayerCache | None, dropout_key: jax.Array | None
+        self, x_BTD: jax.Array, given: Given, cache: LayerCache | None,
+        dropout_key: jax.Array | None,
     ) -> jax.Array:
         """out_BTD of attention to the source, which has no places."""
         q_BTNH = add_bias(project(x_BTD, self.query_DNH[...]), self.query_bias_NH)

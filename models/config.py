@@ -27,20 +27,23 @@ class TransformerConfig:
 
     `form`: a "decoder" sees the past, an "encoder" all of a document; an "encoder_decoder" has
     `encoder_layers` of the latter, to which each of its `num_layers` attends.
-    Positions "relative" add a number to the logits of self-attention, by head and distance, which all
-    layers share: `relative_buckets` of distances that grow up to `relative_distance` (T5).
+    Positions "relative" add a number to the logits of self-attention, by head and distance, which
+    all layers share: `relative_buckets` of distances that grow up to `relative_distance` (T5).
     Sizes are counts. `window` is in tokens and applies to the "local" layers of `layer_pattern`,
     which repeats over the depth. `dtype` is the compute dtype; parameters are stored in float32.
     `remat` says what of a layer the backward pass finds saved: "none" recomputes nothing, "dots" all
     but products with weights, "full" everything, "names" everything but the tensors named in `saved`
     and, moved to the host's memory, in `offloaded` (see TENSOR_NAMES).
     `attention` names the chip whose kernels to use; "auto" is settled by `resolve_attention`.
-    `embedding_dim`: what is embedded has so many dims, and a product makes `model_dim` of them (ALBERT).
-    `token_types`: kinds of tokens, told apart by what is added to their embeddings (BERT's segments).
-    `head_transform`: a product, an activation and a norm before the logits, which get a bias (BERT).
+    `embedding_dim`: what is embedded has so many dims, and a product makes `model_dim` of them
+    (ALBERT).
+    `token_types`: kinds of tokens, told apart by what is added to their embeddings (BERT's
+    segments).
+    `head_transform`: a product, an activation and a norm before the logits, which get a bias
+    (BERT).
     `shared_layers`: all layers are one, applied `num_layers` times (ALBERT, arXiv:1909.11942).
-    `future_heads`: layers beside each other after the last, which predict the second next token and so
-    on by the same logits (arXiv:2404.19737).
+    `future_heads`: layers beside each other after the last, which predict the second next token
+    and so on by the same logits (arXiv:2404.19737).
     With `num_experts` every layer's feed-forward is a mixture of so many of size `mlp_dim`: a token
     takes `experts_per_token` of them by `expert_scores`, and one dense feed-forward of size
     `shared_experts` * `mlp_dim`. `router_bias` takes part in that choice and in nothing else.
@@ -130,7 +133,8 @@ class TransformerConfig:
     def validate(self) -> None:
         """Raises ValueError, naming the field and a fix, for a model that cannot be built."""
         for field, choices in (
-            ("form", FORMS), ("activation", ACTIVATIONS), ("norm", NORMS), ("norm_placement", NORM_PLACEMENTS),
+            ("form", FORMS), ("activation", ACTIVATIONS), ("norm", NORMS),
+            ("norm_placement", NORM_PLACEMENTS),
             ("positions", POSITIONS), ("dtype", DTYPES),
             ("remat", REMAT_POLICIES), ("attention", ATTENTIONS), ("expert_scores", EXPERT_SCORES),
         ):
@@ -178,8 +182,8 @@ class TransformerConfig:
         two = self.form == "encoder_decoder"
         if two != (self.encoder_layers is not None) or (two and self.encoder_layers < 1):
             raise ValueError(
-                f"model.encoder_layers={self.encoder_layers} with model.form={self.form!r}: expected "
-                "at least 1 for 'encoder_decoder', and None for the others"
+                f"model.encoder_layers={self.encoder_layers} with model.form={self.form!r}: "
+                "expected at least 1 for 'encoder_decoder', and None for the others"
             )
         for field in ("num_experts", "window"):
             if two and getattr(self, field) is not None:
@@ -195,8 +199,8 @@ class TransformerConfig:
                 )
         if self.future_heads < 0 or (self.future_heads and self.form != "decoder"):
             raise ValueError(
-                f"model.future_heads={self.future_heads} with model.form={self.form!r}: expected at "
-                "least 0, and 0 for all but a 'decoder'"
+                f"model.future_heads={self.future_heads} with model.form={self.form!r}: expected "
+                "at least 0, and 0 for all but a 'decoder'"
             )
         if self.future_heads and self.num_experts is not None:
             raise ValueError(
@@ -212,8 +216,8 @@ class TransformerConfig:
             )
         if self.relative_buckets < 4 or self.relative_buckets % 4:
             raise ValueError(
-                f"model.relative_buckets={self.relative_buckets}: expected a multiple of 4, the half "
-                "of each side's for distances of their own"
+                f"model.relative_buckets={self.relative_buckets}: expected a multiple of 4, the "
+                "half of each side's for distances of their own"
             )
         if self.relative_distance <= self.relative_buckets // 2:
             raise ValueError(

@@ -155,9 +155,10 @@ class Transformer(nnx.Module):
         return self._stack(tokens_BT, rows, (None, memory), dropout_key, measured)
 
     def encode(self, beside: Beside, dropout_key: jax.Array | None = None) -> jax.Array:
-        """What the encoder makes of its source, source_BSD whole in time; ValueError without one."""
+        """What the encoder makes of its source, source_BSD; ValueError without one."""
         if beside.source_tokens_BS is None:
-            raise ValueError("model.form='encoder_decoder' reads a source: give beside.source_tokens_BS")
+            raise ValueError(
+                "model.form='encoder_decoder' reads a source: give beside.source_tokens_BS")
         tokens_BS, positions_BS, segments_BS = beside[2:]
         embed_key = layers_key = None
         if dropout_key is not None and self.config.dropout > 0:

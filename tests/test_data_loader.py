@@ -32,6 +32,10 @@ def prepared(tmp_path_factory):
     return prepare(config, directory / "data")
 
 
+def joined(parts):
+    return [np.concatenate(arrays) for arrays in zip(*(part[:5] for part in parts))]
+
+
 def same(one, other):
     return all(np.array_equal(x, y) for x, y in zip(one, other))
 
@@ -46,7 +50,7 @@ def test_any_rows_of_any_step_are_those_of_the_global_batch(prepared):
             share = 14 // processes
             parts = [other.batch(step, slice(i * share, (i + 1) * share))
                      for i in reversed(range(processes))][::-1]
-            assert same(whole, [np.concatenate(arrays) for arrays in zip(*(part[:5] for part in parts))])
+            assert same(whole, joined(parts))
 
 
 def test_a_transform_is_told_record_and_epoch(prepared):
@@ -184,7 +188,7 @@ def test_a_pass_reads_each_record_once_in_order_and_accounts_for_every_byte(prep
         assert weights.sum() == prepared.manifest[split]["tokens"]
         halves = [list(loader.epoch_batches(rows)) for rows in (slice(0, 3), slice(3, None))]
         for whole, *parts in zip(batches, *halves):
-            assert same(whole, [np.concatenate(arrays) for arrays in zip(*(part[:5] for part in parts))])
+            assert same(whole, joined(parts))
 
 
 def test_a_pass_gives_the_documents_back(prepared):

@@ -94,6 +94,7 @@ def test_first_fit_fills_records():
 
 def test_batch_types_and_padding_rows():
     batch = unpack(np.full((3, 6), PAD, np.uint16), BOS, PAD)
-    assert [array.dtype.name for array in batch[:5]] == ["int32", "int32", "float32", "int32", "int32"]
+    names = [array.dtype.name for array in batch[:5]]
+    assert names == ["int32", "int32", "float32", "int32", "int32"]
     assert not batch.weights_BT.any() and not batch.segments_BT.any()
     assert list(concatenate(iter([]), 5, BOS, PAD)) == list(first_fit(iter([]), 5, BOS, PAD)) == []

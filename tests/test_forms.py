@@ -1,4 +1,4 @@
-"""The forms of the model learn their objectives: who sees what, cached = full, meshes = one device."""
+"""The forms of the model: who sees what, what they learn, cached = full, meshes = one device."""
 
 import dataclasses
 import functools
@@ -33,7 +33,8 @@ def model_of(form: str, **change) -> TransformerConfig:
     """A model whose dims all differ and that tensor 2 and data 4 divide."""
     return TransformerConfig(**dict(
         form=form, vocab_size=272, num_layers=2,
-        encoder_layers=3 if form == "encoder_decoder" else None, model_dim=24, num_heads=4, num_kv_heads=2,
+        encoder_layers=3 if form == "encoder_decoder" else None, model_dim=24, num_heads=4,
+        num_kv_heads=2,
         head_dim=6, mlp_dim=40, max_length=LENGTH) | change)
 
 
@@ -264,7 +265,8 @@ def test_each_objective_is_learned_beyond_its_unigram_loss(form, records):
 ))
 def test_a_mesh_has_the_numbers_of_one_device(form, zero, accumulation, more, records):
     objectives, change = MIXTURES[form]
-    objectives = objectives[:1] if "future_heads" in more else objectives  # No prefix with future heads.
+    if "future_heads" in more:
+        objectives = objectives[:1]  # They refuse a prefix.
     model, train = model_of(form, **change | more), step_checks.train_config("sgd")
     micro = step_checks.train_config("sgd", accumulation)
     transform = transform_of(config(*objectives), form, TOKENIZER)
@@ -276,7 +278,8 @@ def test_a_mesh_has_the_numbers_of_one_device(form, zero, accumulation, more, re
 
 def test_future_heads_learn_what_comes_later_in_the_same_document(records):
     """Their loss is their formula; what they predict is so many tokens on; each beats unigrams."""
-    model, train = model_of("decoder", future_heads=2, num_layers=1), step_checks.train_config("adamw")
+    model = model_of("decoder", future_heads=2, num_layers=1)
+    train = step_checks.train_config("adamw")
     train.schedule.learning_rate, train.num_steps, train.batch_size = 0.01, 150, 16
     mesh, program, step = step_checks.start(
         train, MeshConfig(data=1), jax.devices()[:1], model)
@@ -284,7 +287,8 @@ def test_future_heads_learn_what_comes_later_in_the_same_document(records):
     state, random = program.initialize(), np.random.default_rng(0)
     for _ in range(150):
         drawn = random.integers(0, 64, 16)
-        state, _ = step(state, step_checks.place_batch(mesh, transform(records[drawn], drawn, drawn)))
+        batch = transform(records[drawn], drawn, drawn)
+        state, _ = step(state, step_checks.place_batch(mesh, batch))
     batch = transform(records[:64], np.arange(64), np.arange(64))
 
     @jax.jit

@@ -89,7 +89,8 @@ def test_a_step_is_the_gradient_of_the_mean_loss(model_config, train_config, bat
     state, metrics = step(program.initialize(), put(batch))
 
     def mean_loss(params):
-        terms = batch_loss(nnx.merge(program.graphdef, params), batch, None, ObjectiveConfig(), None)
+        model = nnx.merge(program.graphdef, params)
+        terms = batch_loss(model, batch, None, ObjectiveConfig(), None)
         return terms.loss / batch.weights_BT.sum()
 
     loss, gradient = jax.jit(jax.value_and_grad(mean_loss))(before)

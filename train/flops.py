@@ -23,8 +23,9 @@ def flops_per_token(
     """Training FLOPs per token: 6 per weight in a matrix product, 12 per visible key and head dim.
 
     A forward product costs 2 per weight, the backward pass twice that; embeddings are looked up,
-    not multiplied, unless they are the head too. A causal query sees half of the row on average,
-    an encoder's all of it, a local one at most its window, on both sides in an encoder. Of the experts, those count that a token takes.
+    not multiplied, unless they are the head too. A causal query sees half of the row on average, an
+    encoder's all of it, a local one at most its window, on both sides in an encoder. Of the
+    experts, those count that a token takes.
     Rematerialization is not counted (PaLM, arXiv:2204.02311, B).
     params: arrays or abstract ones. length: tokens per row. decoded: tokens of a decoder's row over
     those of its encoder's, which are the ones that count.
@@ -62,7 +63,8 @@ def _of_both(
     Keys and values of the source are counted as if the decoder's tokens had them.
     """
     def part(tree: dict, of_encoder: bool) -> dict:
-        return {name: leaf for name, leaf in tree.items() if name.startswith("encoder") == of_encoder}
+        return {
+            name: leaf for name, leaf in tree.items() if name.startswith("encoder") == of_encoder}
 
     decoder = dataclasses.replace(config, form="decoder", encoder_layers=None)
     encoder = dataclasses.replace(config.encoder, tied_embeddings=False)

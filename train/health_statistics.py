@@ -89,14 +89,16 @@ def _norms(program: Program, trees: tuple[Any, Any, Any]) -> list[dict[str, jax.
         parts = [
             _squares(leaf, name, _replicas(partition, axes), shape[:1])
             for leaves, partitions in zip(trees, split, strict=True)
-            for leaf, name, partition, shape in zip(leaves, letters, partitions, shapes, strict=True)
+            for leaf, name, partition, shape in zip(
+                leaves, letters, partitions, shapes, strict=True)
         ]
         total = jnp.concatenate(parts)
         return jnp.sqrt(jax.lax.psum(total, axes) if axes else total)
 
     leaves = tuple(jax.tree.leaves(tree) for tree in trees)
     norms = per_device(of_this_device, (split,), PartitionSpec())(leaves)
-    sizes = [shape[0] if leaf[:1] == "L" else 1 for leaf, shape in zip(letters, shapes, strict=True)]
+    sizes = [
+        shape[0] if leaf[:1] == "L" else 1 for leaf, shape in zip(letters, shapes, strict=True)]
     places = [sum(sizes[:index]) for index in range(len(sizes))]
     return [
         {
