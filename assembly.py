@@ -20,7 +20,10 @@ from flax import nnx
 
 from batiste import __version__
 from batiste.configs.experiment import Experiment, flatten
-from batiste.data import Batch, Loader, Prepared
+from batiste.data import (
+    Batch, Loader, Prepared, Transform, encode_prompt, special_ids, target_length,
+    transform_of,
+)
 from batiste.evaluation import Perplexity, RowSums, make_row_losses, perplexity
 from batiste.inference import SamplingConfig, generate
 from batiste.models import resolve_attention
@@ -52,15 +55,25 @@ class Assembly:
 
     @functools.cached_property
     def byte_lengths_V(self) -> jax.Array:
-        """Bytes of text that each token stands for, whole on every device."""
-        return replicate(self.mesh, self.prepared.tokenizer.byte_lengths_V.astype(np.float32))
+        """Bytes of text that each token stands for, whole on every device; special tokens: none."""
+        lengths_V = np.zeros(self.experiment.model.vocab_size, np.float32)
+        known = self.prepared.tokenizer.byte_lengths_V
+        lengths_V[: len(known)] = known
+        return replicate(self.mesh, lengths_V)
+
+    @functools.cached_property
+    def transform(self) -> Transform:
+        """What becomes of each record."""
+        return transform_of(
+            self.experiment.data, self.experiment.model.form, self.prepared.tokenizer)
 
     def measure(self, params: Any, max_batches: int | None = None) -> Perplexity:
         """The perplexity of the validation split, or of its first batches."""
         rows = self.program.layout.micro_batches
         rows *= math.prod(self.mesh.shape[axis] for axis in RULES["B"])
         batch_size = -(-self.experiment.train.batch_size // rows) * rows
-        loader = Loader(self.prepared, "validation", batch_size, self.experiment.data.seed)
+        loader = Loader(
+            self.prepared, "validation", batch_size, self.experiment.data.seed, self.transform)
         share = Share(self.mesh, batch_size)
         return perplexity(
             lambda batch: self.row_losses(params, share.place(batch), self.byte_lengths_V),
@@ -81,13 +94,19 @@ class Assembly:
         self, params: Any, prompts: Sequence[str], config: SamplingConfig
     ) -> Iterator[list[str]]:
         """Continues each prompt; yields the text that each step adds to each."""
-        tokenizer = self.prepared.tokenizer
-        begin = tokenizer.begin_ids
+        tokenizer, data = self.prepared.tokenizer, self.experiment.data
+        special = special_ids(data, tokenizer)
+        # A prompt is what the decoder begins with, or the source of an encoder, which has no BOS.
+        begin = tokenizer.begin_ids if self.experiment.model.form == "decoder" else []
+        ids = [[*begin, *encode_prompt(tokenizer, special, prompt)] for prompt in prompts]
         # Some tokenizers put nothing before a prompt, but something must be there.
-        ids = [[*begin, *tokenizer.encode(prompt)] or [tokenizer.bos_id] for prompt in prompts]
+        ids = [row or [tokenizer.bos_id] for row in ids]
         decoders = [tokenizer.stream() for _ in prompts]
         model = nnx.merge(self.program.graphdef, self.plain(params))
-        for tokens in generate(model, ids, tokenizer.end_id, config):
+        kinds = {objective.kind for objective in data.objectives}
+        whole = kinds == {"prefix"} and self.experiment.model.form == "decoder"  # As trained.
+        ends = tokenizer.end_id
+        for tokens in generate(model, ids, ends, config, whole_prompts=whole):
             # A model may have more tokens than the tokenizer (a padded vocabulary): no text.
             yield [
                 "" if token is None or token >= tokenizer.vocab_size else decoder.push(token)
@@ -116,9 +135,11 @@ class Assembly:
         """The terminal line, and the step at which the run ends by its steps or its FLOP budget."""
         experiment, program = self.experiment, self.program
         tokens_per_step = experiment.train.batch_size * experiment.data.sequence_length
+        length = experiment.data.sequence_length
+        two = experiment.model.form == "encoder_decoder"
         flops = flops_per_token(
-            experiment.model, program.abstract_state.params, program.letters,
-            experiment.data.sequence_length,
+            experiment.model, program.abstract_state.params, program.letters, length,
+            target_length(experiment.data) / length if two else 1.0,
         )
         peak, source = total_peak_flops(self.mesh, experiment.model.dtype)
         if is_first():
@@ -150,7 +171,8 @@ class Assembly:
         ledger.enter("evaluation")
         result = self.measure(params)
         ledger.enter("sampling")
-        prompts = experiment.sample.prompts
+        # An encoder continues nothing.
+        prompts = () if experiment.model.form == "encoder" else experiment.sample.prompts
         texts = self.write(params, prompts, experiment.sample)
         ledger.enter("idle")
         if not is_first():
@@ -163,11 +185,13 @@ class Assembly:
             config=flatten(experiment),
             seconds_by_phase=read_account(self.workdir).seconds,
             samples=list(zip(prompts, texts, strict=True)),
-            bits_per_byte=result.bits_per_byte,
-            standard_error=result.standard_error,
-            xz_concatenated=manifest["validation"].get("xz_bits_per_byte"),
-            xz_per_document=manifest["validation"].get("xz_bits_per_byte_per_document"),
         )
+        if not experiment.data.objectives:  # Others do not predict every byte from those before.
+            facts = dataclasses.replace(
+                facts, bits_per_byte=result.bits_per_byte, standard_error=result.standard_error,
+                xz_concatenated=manifest["validation"].get("xz_bits_per_byte"),
+                xz_per_document=manifest["validation"].get("xz_bits_per_byte_per_document"),
+            )
         write_report(self.workdir, facts)
         return result
 

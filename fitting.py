@@ -78,7 +78,8 @@ def _fit_from(
         if is_first():
             print(f"continuing from step {start} of {assembly.workdir}", flush=True)
     ledger.enter("initialization")
-    loader = Loader(assembly.prepared, "train", experiment.train.batch_size, experiment.data.seed)
+    loader = Loader(assembly.prepared, "train", experiment.train.batch_size, experiment.data.seed,
+                    assembly.transform)
     share = Share(assembly.mesh, experiment.train.batch_size)
     windows = skipped(decisions_of(meta))
     batches = loader.iterate(start or 0, share.rows, windows)

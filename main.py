@@ -14,7 +14,7 @@ import jax
 
 from batiste.assembly import Assembly, assemble
 from batiste.configs.experiment import Experiment, flatten, from_dict
-from batiste.data import Prepared, load_prepared
+from batiste.data import Prepared, load_prepared, special_tokens
 from batiste.data import prepare as prepare_data
 from batiste.evaluation import Perplexity
 from batiste.exchange import Export, export_model, import_model, imported
@@ -62,10 +62,12 @@ def prepare(experiment: Experiment, workdir: str | os.PathLike) -> Prepared:
     together("read what process 0 prepared",
              lambda: read.append(load_prepared(directory)) or read[0].fingerprint)
     prepared = read[0]
-    if prepared.tokenizer.vocab_size > experiment.model.vocab_size:
+    tokens, special = prepared.tokenizer.vocab_size, len(special_tokens(experiment.data))
+    if tokens + special > experiment.model.vocab_size:
+        more = f" and data.objectives {special} special ones" if special else ""
         raise ValueError(
-            f"model.vocab_size={experiment.model.vocab_size}, but the tokenizer has "
-            f"{prepared.tokenizer.vocab_size} tokens: set model.vocab_size at least that high"
+            f"model.vocab_size={experiment.model.vocab_size}, but the tokenizer has {tokens} tokens"
+            f"{more}: set model.vocab_size at least {tokens + special}"
         )
     return prepared
 

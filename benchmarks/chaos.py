@@ -78,19 +78,19 @@ def instrument() -> None:
     One of two processes may be killed before they find each other; the other waits for 40 s, not 300.
     """
     sys.modules["batiste.sharding.connect"].INITIALIZATION_SECONDS = 40
-    records_at, lines = order.Order.records_at, Lines(pathlib.Path(os.environ[EXAMPLES]))
+    drawn_at, lines = order.Order.drawn_at, Lines(pathlib.Path(os.environ[EXAMPLES]))
 
     lock = threading.Lock()
 
     def noted(self, positions):
-        found = records_at(self, positions)
-        line = [sum(self._sizes), [int(at) for at in positions], [int(each) for each in found]]
+        found = drawn_at(self, positions)
+        line = [sum(self._sizes), [int(at) for at in positions], [int(each) for each in found[0]]]
         with lock:
             lines.add(json.dumps(line) + "\n")
             lines.write()
         return found
 
-    order.Order.records_at = noted
+    order.Order.drawn_at = noted
     clock, shift = time.time, float(os.environ.get(CLOCK, 0))
     time.time = lambda: clock() + shift
 

@@ -6,7 +6,8 @@ import types
 import typing
 from typing import Any
 
-from batiste.data import DataConfig
+from batiste.configs.objective_checks import check_objectives
+from batiste.data import DataConfig, special_tokens
 from batiste.inference import SamplingConfig
 from batiste.models import TransformerConfig
 from batiste.sharding import AXES, MeshConfig, layer_order
@@ -38,11 +39,14 @@ class Experiment:
                 f"train.faults={self.train.faults!r}: expected a layer from 0 to {depth - 1}, as "
                 f"model.num_layers={depth}"
             )
+        check_objectives(self.model, self.data, self.mesh, self.train)
         learned = self.data.tokenizer in ("bpe", "unigram")
-        if learned and self.data.vocab_size > self.model.vocab_size:
+        special = len(special_tokens(self.data))
+        if learned and self.data.vocab_size + special > self.model.vocab_size:
+            more = f", and {special} special ones of data.objectives" if special else ""
             raise ValueError(
                 f"model.vocab_size={self.model.vocab_size} is below data.vocab_size="
-                f"{self.data.vocab_size}, the tokens to be learned: raise model.vocab_size"
+                f"{self.data.vocab_size}, the tokens to be learned{more}: raise model.vocab_size"
             )
         for axis in ("stage", "tensor"):
             if self.train.objective.fused and getattr(self.mesh, axis) > 1:

@@ -8,14 +8,19 @@ from batiste.data.config import DataConfig, SourceConfig
 from batiste.data.file_hashes import damage, hash_files, read_signed, write_signed
 from batiste.data.huggingface_tokenizer import pack as pack_tokenizer
 from batiste.data.loader import Loader
+from batiste.data.objectives import Transform, transform_of
 from batiste.data.order import position
 from batiste.data.packing import Batch
+from batiste.data.pairs import target_length
 from batiste.data.prepare import prepare
 from batiste.data.prepared import Prepared, load_prepared
+from batiste.data.record_objective import FORMS, RecordObjective
+from batiste.data.special_tokens import encode_prompt, special_ids, special_tokens
 from batiste.data.tokenizer import Tokenizer, load_tokenizer
 
 __all__ = [
-    "Batch", "DataConfig", "Loader", "Prepared", "SourceConfig", "Tokenizer", "damage",
-    "hash_files", "load_prepared", "load_tokenizer", "pack_tokenizer", "position", "prepare",
-    "read_signed", "write_signed",
+    "FORMS", "Batch", "DataConfig", "Loader", "Prepared", "RecordObjective", "SourceConfig",
+    "Tokenizer", "Transform", "damage", "encode_prompt", "hash_files", "load_prepared",
+    "load_tokenizer", "pack_tokenizer", "position", "prepare", "read_signed", "special_ids",
+    "special_tokens", "target_length", "transform_of", "write_signed",
 ]

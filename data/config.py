@@ -4,6 +4,8 @@ import dataclasses
 import difflib
 import math
 
+from batiste.data.record_objective import RecordObjective, validate_objectives
+
 TOKENIZERS = ("bpe", "unigram", "characters", "bytes")
 PACKINGS = ("concatenate", "first_fit")
 
@@ -36,8 +38,9 @@ class DataConfig:
     sequence_length: T, the inputs of a record.
     packing: "concatenate" cuts one stream of documents every T tokens and fills every record;
         "first_fit" keeps a document in one record where it fits, at the price of some padding.
-    seed: the order of the training examples. It is handed to `Loader` and does not change what is
-        prepared.
+    objectives: what is learned from the records, one drawn for each by weight; () is next tokens.
+    seed: the order of the training examples, and what their objectives draw. Neither it nor
+        `objectives` changes what is prepared.
     """
 
     sources: tuple[SourceConfig, ...] = dataclasses.field(
@@ -47,6 +50,7 @@ class DataConfig:
     vocab_size: int = 4096
     sequence_length: int = 256
     packing: str = "concatenate"
+    objectives: tuple[RecordObjective, ...] = ()
     seed: int = 0
 
     def validate(self) -> None:
@@ -73,6 +77,7 @@ class DataConfig:
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(
                     f"data.{field}={value!r}: expected a whole number of at least {least}")
+        validate_objectives(self.objectives)
 
 
 def _require_choice(field: str, value: str, choices: tuple[str, ...], rest: str = "") -> None:

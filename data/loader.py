@@ -5,8 +5,9 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from batiste.data.objectives import Transform, next_tokens
 from batiste.data.order import Order, position
-from batiste.data.packing import Batch, unpack
+from batiste.data.packing import Batch
 from batiste.data.prepared import Prepared
 
 # Rows of the global batch: a slice, or their indices in ascending order; None for all.
@@ -23,10 +24,14 @@ class Loader:
     and processes that ask for different rows of a step get one global batch between them.
 
     split: "train" or "validation". batch_size: rows of the global batch. seed: of the order.
+    transform: what becomes of a record; None leaves inputs and next tokens.
     Raises ValueError if the training records are fewer than one batch.
     """
 
-    def __init__(self, prepared: Prepared, split: str, batch_size: int, seed: int):
+    def __init__(
+        self, prepared: Prepared, split: str, batch_size: int, seed: int,
+        transform: Transform | None = None,
+    ):
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size}: expected at least 1")
         if seed < 0:
@@ -39,7 +44,9 @@ class Loader:
                 f"one batch of {batch_size}; lower the batch size or data.sequence_length, "
                 "or add text")
         self._batch_size = batch_size
-        self._bos_id, self._pad_id = prepared.tokenizer.bos_id, prepared.tokenizer.pad_id
+        tokenizer = prepared.tokenizer
+        self._pad_id = tokenizer.pad_id
+        self._transform = next_tokens(tokenizer) if transform is None else transform
         weights = [source["weight"] for source in prepared.manifest["config"]["sources"]]
         pairs = [(reader, weight) for reader, weight in zip(prepared.readers(split), weights)
                  if len(reader)]
@@ -57,7 +64,8 @@ class Loader:
         """Returns the global batch of `step`, or only `rows` of it."""
         start = step * self._batch_size
         positions = np.arange(start, start + self._batch_size)[_all_if_none(rows)]
-        return self._unpack(self._read(self._order.records_at(positions)))
+        indices, epochs = self._order.drawn_at(positions)
+        return self._transform(self._read(indices), indices, epochs)
 
     def records(self, step: int) -> np.ndarray:
         """Returns the numbers of the records in the global batch of `step`, by row."""
@@ -76,7 +84,10 @@ class Loader:
             lambda step: self.batch(position(step, skipped), rows), start_step, sys.maxsize)
 
     def epoch_batches(self, rows: Rows = None) -> Iterator[Batch]:
-        """Returns each record once, in the stored order; rows beyond the last have weight 0."""
+        """Returns each record once, in the stored order; rows beyond the last have weight 0.
+
+        What is random in them is that of epoch 0 in every pass.
+        """
         return _read_ahead(lambda step: self._epoch_batch(step, rows), 0, self.num_batches)
 
     def _epoch_batch(self, step: int, rows: Rows) -> Batch:
@@ -85,7 +96,7 @@ class Loader:
         real = indices < self._records
         records = np.full((len(indices), self._length + 1), self._pad_id, np.int32)
         records[real] = self._read(indices[real])
-        return self._unpack(records)
+        return self._transform(records, indices, np.zeros_like(indices))
 
     def _read(self, indices: np.ndarray) -> np.ndarray:
         """Returns the records at `indices`, which count through the sources one after another."""
@@ -96,9 +107,6 @@ class Loader:
             start = self._ends[source] - len(self._readers[source])
             records[rows] = self._readers[source].read(indices[rows] - start)
         return records
-
-    def _unpack(self, records: np.ndarray) -> Batch:
-        return unpack(records, self._bos_id, self._pad_id)
 
 
 def _all_if_none(rows: Rows) -> slice | np.ndarray:

@@ -28,16 +28,21 @@ class Order:
 
     def records_at(self, positions: np.ndarray) -> np.ndarray:
         """Returns the records [N] at `positions` [N], which count from 0 without end."""
-        records = np.empty(len(positions), np.int64)
+        return self.drawn_at(positions)[0]
+
+    def drawn_at(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Returns these records, and in which epoch of its source each of them is drawn."""
+        records, in_epoch = np.empty((2, len(positions)), np.int64)
         start = 0
         for source, (rows, drawn) in enumerate(self._draw(positions)):
             epochs, indices = np.divmod(drawn, self._sizes[source])
+            in_epoch[rows] = epochs
             for epoch in np.unique(epochs):
                 now = epochs == epoch
                 keys = self._keys(source, int(epoch))
                 records[rows[now]] = start + permute(indices[now], self._sizes[source], keys)
             start += self._sizes[source]
-        return records
+        return records, in_epoch
 
     def _keys_of(self, source: int, epoch: int) -> np.ndarray:
         return np.random.SeedSequence((self._seed, source, epoch)).generate_state(4, np.uint64)

@@ -22,7 +22,11 @@ class Batch(NamedTuple):
 
     A weight is 1 exactly where the target continues or ends the document of its input. Segments
     count from 1 in a record; positions restart at each document, and at the start of a record for
-    a document that continues from another.
+    a document that continues from another. What an objective does not need is None.
+
+    prefix_B: the first tokens of a row that all of their document sees. types_BT: 1 in the second
+    half of a document. source: what an encoder reads, in rows of its own length; its segments are
+    those of the decoder's rows.
     """
 
     tokens_BT: np.ndarray  # int32
@@ -30,6 +34,11 @@ class Batch(NamedTuple):
     weights_BT: np.ndarray  # float32
     segments_BT: np.ndarray  # int32
     positions_BT: np.ndarray  # int32
+    prefix_B: np.ndarray | None = None  # int32
+    types_BT: np.ndarray | None = None  # int32
+    source_tokens_BS: np.ndarray | None = None  # int32
+    source_segments_BS: np.ndarray | None = None  # int32
+    source_positions_BS: np.ndarray | None = None  # int32
 
 
 def concatenate(

@@ -55,6 +55,10 @@ class Tokenizer(abc.ABC):
         """Returns the text of `ids`; bytes that are not UTF-8 become U+FFFD."""
         return b"".join(map(self._token_bytes.__getitem__, ids)).decode("utf-8", "replace")
 
+    def token_bytes(self, token: int) -> bytes:
+        """Returns the bytes that a token stands for."""
+        return self._token_bytes[token]
+
     def stream(self) -> "TextStream":
         """Returns a decoder for one token at a time."""
         return TextStream(self._token_bytes)

@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 
 from batiste.sharding import compiler_options, laid_out
-from batiste.train import ObjectiveConfig, Program, causal_loss
+from batiste.train import ObjectiveConfig, Program, batch_loss
 
 
 class Perplexity(NamedTuple):
@@ -54,7 +54,7 @@ def make_row_losses(
     def row_losses(params: Any, batch: Any, byte_lengths_V: jax.Array) -> RowSums:
         model = nnx.merge(program.graphdef, params)
         with laid_out(program.layout):
-            nats_B = causal_loss(model, batch, None, config, None).cross_entropy_B
+            nats_B = batch_loss(model, batch, None, config, None).cross_entropy_B
         bytes_BT = byte_lengths_V[batch.targets_BT] * batch.weights_BT
         return RowSums(nats_B, batch.weights_BT.sum(axis=1), bytes_BT.sum(axis=1))
 

@@ -16,32 +16,48 @@ from batiste.sharding import compiler_options
 
 
 def generate(
-    model: Transformer, prompts: Sequence[Sequence[int]], stop_id: int, config: SamplingConfig
+    model: Transformer, prompts: Sequence[Sequence[int]], stop_id: int, config: SamplingConfig,
+    whole_prompts: bool = False,
 ) -> Iterator[list[int | None]]:
     """Yields, step by step, the next token of each prompt; None for a row that has ended.
 
-    prompts: token ids, at least one each. A row ends with `stop_id` (which is not yielded), after
-    `config.max_tokens`, or when the model's max_length is full. What a row draws depends on its
-    own prompt, its index and the seed alone, not on the rows beside it.
-    Raises ValueError when a prompt is empty or leaves no room.
+    prompts: token ids, at least one each; where there is an encoder, what it reads. A row ends with
+    `stop_id` (which is not yielded), after `config.max_tokens`, or when the model's max_length is
+    full. What a row draws depends on its own prompt, its index and the seed alone, not on the rows
+    beside it. whole_prompts: each token of a prompt sees all of it, as a prefix language model was
+    trained; otherwise those before it.
+    Raises ValueError for an encoder, and when a prompt is empty or leaves no room.
     """
     config.validate()
+    if model.config.form == "encoder":
+        raise ValueError(
+            "model.form='encoder' sees all of a text and continues none: generate with a model of "
+            "another form, or `batiste evaluate` this one"
+        )
     max_length = model.config.max_length
     lengths_B = np.array([len(prompt) for prompt in prompts], np.int32)
-    if lengths_B.min() < 1 or lengths_B.max() >= max_length:
+    reads = model.config.form == "encoder_decoder"
+    least, most = (0, max_length) if reads else (1, max_length - 1)
+    if lengths_B.min() < least or lengths_B.max() > most:
         raise ValueError(
-            f"prompts of {lengths_B.tolist()} tokens: expected 1 to {max_length - 1} each, to leave "
+            f"prompts of {lengths_B.tolist()} tokens: expected {least} to {most} each, to leave "
             f"room within model.max_length={max_length}"
         )
-    tokens_BT = np.zeros((len(prompts), lengths_B.max()), np.int32)
+    tokens_BT = np.zeros((len(prompts), max(1, lengths_B.max())), np.int32)
     for row, prompt in zip(tokens_BT, prompts, strict=True):
         row[: len(prompt)] = prompt
     graphdef, params = nnx.split(model, nnx.Param)
     (device, *_) = jax.tree.leaves(params)[0].devices()
     options = compiler_options(device, letters_tree(params))
-    prefill, decode = _compiled(graphdef, config, options)
+    prefill, decode = _compiled(graphdef, config, options, whole_prompts)
     keys_B = jax.random.split(jax.random.key(config.seed), len(prompts))
-    token_B, cache = prefill(params, tokens_BT, lengths_B, keys_B)
+    start = functools.partial(prefill, params)
+    if reads:  # What is written begins as a document does.
+        sources = tokens_BT, lengths_B
+        tokens_BT = np.full((len(prompts), 1), stop_id, np.int32)
+        lengths_B = np.ones_like(lengths_B)
+        start = functools.partial(start, sources=sources)
+    token_B, cache = start(tokens_BT, lengths_B, keys_B)
     budget = max_length if config.max_tokens is None else config.max_tokens
     ended_B = np.zeros(len(prompts), bool)
     for step in range(budget):
@@ -54,7 +70,7 @@ def generate(
 
 
 def _compiled(
-    graphdef: Any, config: SamplingConfig, options: dict[str, bool] | None
+    graphdef: Any, config: SamplingConfig, options: dict[str, bool] | None, whole_prompts: bool
 ) -> tuple[Any, Any]:
     def draw(model, x_BD, keys_B, length_B):
         keys_B = jax.vmap(jax.random.fold_in)(keys_B, length_B)
@@ -63,10 +79,15 @@ def _compiled(
     jit = functools.partial(jax.jit, compiler_options=options)
 
     @jit
-    def prefill(params, tokens_BT, lengths_B, keys_B):
+    def prefill(params, tokens_BT, lengths_B, keys_B, sources=None):
         model = nnx.merge(graphdef, params)
-        cache = model.empty_cache(tokens_BT.shape[0], model.config.max_length)
-        x_BTD, cache = model.extend(tokens_BT, cache)
+        if sources is None:
+            cache = model.empty_cache(tokens_BT.shape[0], model.config.max_length)
+        else:
+            source_BS, sizes_B = sources
+            real_BS = jnp.arange(source_BS.shape[1])[None] < sizes_B[:, None]
+            cache = model.read(source_BS, real_BS.astype(jnp.int32), model.config.max_length)
+        x_BTD, cache = model.extend(tokens_BT, cache, lengths_B if whole_prompts else None)
         x_BD = jnp.take_along_axis(x_BTD, (lengths_B - 1)[:, None, None], axis=1)[:, 0]
         return draw(model, x_BD, keys_B, lengths_B), cache._replace(length_B=lengths_B)
 

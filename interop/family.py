@@ -167,7 +167,7 @@ def _plain(model: TransformerConfig) -> TransformerConfig:
     if model.positions != "rope" or model.rope_scaling is None:
         inert += ["rope_factor"]
     if model.positions != "rope" or model.rope_scaling != "llama3":
-        inert += ["rope_low_frequency_factor", "rope_high_frequency_factor", "rope_original_length"]
+        inert += ["rope_original_length"]
     if model.local_rope_base == model.rope_base and model.rope_scaling is None:
         inert += ["local_rope_base"]
     if model.num_experts is None:

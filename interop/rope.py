@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from batiste.models import TransformerConfig
+from batiste.models import LLAMA3_FACTORS, TransformerConfig
 
 
 def read(
@@ -37,11 +37,11 @@ def read(
         return fields
     fields |= {"rope_scaling": kind, "rope_factor": float(given["factor"])}
     if kind == "llama3":
-        fields |= {
-            "rope_low_frequency_factor": float(given["low_freq_factor"]),
-            "rope_high_frequency_factor": float(given["high_freq_factor"]),
-            "rope_original_length": int(given["original_max_position_embeddings"]),
-        }
+        factors = float(given["low_freq_factor"]), float(given["high_freq_factor"])
+        if factors != LLAMA3_FACTORS:
+            raise ValueError(
+                f"config.json: low_freq_factor, high_freq_factor={factors}: expected {LLAMA3_FACTORS}")
+        fields["rope_original_length"] = int(given["original_max_position_embeddings"])
     return fields
 
 
@@ -52,8 +52,8 @@ def write(model: TransformerConfig, own_local: bool) -> dict[str, Any]:
         scaling["factor"] = model.rope_factor
     if model.rope_scaling == "llama3":
         scaling |= {
-            "low_freq_factor": model.rope_low_frequency_factor,
-            "high_freq_factor": model.rope_high_frequency_factor,
+            "low_freq_factor": LLAMA3_FACTORS[0],
+            "high_freq_factor": LLAMA3_FACTORS[1],
             "original_max_position_embeddings": model.rope_original_length,
         }
     full = scaling | {"rope_theta": model.rope_base}

@@ -18,10 +18,26 @@ from batiste.sharding import constrain
 
 
 class LayerCache(NamedTuple):
-    """Keys and values that one layer has seen."""
+    """Keys and values that one layer has seen, and those of the source where there is one."""
 
     k_BSKH: jax.Array
     v_BSKH: jax.Array
+    source_k_BSKH: jax.Array | None = None
+    source_v_BSKH: jax.Array | None = None
+
+
+class Given(NamedTuple):
+    """What all layers of a stack are given alike; None for what the model does not have.
+
+    rotation: cosine and sine of each place. bias_BNTS: added to the logits of self-attention.
+    source_BSD: what the encoder made, whole in time; None where its keys are cached. source_mask:
+    who may look at it.
+    """
+
+    rotation: tuple[jax.Array, jax.Array] | None = None
+    bias_BNTS: jax.Array | None = None
+    source_BSD: jax.Array | None = None
+    source_mask: AttentionMask | None = None
 
 
 class Attend:
@@ -41,19 +57,22 @@ class Attend:
         return dict(scale=self.scale, soft_cap=self.soft_cap, alibi_slopes_N=slopes_N)
 
     def __call__(
-        self, q_BTNH, k_BSKH, v_BSKH, mask: AttentionMask | OneOf, dropout_key: jax.Array | None,
-        keys: str | None = "BTKH", sinks_N: jax.Array | None = None,
+        self, q_BTNH: jax.Array, keys_values: tuple[jax.Array, jax.Array],
+        mask: AttentionMask | OneOf, logits: dict[str, Any],
+        rest: tuple[str | None, jax.Array | None],
     ) -> jax.Array:
-        """out_BTNH; `keys` say how k and v lie on the mesh, None that they are where they should."""
+        """out_BTNH; `logits`: what decides them, perhaps with sinks_N. `rest`: how k and v lie on the
+        mesh (None: where they should), and the key of dropout."""
+        keys, dropout_key = rest
         dropout_seeds_BN = None
         if dropout_key is not None:
             shape = (q_BTNH.shape[0], q_BTNH.shape[2])
             dropout_seeds_BN = jax.random.bits(dropout_key, shape).astype(jnp.int32)
         if keys is not None:
-            k_BSKH, v_BSKH = constrain(k_BSKH, keys), constrain(v_BSKH, keys)
+            keys_values = (constrain(x, keys) for x in keys_values)
         out_BTNH, _ = attention(
-            self.implementation, constrain(q_BTNH, "BTNH"), k_BSKH, v_BSKH, mask,
-            **self.logits(q_BTNH), sinks_N=sinks_N, dropout_rate=self.dropout_rate,
+            self.implementation, constrain(q_BTNH, "BTNH"), *keys_values, mask,
+            **({"sinks_N": None} | logits), dropout_rate=self.dropout_rate,
             dropout_seeds_BN=dropout_seeds_BN,
         )
         return out_BTNH
@@ -84,7 +103,7 @@ class Attention(nnx.Module):
         self,
         x_BTD: jax.Array,
         mask: AttentionMask | OneOf,
-        rotation: tuple[jax.Array, jax.Array] | None,
+        given: Given,
         cache: LayerCache | None,
         dropout_key: jax.Array | None,
         measured: bool,
@@ -96,8 +115,8 @@ class Attention(nnx.Module):
         v_BTKH = add_bias(project(x_BTD, self.value_DKH[...]), self.value_bias_KH)
         if self.query_norm is not None:
             q_BTNH, k_BTKH = self.query_norm(q_BTNH), self.key_norm(k_BTKH)
-        if rotation is not None:
-            q_BTNH, k_BTKH = rotate(q_BTNH, rotation), rotate(k_BTKH, rotation)
+        if given.rotation is not None:
+            q_BTNH, k_BTKH = (rotate(x, given.rotation) for x in (q_BTNH, k_BTKH))
         q_BTNH = checkpoint_name(q_BTNH, "query")
         k_BTKH, v_BTKH = checkpoint_name(k_BTKH, "key"), checkpoint_name(v_BTKH, "value")
         k_BSKH, v_BSKH = k_BTKH, v_BTKH
@@ -105,15 +124,39 @@ class Attention(nnx.Module):
             cache = LayerCache(
                 write(cache.k_BSKH, k_BTKH, mask), write(cache.v_BSKH, v_BTKH, mask)
             )
-            k_BSKH, v_BSKH = cache
-        logits = self.attend.logits(q_BTNH)
+            k_BSKH, v_BSKH = cache[:2]
+        logits = self.attend.logits(q_BTNH) | {"bias_BNTS": given.bias_BNTS}
         sums = attention_sums(q_BTNH, k_BSKH, mask, logits) if measured else None
-        sinks_N = None if self.sinks_N is None else self.sinks_N[...]
         keys = "BTKH" if cache is None else "BSKH"
-        out_BTNH = self.attend(q_BTNH, k_BSKH, v_BSKH, mask, dropout_key, keys, sinks_N)
+        return self._out(q_BTNH, (k_BSKH, v_BSKH), mask, logits, (keys, dropout_key)), cache, sums
+
+    def across(
+        self, x_BTD: jax.Array, given: Given, cache: LayerCache | None,
+        dropout_key: jax.Array | None,
+    ) -> jax.Array:
+        """out_BTD of attention to the source, which has no places."""
+        q_BTNH = add_bias(project(x_BTD, self.query_DNH[...]), self.query_bias_NH)
+        if self.query_norm is not None:
+            q_BTNH = self.query_norm(q_BTNH)
+        if cache is None:
+            source = self.read(given.source_BSD)
+        else:
+            source = cache.source_k_BSKH, cache.source_v_BSKH
+        logits = self.attend.logits(q_BTNH) | {"alibi_slopes_N": None}
+        return self._out(q_BTNH, source, given.source_mask, logits, ("BSKH", dropout_key))
+
+    def read(self, source_BSD: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Keys and values of the source, k_BSKH and v_BSKH."""
+        k_BSKH = add_bias(project(source_BSD, self.key_DKH[...]), self.key_bias_KH)
+        v_BSKH = add_bias(project(source_BSD, self.value_DKH[...]), self.value_bias_KH)
+        return k_BSKH if self.key_norm is None else self.key_norm(k_BSKH), v_BSKH
+
+    def _out(self, q_BTNH, keys_values, mask, logits: dict, rest: tuple) -> jax.Array:
+        """Attends and projects back; `rest`: the letters of the keys, and the dropout key."""
+        sinks_N = None if self.sinks_N is None else self.sinks_N[...]
+        out_BTNH = self.attend(q_BTNH, keys_values, mask, logits | {"sinks_N": sinks_N}, rest)
         out_BTNH = checkpoint_name(out_BTNH, "attended")
-        out_BTD = add_bias(project(out_BTNH, self.out_NHD[...], (0, 1)), self.out_bias_D)
-        return out_BTD, cache, sums
+        return add_bias(project(out_BTNH, self.out_NHD[...], (0, 1)), self.out_bias_D)
 
 
 def write(cache_BSKH: jax.Array, new_BTKH: jax.Array, mask: AttentionMask) -> jax.Array:

@@ -82,6 +82,11 @@ def attention(
         )
     if implementation == "reference" and context_size() == 1:
         return reference_attention(q_BTNH, k_BSKH, v_BSKH, mask, **options)
+    if options.pop("bias_BNTS", None) is not None:
+        raise ValueError(
+            f"model.positions='relative' does not know model.attention={implementation!r} or "
+            "mesh.context > 1: choose model.attention='reference' and mesh.context=1"
+        )
     names = ("sinks_N", "alibi_slopes_N", "dropout_seeds_BN")
     arrays = {name: options.pop(name) for name in names}
     operands = (q_BTNH, k_BSKH, v_BSKH, mask, arrays)
@@ -195,9 +200,17 @@ def fused_losses(
 
 
 def _check(config: TransformerConfig, chip: str, axis_sizes: Mapping[str, int]) -> None:
+    for field, value in (("form", "encoder_decoder"), ("positions", "relative")):
+        if getattr(config, field) == value:
+            raise ValueError(
+                f"attention={chip!r} is not certified for model.{field}={value!r}: choose "
+                "attention='reference'"
+            )
     for kind in config.layer_pattern:
         window = ("window",) if kind == "local" else ()
         masks = [("causal", *window, "segments"), ("causal", *window, "offset")]
+        if config.form == "encoder":
+            masks = [(*window, "segments")]
         if axis_sizes.get("context", 1) > 1:  # The pairs of chunks of a ring.
             masks += [("segments",), ("causal", *window, "segments", "offset")]
         for mask in masks:

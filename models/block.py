@@ -44,19 +44,26 @@ class Block(nnx.Module):
         self.feed_forward_norm = Norm(config) if before and not self.parallel else None
         self.attention_post_norm = Norm(config) if after else None
         self.feed_forward_post_norm = Norm(config) if after else None
+        crosses = config.form == "encoder_decoder"
+        self.cross_attention = Attention(config, rngs=rngs) if crosses else None
+        self.cross_norm = Norm(config) if crosses and before else None
+        self.cross_post_norm = Norm(config) if crosses and after else None
         self.norms_the_sum = config.norm_placement == "post"
         self.dropout_rate = config.dropout
 
-    def __call__(self, x_BTD, mask, rotation, cache, dropout_key, measured):
+    def __call__(self, x_BTD, mask, given, cache, dropout_key, measured):
         """Returns x_BTD after the block, and the LayerOutput."""
+        seen = cache
         keys = (None,) * 3 if dropout_key is None else jax.random.split(dropout_key, 3)
         h_BTD = x_BTD if self.attention_norm is None else self.attention_norm(x_BTD)
         normed_BTD = h_BTD
         h_BTD, cache, attention = self.attention(
-            whole_time(h_BTD, cache), mask, rotation, cache, keys[0], measured)
+            whole_time(h_BTD, cache), mask, given, cache, keys[0], measured)
         h_BTD = checkpoint_name(split_time(h_BTD, cache), "attention")
         h_BTD = dropout(h_BTD, self.dropout_rate, keys[1])
         x_BTD = self._add(x_BTD, h_BTD, self.attention_post_norm)
+        if self.cross_attention is not None:
+            x_BTD = self._across(x_BTD, given, seen, dropout_key)
         h_BTD = normed_BTD if self.parallel else (
             x_BTD if self.feed_forward_norm is None else self.feed_forward_norm(x_BTD))
         h_BTD, router, units_BTF = self._feed(h_BTD, mask, cache)
@@ -65,6 +72,16 @@ class Block(nnx.Module):
         x_BTD = self._add(x_BTD, h_BTD, self.feed_forward_post_norm)
         sums = layer_sums(x_BTD, mask, units_BTF, attention) if measured else None
         return x_BTD, LayerOutput(cache, router, sums)
+
+    def _across(self, x_BTD, given, cache, dropout_key):
+        """Adds what attention to the source says."""
+        keys = (None,) * 2
+        if dropout_key is not None:
+            keys = jax.random.split(jax.random.fold_in(dropout_key, 1))
+        h_BTD = x_BTD if self.cross_norm is None else self.cross_norm(x_BTD)
+        h_BTD = self.cross_attention.across(whole_time(h_BTD, cache), given, cache, keys[0])
+        h_BTD = dropout(split_time(h_BTD, cache), self.dropout_rate, keys[1])
+        return self._add(x_BTD, h_BTD, self.cross_post_norm)
 
     def _feed(self, x_BTD, mask, cache):
         """The feed-forward, the experts, or both and their sum; what the router and the units did."""

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 
 from batiste.pallas_kernels import certified
 
+FORMS = ("decoder", "encoder", "encoder_decoder")
 ACTIVATIONS = ("relu", "relu2", "gelu", "swiglu", "geglu")
 NORMS = ("rms", "rms_plus_one", "layer")
 NORM_PLACEMENTS = ("pre", "post", "sandwich", "parallel")
 BIASES = ("none", "qkv", "all")
-POSITIONS = ("rope", "learned", "sinusoidal", "alibi", "none")
+POSITIONS = ("rope", "learned", "sinusoidal", "alibi", "relative", "none")
 ROPE_SCALINGS = ("linear", "llama3")
 LAYER_KINDS = ("global", "local")
 REMAT_POLICIES = ("none", "dots", "full", "names")
@@ -24,8 +25,12 @@ ATTENTIONS = ("auto", "reference", *certified.CHIPS)
 
 @dataclasses.dataclass
 class TransformerConfig:
-    """One decoder; presets in configs/ fill it in.
+    """One Transformer; presets in configs/ fill it in.
 
+    `form`: a "decoder" sees the past, an "encoder" all of a document; an "encoder_decoder" has
+    `encoder_layers` of the latter, to which each of its `num_layers` attends.
+    Positions "relative" add a number to the logits of self-attention, by head and distance, which
+    all layers share (T5).
     Sizes are counts. `window` is in tokens and applies to the "local" layers of `layer_pattern`,
     which repeats over the depth. `dtype` is the compute dtype; parameters are stored in float32.
     `remat` says what of a layer the backward pass finds saved: "none" recomputes nothing, "dots" all
@@ -37,6 +42,15 @@ class TransformerConfig:
     `local_rope_base` is the base of local layers, which are then not scaled (None: as the others).
     `attention_scale` multiplies queries by keys (None: 1 / sqrt(head_dim)).
     `attention` names the chip whose kernels to use; "auto" is settled by `resolve_attention`.
+    `embedding_dim`: what is embedded has so many dims, and a product makes `model_dim` of them
+    (ALBERT).
+    `token_types`: kinds of tokens, told apart by what is added to their embeddings (BERT's
+    segments).
+    `head_transform`: a product, an activation and a norm before the logits, which get a bias
+    (BERT).
+    `shared_layers`: all layers are one, applied `num_layers` times (ALBERT, arXiv:1909.11942).
+    `future_heads`: layers beside each other after the last, which predict the second next token
+    and so on by the same logits (arXiv:2404.19737).
     With `num_experts` every layer's feed-forward is a mixture of so many of size `mlp_dim`: a token
     takes `experts_per_token` of them by `expert_scores`, and one dense feed-forward of size
     `shared_experts` * `mlp_dim`. `router_bias` takes part in that choice and in nothing else;
@@ -46,8 +60,11 @@ class TransformerConfig:
     (None: through none), the last `rope_dim` of `head_dim` are rotated, values have `value_dim`.
     """
 
+    form: str = "decoder"
+    encoder_layers: int | None = None
     vocab_size: int = 4096
     num_layers: int = 6
+    shared_layers: bool = False
     model_dim: int = 384
     num_heads: int = 6
     num_kv_heads: int = 6
@@ -82,8 +99,6 @@ class TransformerConfig:
     local_rope_base: float | None = None
     rope_scaling: str | None = None
     rope_factor: float = 8.0
-    rope_low_frequency_factor: float = 1.0
-    rope_high_frequency_factor: float = 4.0
     rope_original_length: int = 8192
 
     layer_pattern: tuple[str, ...] = ("global",)
@@ -94,7 +109,11 @@ class TransformerConfig:
     attention_sinks: bool = False
     logit_soft_cap: float | None = None
 
+    token_types: int | None = None
+    embedding_dim: int | None = None
     tied_embeddings: bool = True
+    head_transform: bool = False
+    future_heads: int = 0
     scale_embeddings: bool = False
     dropout: float = 0.0
     init_stddev: float | None = None
@@ -121,17 +140,20 @@ class TransformerConfig:
     def sizes(self) -> dict[str, int]:
         """The size of each letter of the alphabet that this model's parameters use."""
         experts = {} if self.num_experts is None else {"E": self.num_experts}
-        return experts | {
+        types = {} if self.token_types is None else {"P": self.token_types}
+        return experts | types | {
             "V": self.vocab_size, "L": self.num_layers, "D": self.model_dim,
             "N": self.num_heads, "K": self.num_kv_heads, "H": self.head_dim,
             "F": self.mlp_dim, "T": self.max_length,
+            "R": self.model_dim if self.embedding_dim is None else self.embedding_dim,
         }
 
     def validate(self) -> None:
         """Raises ValueError, naming the field and a fix, for a model that cannot be built."""
         for field, choices in (
-            ("activation", ACTIVATIONS), ("norm", NORMS), ("norm_placement", NORM_PLACEMENTS),
-            ("positions", POSITIONS), ("dtype", DTYPES), ("bias", BIASES),
+            ("form", FORMS), ("activation", ACTIVATIONS), ("norm", NORMS),
+            ("norm_placement", NORM_PLACEMENTS), ("positions", POSITIONS), ("dtype", DTYPES),
+            ("bias", BIASES),
             ("remat", REMAT_POLICIES), ("attention", ATTENTIONS), ("expert_scores", EXPERT_SCORES),
         ):
             _check_choice(field, getattr(self, field), choices)
@@ -163,6 +185,8 @@ class TransformerConfig:
                     f"model.{field}={getattr(self, field)} has no effect with model.remat="
                     f"{self.remat!r}: set model.remat='names'"
                 )
+        if self.token_types is not None and self.token_types < 2:
+            raise ValueError(f"model.token_types={self.token_types}: expected at least 2, or None")
         both = set(self.saved) & set(self.offloaded)
         if both:
             raise ValueError(f"model.saved and model.offloaded both name {', '.join(sorted(both))}")
@@ -171,6 +195,55 @@ class TransformerConfig:
         self._validate_pattern()
         self._validate_experts()
         self._validate_latent()
+        self._validate_form()
+
+    def _validate_form(self) -> None:
+        two = self.form == "encoder_decoder"
+        if two != (self.encoder_layers is not None) or (two and self.encoder_layers < 1):
+            raise ValueError(
+                f"model.encoder_layers={self.encoder_layers} with model.form={self.form!r}: "
+                "expected at least 1 for 'encoder_decoder', and None for the others"
+            )
+        for field in ("num_experts", "window", "latent_rank"):
+            if two and getattr(self, field) is not None:
+                raise ValueError(
+                    f"model.{field}={getattr(self, field)} does not know model.form="
+                    "'encoder_decoder': leave it None, or choose another model.form"
+                )
+        if two and self.norm_placement == "parallel":
+            raise ValueError(
+                "model.norm_placement='parallel' does not know model.form='encoder_decoder': choose "
+                "another of the two"
+            )
+        for field, usual in (("num_experts", None), ("encoder_layers", None)):
+            if self.shared_layers and getattr(self, field) != usual:
+                raise ValueError(
+                    f"model.{field}={getattr(self, field)} does not know model.shared_layers=True: "
+                    "leave one of them out"
+                )
+        if self.future_heads < 0 or (self.future_heads and self.form != "decoder"):
+            raise ValueError(
+                f"model.future_heads={self.future_heads} with model.form={self.form!r}: expected "
+                "at least 0, and 0 for all but a 'decoder'"
+            )
+        if self.future_heads and self.num_experts is not None:
+            raise ValueError(
+                f"model.future_heads={self.future_heads} does not know model.num_experts="
+                f"{self.num_experts}: leave one of them out"
+            )
+        if self.embedding_dim is not None and not (
+            self.embedding_dim > 0 and self.head_transform and self.tied_embeddings
+        ):
+            raise ValueError(
+                f"model.embedding_dim={self.embedding_dim}: expected at least 1, and "
+                "model.head_transform=True with model.tied_embeddings=True, which lead back to it"
+            )
+
+    @property
+    def encoder(self) -> "TransformerConfig":
+        """The config of the stack that reads the source."""
+        return dataclasses.replace(
+            self, form="encoder", num_layers=self.encoder_layers, encoder_layers=None)
 
     def _validate_experts(self) -> None:
         if self.num_experts is None:

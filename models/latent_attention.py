@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from batiste.models.attention import Attend, LayerCache, write
+from batiste.models.attention import Attend, Given, LayerCache, write
 from batiste.models.attention_choice import OneOf
 from batiste.models.config import TransformerConfig
 from batiste.models.layer_sums import AttentionSums, attention_sums
@@ -58,7 +58,7 @@ class LatentAttention(nnx.Module):
         self,
         x_BTD: jax.Array,
         mask: AttentionMask | OneOf,
-        rotation: tuple[jax.Array, jax.Array],
+        given: Given,
         cache: LayerCache | None,
         dropout_key: jax.Array | None,
         measured: bool,
@@ -66,10 +66,10 @@ class LatentAttention(nnx.Module):
         """As `Attention`; what a cache holds is k_BSKH, with one K of latent_rank + rope_dim."""
         q_BTNH = self._queries(x_BTD)
         own_BTNH = q_BTNH[..., : self.own]
-        turned_BTNH = rotate(q_BTNH[..., self.own:], rotation)
+        turned_BTNH = rotate(q_BTNH[..., self.own:], given.rotation)
         down_BTR = project(x_BTD, self.down_DR[...])
         latent_BTR = self.latent_norm(down_BTR[..., : self.latent])
-        key_BTR = rotate(down_BTR[:, :, None, self.latent:], rotation)[:, :, 0]
+        key_BTR = rotate(down_BTR[:, :, None, self.latent:], given.rotation)[:, :, 0]
         if cache is not None:
             seen_BTKH = jnp.concatenate([latent_BTR, key_BTR], axis=-1)[:, :, None]
             k_BSKH = write(cache.k_BSKH, seen_BTKH, mask)
@@ -88,7 +88,8 @@ class LatentAttention(nnx.Module):
         # Every implementation has values as wide as keys: what is added is zero and cut off again.
         value, wide = v_BTKH.shape[-1], k_BTKH.shape[-1]
         v_BTKH = jnp.pad(v_BTKH, ((0, 0), (0, 0), (0, 0), (0, wide - value)))
-        out_BTNH = self.attend(q_BTNH, k_BTKH, v_BTKH, mask, dropout_key)[..., :value]
+        out_BTNH = self.attend(
+            q_BTNH, (k_BTKH, v_BTKH), mask, logits, ("BTKH", dropout_key))[..., :value]
         out_BTNH = checkpoint_name(out_BTNH, "attended")
         return project(out_BTNH, self.out_NHD[...], (0, 1)), None, sums
 
@@ -106,6 +107,7 @@ class LatentAttention(nnx.Module):
         q_BTNR = jnp.einsum("btnh,rnh->btnr", own_BTNH, key_RNH,
                             preferred_element_type=jnp.float32).astype(own_BTNH.dtype)
         q_BTNH = jnp.concatenate([q_BTNR, turned_BTNH], axis=-1)
-        seen_BTNR = self.attend(q_BTNH, k_BSKH, k_BSKH, mask, None, None)[..., : self.latent]
+        logits, rest = self.attend.logits(q_BTNH), (None, None)
+        seen_BTNR = self.attend(q_BTNH, (k_BSKH, k_BSKH), mask, logits, rest)[..., : self.latent]
         return jnp.einsum("btnr,rnh->btnh", seen_BTNR, value_RNH,
                           preferred_element_type=jnp.float32).astype(own_BTNH.dtype)

@@ -75,6 +75,9 @@ def attention_sums(
     stride = max(1, q_BTNH.shape[1] // SAMPLED_QUERIES)
     q_BTNH = jax.lax.stop_gradient(q_BTNH[:, stride - 1 :: stride])
     k_BSKH = jax.lax.stop_gradient(k_BSKH)
+    if options["bias_BNTS"] is not None:
+        bias_BNTS = jax.lax.stop_gradient(options["bias_BNTS"][:, :, stride - 1 :: stride])
+        options = options | {"bias_BNTS": bias_BNTS}
     masks = mask.masks if isinstance(mask, OneOf) else (mask,)
     looks = [functools.partial(reference_logits, mask=each.every(stride), **options)
              for each in masks]

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec
 
 from batiste.models.config import TransformerConfig
 from batiste.models.parameter import matrix, vector
-from batiste.sharding import axes_of, constrain, per_device, spec
+from batiste.sharding import axes_of, constrain, gather, per_device, spec
 
 # The name of what leaves a product with weights: inside a custom gradient no policy of
 # rematerialization sees the product itself.
@@ -215,6 +215,22 @@ class FeedForward(nnx.Module):
     def output(self, h_BTF: jax.Array) -> jax.Array:
         """What the residual stream gains by them, out_BTD."""
         return add_bias(project(h_BTF, self.down_FD[...]), self.down_bias_D)
+
+
+class HeadTransform(nnx.Module):
+    """What BERT has between its layers and its logits, and their bias (arXiv:1810.04805)."""
+
+    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
+        sizes = config.sizes
+        self.activation = config.activation
+        self.weight_DR = matrix(rngs, "DR", sizes, inputs="D", stddev=config.init_stddev)
+        self.bias_R = vector("R", sizes, 0.0)
+        self.norm = Norm(config, "R")
+        self.bias_V = vector("V", sizes, 0.0)
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        h_BTR = add_bias(project(x_BTD, gather(self.weight_DR[...], "DR")), self.bias_R)
+        return self.norm(activate(self.activation, h_BTR))
 
 
 def activate(name: str, x: jax.Array) -> jax.Array:

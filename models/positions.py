@@ -7,6 +7,10 @@ import jax.numpy as jnp
 
 from batiste.models.config import TransformerConfig
 
+RELATIVE_BUCKETS, RELATIVE_DISTANCE = 32, 128  # Every T5's.
+# Every Llama 3's: wavelengths of which this many, or fewer, fit into the original length.
+LLAMA3_FACTORS = 1.0, 4.0
+
 
 def rope_frequencies(config: TransformerConfig, kind: str = "global") -> jax.Array:
     """Radians per position of each rotated pair in a kind of layer, float32 of shape (H / 2,).
@@ -26,7 +30,7 @@ def rope_frequencies(config: TransformerConfig, kind: str = "global") -> jax.Arr
     if config.rope_scaling == "linear":
         return slow
     turns = config.rope_original_length * frequencies / (2 * math.pi)
-    low, high = config.rope_low_frequency_factor, config.rope_high_frequency_factor
+    low, high = LLAMA3_FACTORS
     blend = jnp.clip((turns - low) / (high - low), 0, 1)
     return (1 - blend) * slow + blend * frequencies
 
@@ -53,6 +57,28 @@ def sinusoids(positions_BT: jax.Array, model_dim: int) -> jax.Array:
     exponents = jnp.arange(0, model_dim, 2, dtype=jnp.float32) / model_dim
     angles = positions_BT[:, :, None].astype(jnp.float32) * (10_000.0**-exponents)[None, None]
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+
+
+def relative_bias(
+    config: TransformerConfig, table_PN: jax.Array, distance_BTS: jax.Array
+) -> jax.Array:
+    """What is added to the logits, float32 BNTS, by the distance of query and key (T5).
+
+    One half of the buckets has a distance each; the others grow, up to RELATIVE_DISTANCE. An
+    encoder has half of all buckets for keys that follow (arXiv:1910.10683; its code's formula).
+    """
+    buckets, side_BTS = RELATIVE_BUCKETS, 0
+    if config.form == "encoder":
+        buckets //= 2
+        side_BTS = jnp.where(distance_BTS < 0, buckets, 0)
+        distance_BTS = jnp.abs(distance_BTS)
+    distance_BTS = jnp.maximum(distance_BTS, 0)
+    exact = buckets // 2
+    ratio = jnp.maximum(distance_BTS, exact).astype(jnp.float32) / exact
+    grown = jnp.log(ratio) / math.log(RELATIVE_DISTANCE / exact) * (buckets - exact)
+    far_BTS = jnp.minimum(exact + grown.astype(jnp.int32), buckets - 1)
+    bucket_BTS = side_BTS + jnp.where(distance_BTS < exact, distance_BTS, far_BTS)
+    return jnp.moveaxis(table_PN[bucket_BTS], 3, 1)
 
 
 def alibi_slopes(num_heads: int) -> jax.Array:

@@ -1,7 +1,7 @@
 """One Transformer: embed, a scanned stack of blocks, norm, logits."""
 
 import dataclasses
-from collections.abc import Callable
+import functools
 from typing import NamedTuple
 
 import jax
@@ -9,62 +9,89 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from batiste.models.attention import LayerCache
+from batiste.models.attention import Given, LayerCache
 from batiste.models.attention_choice import OneOf, fused_losses
-from batiste.models.block import Block, LayerOutput, split_time
+from batiste.models.block import LayerOutput, split_time, whole_time
 from batiste.models.chunked_loss import Head, Rows, chunked_loss
 from batiste.models.config import TransformerConfig
-from batiste.models.layers import PRODUCT, Norm, dropout, lookup, project
+from batiste.models.layers import HeadTransform, Norm, dropout, lookup, project
 from batiste.models.parameter import gathered, matrix
 from batiste.models.pipeline import LAYER_INPUT, Layers, pipelined
-from batiste.models.positions import rotation, sinusoids
+from batiste.models.positions import RELATIVE_BUCKETS, relative_bias, sinusoids
+from batiste.models.stack import (
+    one_of, remat_policy, rotations, scan_pattern, stacked,
+)
 from batiste.models.token_loss import LossRules
 from batiste.pallas_kernels import AttentionMask
 from batiste.sharding import (
-    HOST_MEMORY, constrain, gather, in_row_order, in_time_order, layout, time_order,
+    constrain, gather, in_row_order, in_time_order, layout, time_order,
 )
 
 
-def remat_policy(config: TransformerConfig) -> Callable:
-    """Which tensors of a layer are saved for the backward pass, as `jax.checkpoint` wants it said."""
-    policies = jax.checkpoint_policies
-    if config.remat == "names":
-        return policies.save_and_offload_only_these_names(
-            names_which_can_be_saved=config.saved, names_which_can_be_offloaded=config.offloaded,
-            offload_src="device", offload_dst=HOST_MEMORY,
-        )
-    if config.remat == "dots":
-        named = policies.save_only_these_names(PRODUCT)
-        return policies.save_from_both_policies(policies.dots_saveable, named)
-    return policies.nothing_saveable
+class Beside(NamedTuple):
+    """What an objective may give beside tokens; None for what it does not.
+
+    prefix_B: the first tokens of each row that causality does not hide, int32. types_BT: the type
+    of each token, int32; None is type 0. source: what the encoder reads, as the decoder's arrays of
+    these names; int32.
+    """
+
+    prefix_B: jax.Array | None = None
+    types_BT: jax.Array | None = None
+    source_tokens_BS: jax.Array | None = None
+    source_positions_BS: jax.Array | None = None
+    source_segments_BS: jax.Array | None = None
 
 
 class Cache(NamedTuple):
-    """What decoding remembers: keys and values of all layers, and how many tokens each row has."""
+    """What decoding remembers: keys and values of all layers, and how many tokens each row has.
+
+    source: keys and values that all layers make of what the encoder read, and its segments.
+    """
 
     k_LBSKH: jax.Array
     v_LBSKH: jax.Array
     length_B: jax.Array
+    source_k_LBSKH: jax.Array | None = None
+    source_v_LBSKH: jax.Array | None = None
+    source_segments_BS: jax.Array | None = None
 
 
 class Transformer(nnx.Module):
-    """A decoder; `config` decides everything, and is validated here."""
+    """`config` decides everything, and is validated here."""
 
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
         config.validate()
         self.config = config
         sizes, stddev = config.sizes, config.init_stddev
-        self.embedding_VD = matrix(rngs, "VD", sizes, inputs="D", stddev=stddev)
-        learned = config.positions == "learned"
-        self.position_TD = (
-            matrix(rngs, "TD", sizes, inputs="D", stddev=stddev) if learned else None
-        )
-        self.embedding_norm = Norm(config) if config.embedding_norm else None
+        self.width = "D" if config.embedding_dim is None else "R"
+        for name, rows, wanted in (
+            ("embedding", "V", True), ("position", "T", config.positions == "learned"),
+            ("type", "P", config.token_types is not None),
+        ):
+            table = functools.partial(matrix, inputs=self.width, stddev=stddev)
+            letters = rows + self.width
+            setattr(self, f"{name}_{letters}", table(rngs, letters, sizes) if wanted else None)
+        self.embedding_norm = Norm(config, self.width) if config.embedding_norm else None
+        factored = self.width == "R"
+        self.widening_RD = (
+            matrix(rngs, "RD", sizes, inputs="R", stddev=stddev) if factored else None)
+        relative = config.positions == "relative"
+        buckets = sizes | {"P": RELATIVE_BUCKETS}
+        bias = functools.partial(matrix, rngs, "PN", buckets, inputs="P", stddev=stddev)
+        self.relative_PN = bias() if relative else None
         dense = dataclasses.replace(config, num_experts=None, mlp_dim=config.dense_mlp_dim)
         first = config.dense_layers
-        self.dense_layers = _stacked(dense, first, rngs) if first else None
-        self.layers = _stacked(config, config.num_layers - first, rngs)
+        self.dense_layers = stacked(dense, first, rngs) if first else None
+        self.layers = stacked(config, config.num_layers - first, rngs)
         self.norm = Norm(config) if config.norm_placement != "post" else None
+        heads = dataclasses.replace(config, num_layers=config.future_heads, shared_layers=False)
+        self.future_heads = stacked(heads, config.future_heads, rngs) if config.future_heads else None
+        two = config.form == "encoder_decoder"
+        self.encoder_layers = stacked(config.encoder, config.encoder_layers, rngs) if two else None
+        self.encoder_norm = Norm(config) if two and config.norm_placement != "post" else None
+        self.encoder_relative_PN = bias() if two and relative else None
+        self.head_transform = HeadTransform(config, rngs=rngs) if config.head_transform else None
         tied = config.tied_embeddings
         self.head_DV = None if tied else matrix(rngs, "DV", sizes, inputs="D", stddev=stddev)
 
@@ -74,12 +101,13 @@ class Transformer(nnx.Module):
         positions_BT: jax.Array | None = None,
         segments_BT: jax.Array | None = None,
         dropout_key: jax.Array | None = None,
+        beside: Beside = Beside(),
     ) -> jax.Array:
         """Logits in float32, logits_BTV; arguments as in `features`, but rows as they come."""
         if positions_BT is None:
             positions_BT = _places(tokens_BT)
         arrays = map(in_time_order, (tokens_BT, positions_BT, segments_BT))
-        return in_row_order(self.logits(self.features(*arrays, dropout_key)[0]))
+        return in_row_order(self.logits(self.features(*arrays, dropout_key, False, beside)[0]))
 
     def features(
         self,
@@ -88,6 +116,7 @@ class Transformer(nnx.Module):
         segments_BT: jax.Array | None = None,
         dropout_key: jax.Array | None = None,
         measured: bool = False,
+        beside: Beside = Beside(),
     ) -> tuple[jax.Array, LayerOutput]:
         """The last hidden states, x_BTD in the compute dtype, and what the layers did, by layer.
 
@@ -106,24 +135,103 @@ class Transformer(nnx.Module):
                     "in another order: put all arrays through in_time_order and give positions_BT"
                 )
             positions_BT = _places(tokens_BT)
-        segments = (segments_BT, segments_BT)
-        return self._stack(tokens_BT, positions_BT, segments, None, dropout_key, measured)
+        memory = None
+        if self.encoder_layers is not None:
+            if (segments_BT is None) != (beside.source_segments_BS is None):
+                raise ValueError("segments_BT and beside.source_segments_BS: give both or none")
+            encoder_key = None
+            if dropout_key is not None:
+                dropout_key, encoder_key = jax.random.split(dropout_key)
+            memory = self.encode(beside, encoder_key)
+        rows = positions_BT, (segments_BT, segments_BT), beside
+        return self._stack(tokens_BT, rows, (None, memory), dropout_key, measured)
 
-    def extend(self, tokens_BT: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+    def encode(self, beside: Beside, dropout_key: jax.Array | None = None) -> jax.Array:
+        """What the encoder makes of its source, source_BSD; ValueError without one."""
+        if beside.source_tokens_BS is None:
+            raise ValueError(
+                "model.form='encoder_decoder' reads a source: give beside.source_tokens_BS")
+        tokens_BS, positions_BS, segments_BS = beside[2:]
+        embed_key = layers_key = None
+        if dropout_key is not None and self.config.dropout > 0:
+            embed_key, layers_key = jax.random.split(dropout_key)
+        positions_BS = _places(tokens_BS) if positions_BS is None else positions_BS
+        x_BSD = dropout(self._embed(tokens_BS, positions_BS), self.config.dropout, embed_key)
+        config, (graphdef, weights) = self.config.encoder, nnx.split(self.encoder_layers)
+        mask = AttentionMask(
+            causal=False, query_segments_BT=segments_BS, key_segments_BS=segments_BS)
+        given = Given(rotations(config, positions_BS)["global"],
+                      self._bias(config, self.encoder_relative_PN, mask, tokens_BS.shape[1:] * 2))
+
+        def apply(_, x_BSD, layer):
+            block = nnx.merge(graphdef, gathered(layer.weights))
+            return block(x_BSD, mask, given, None, layer.keys, False)
+
+        keys = None if layers_key is None else jax.random.split(layers_key, config.num_layers)
+        x_BSD, _ = scan_pattern(
+            config, ("global",), apply, split_time(x_BSD, None), Layers(weights, keys))
+        x_BSD = x_BSD if self.encoder_norm is None else self.encoder_norm(x_BSD)
+        return whole_time(x_BSD, None)
+
+    def read(self, tokens_BS: jax.Array, segments_BS: jax.Array, length: int) -> Cache:
+        """An empty cache for `length` tokens in each row that continue these sources."""
+        source_BSD = self.encode(Beside(source_tokens_BS=tokens_BS, source_segments_BS=segments_BS))
+        graphdef, weights = nnx.split(self.layers)
+
+        def keys_values(weights):
+            return nnx.merge(graphdef, gathered(weights)).cross_attention.read(source_BSD)
+
+        k_LBSKH, v_LBSKH = jax.lax.map(keys_values, weights)
+        return self.empty_cache(tokens_BS.shape[0], length)._replace(
+            source_k_LBSKH=k_LBSKH, source_v_LBSKH=v_LBSKH, source_segments_BS=segments_BS)
+
+    def ahead(
+        self, x_BTD: jax.Array, rows: tuple, index: int, dropout_key: jax.Array | None
+    ) -> jax.Array:
+        """What future head `index` makes of the features, x_BTD; it predicts index + 2 tokens on.
+
+        rows: positions_BT and segments_BT, as `features` was given them.
+        """
+        config, (positions_BT, segments_BT) = self.config, rows
+        mask = self._masks((segments_BT, segments_BT), None)[config.layer_kinds[-1]]
+        given = Given(rotations(config, positions_BT)[config.layer_kinds[-1]],
+                      self._bias(config, self.relative_PN, mask, x_BTD.shape[1:2] * 2))
+        graphdef, weights = nnx.split(self.future_heads)
+        key = None
+        if dropout_key is not None and config.dropout > 0:
+            key = jax.random.fold_in(dropout_key, index + 1)
+
+        def apply(x_BTD, weights):
+            block = nnx.merge(graphdef, gathered(weights))
+            return block(x_BTD, mask, given, None, key, False)[0]
+
+        if config.remat != "none":
+            apply = jax.checkpoint(apply, policy=remat_policy(config))
+        return apply(x_BTD, jax.tree.map(lambda leaf: leaf[index], weights))
+
+    def extend(
+        self, tokens_BT: jax.Array, cache: Cache, prefix_B: jax.Array | None = None
+    ) -> tuple[jax.Array, Cache]:
         """The hidden states of tokens that continue each row of the cache, and the cache after.
 
         A row may hold padding at its end: the caller sets `length_B` to what is real, and the
-        next call overwrites the rest.
+        next call overwrites the rest. prefix_B: the first tokens of each row that all of it sees;
+        None is causal.
         """
         positions_BT = cache.length_B[:, None] + jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None]
-        x_BTD, output = self._stack(tokens_BT, positions_BT, (None, None), cache, None)
-        return x_BTD, Cache(*output.cache, cache.length_B + tokens_BT.shape[1])
+        rows = positions_BT, (None, None), Beside(prefix_B)
+        x_BTD, output = self._stack(tokens_BT, rows, (cache, None), None)
+        return x_BTD, cache._replace(
+            k_LBSKH=output.cache.k_BSKH, v_LBSKH=output.cache.v_BSKH,
+            length_B=cache.length_B + tokens_BT.shape[1])
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """The head, in float32 from the product on; soft-capped if the config says so."""
         x_BTD, head = constrain(self._normed(x_BTD), "BTD"), self._head()
-        table, summed = gather(head.weight, head.letters), head.letters.index("D")
+        table, summed = gather(head.weight, head.letters), 1 - head.letters.index("V")
         logits_BTV = constrain(project(x_BTD, table, (summed,), jnp.float32), "BTV")
+        if self.head_transform is not None:
+            logits_BTV += self.head_transform.bias_V[...][None, None]
         cap = head.soft_cap
         return logits_BTV if cap is None else cap * jnp.tanh(logits_BTV / cap)
 
@@ -149,12 +257,15 @@ class Transformer(nnx.Module):
             self.config.attention, self._normed(x_BTD), whole, targets_BT, options)
 
     def _normed(self, x_BTD: jax.Array) -> jax.Array:
-        return x_BTD if self.norm is None else self.norm(x_BTD)
+        x_BTD = x_BTD if self.norm is None else self.norm(x_BTD)
+        return x_BTD if self.head_transform is None else self.head_transform(x_BTD)
 
     def _head(self) -> Head:
-        tied = self.head_DV is None
-        weight = (self.embedding_VD if tied else self.head_DV)[...]
-        return Head(weight, "VD" if tied else "DV", self.config.logit_soft_cap)
+        if self.head_DV is not None:
+            return Head(self.head_DV[...], "DV", self.config.logit_soft_cap)
+        letters = "V" + self.width
+        table = getattr(self, f"embedding_{letters}")
+        return Head(table[...], letters, self.config.logit_soft_cap)
 
     def empty_cache(self, batch: int, length: int) -> Cache:
         """Room for `length` tokens in each of `batch` rows, in the compute dtype.
@@ -171,24 +282,29 @@ class Transformer(nnx.Module):
         )
         return Cache(k, v, jnp.zeros((batch,), jnp.int32))
 
-    def _stack(self, tokens_BT, positions_BT, segments, cache, dropout_key, measured=False):
-        config = self.config
+    def _stack(self, tokens_BT, rows, memory, dropout_key, measured=False):
+        """rows: positions_BT, the segments of queries and of keys, and what is beside.
+        memory: the cache, and what the encoder made; each may be None."""
+        config, (cache, source_BSD) = self.config, memory
         embed_key = layers_key = None
         if dropout_key is not None and config.dropout > 0:
             embed_key, layers_key = jax.random.split(dropout_key)
-        x_BTD = split_time(self._embed(tokens_BT, positions_BT), cache)
+        x_BTD = split_time(self._embed(tokens_BT, rows[0], rows[2].types_BT), cache)
         x_BTD = dropout(x_BTD, config.dropout, embed_key)
         keys = None if layers_key is None else jax.random.split(layers_key, config.num_layers)
-        layer_cache = None if cache is None else LayerCache(cache.k_LBSKH, cache.v_LBSKH)
-        rows, given, before = (positions_BT, segments), Layers(None, keys, layer_cache), None
+        layer_cache = None if cache is None else LayerCache(
+            cache.k_LBSKH, cache.v_LBSKH, cache.source_k_LBSKH, cache.source_v_LBSKH)
+        given, before = Layers(None, keys, layer_cache), None
         if self.dense_layers is not None:
-            run, weights = self._runner(self.dense_layers, cache, measured)
+            run, weights = self._runner(self.dense_layers, memory, measured)
             first = jax.tree.map(lambda leaf: leaf[: config.dense_layers], given)
             given = jax.tree.map(lambda leaf: leaf[config.dense_layers:], given)
             first = first._replace(weights=weights)
             x_BTD, before = run(config.layer_pattern, rows, x_BTD, first)
-        run, weights = self._runner(self.layers, cache, measured)
+        run, weights = self._runner(self.layers, memory, measured)
         layers = given._replace(weights=weights)
+        if config.shared_layers:  # With nothing of its own, a layer still has to be counted.
+            layers = layers._replace(kinds=jnp.zeros(config.num_layers, jnp.int32))
         if cache is None and layout().stage > 1:
             policy = None if config.remat == "none" else remat_policy(config)
             return pipelined(run, config.layer_kinds, policy, x_BTD, rows, layers)
@@ -196,35 +312,62 @@ class Transformer(nnx.Module):
         return x_BTD, output if before is None else output._replace(cache=jax.tree.map(
             lambda *parts: jnp.concatenate(parts), before.cache, output.cache))
 
-    def _runner(self, stack, cache, measured):
-        """What runs some layers of a stack, as `pipelined` wants it, and the stack's weights."""
-        config = self.config
+    def _runner(self, stack, memory, measured):
+        """What runs some layers of a stack, as `pipelined` wants it, and the weights of each."""
+        config, (cache, source_BSD) = self.config, memory
         graphdef, weights = nnx.split(stack)
+        shared = None
+        if config.shared_layers:
+            shared, weights = jax.tree.map(lambda leaf: leaf[0], weights), None
 
         def run(pattern, rows, x_BTD, layers):
-            positions_BT, segments = rows
-            turns = self._rotations(positions_BT)
-            masks = self._masks(segments, cache)
+            positions_BT, segments, beside = rows
+            turns = rotations(config, positions_BT)
+            masks = self._masks(segments, cache, beside.prefix_B)
+            keys = x_BTD.shape[1] if cache is None else cache.k_LBSKH.shape[2]
+            sizes = x_BTD.shape[1], keys
+            bias_BNTS = self._bias(config, self.relative_PN, next(iter(masks.values())), sizes)
+            source_mask = self._source_mask(segments[0], beside, cache, positions_BT)
+            given = Given(None, bias_BNTS, source_BSD, source_mask)
 
             def apply(kind, x_BTD, layer):
                 if kind is None:
                     mask = OneOf(tuple(masks.values()), layer.kinds)
-                    turn = _one_of(tuple(turns.values()), layer.kinds)
+                    turn = one_of(tuple(turns.values()), layer.kinds)
                 else:
                     mask, turn = masks[kind], turns[kind]
                 x_BTD = checkpoint_name(x_BTD, LAYER_INPUT)
-                block = nnx.merge(graphdef, gathered(layer.weights))
-                return block(x_BTD, mask, turn, layer.cache, layer.keys, measured)
+                own = layer.weights if shared is None else shared
+                block = nnx.merge(graphdef, gathered(own))
+                return block(x_BTD, mask, given._replace(rotation=turn), layer.cache, layer.keys, measured)
 
-            return _scan_pattern(config, pattern, apply, x_BTD, layers)
+            return scan_pattern(config, pattern, apply, x_BTD, layers)
 
         return run, weights
 
-    def _masks(self, segments, cache: Cache | None) -> dict[str, AttentionMask]:
+    def _bias(self, config, table_PN, mask: AttentionMask, sizes: tuple) -> jax.Array | None:
+        """The relative bias of a stack, for all of its layers; None for other positions."""
+        if table_PN is None:
+            return None
+        return relative_bias(config, gather(table_PN[...], "PN"), mask.distance_BTS(*sizes))
+
+    def _source_mask(self, segments_BT, beside, cache, tokens_BT) -> AttentionMask | None:
+        """Who may look at the source: its own document; when decoding, all but padding."""
+        if self.encoder_layers is None:
+            return None
+        if cache is None:
+            keys_BS = beside.source_segments_BS
+        else:
+            segments_BT, keys_BS = jnp.ones_like(tokens_BT), cache.source_segments_BS
+        return AttentionMask(
+            causal=False, query_segments_BT=segments_BT, key_segments_BS=keys_BS)
+
+    def _masks(self, segments, cache: Cache | None, prefix_B=None) -> dict[str, AttentionMask]:
         """The mask of each kind of layer."""
         return {
             kind: AttentionMask(
-                causal=True,
+                causal=self.config.form != "encoder",
+                prefix_B=prefix_B,
                 window=self.config.window if kind == "local" else None,
                 query_segments_BT=segments[0],
                 key_segments_BS=segments[1],
@@ -233,41 +376,31 @@ class Transformer(nnx.Module):
             for kind in self.config.layer_pattern
         }
 
-    def _rotations(self, positions_BT: jax.Array) -> dict[str, tuple | None]:
-        """How each kind of layer rotates; kinds that rotate alike share the arrays."""
-        config, kinds = self.config, dict.fromkeys(self.config.layer_pattern)
-        if config.positions != "rope":
-            return kinds
-        if config.local_rope_base is None:
-            return dict.fromkeys(kinds, rotation(config, positions_BT))
-        return {kind: rotation(config, positions_BT, kind) for kind in kinds}
-
-    def _embed(self, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
+    def _embed(self, tokens_BT: jax.Array, positions_BT: jax.Array, types_BT=None) -> jax.Array:
         config = self.config
-        x_BTD = lookup(gather(self.embedding_VD[...], "VD"), tokens_BT, "VD")
+        x_BTD = self._rows_of("embedding", "V", tokens_BT)
         if config.scale_embeddings:
             # In the compute dtype, as Gemma was trained: 55.5 and not 55.43 in bf16.
             x_BTD *= jnp.sqrt(float(config.model_dim)).astype(config.dtype).astype(jnp.float32)
         if config.positions == "learned":
-            x_BTD += lookup(gather(self.position_TD[...], "TD"), positions_BT, "TD")
+            x_BTD += self._rows_of("position", "T", positions_BT)
         elif config.positions == "sinusoidal":
-            x_BTD += sinusoids(positions_BT, config.model_dim)
+            x_BTD += sinusoids(positions_BT, config.sizes[self.width])
+        if config.token_types is not None:
+            types_BT = jnp.zeros_like(tokens_BT) if types_BT is None else types_BT
+            x_BTD += self._rows_of("type", "P", types_BT)
         if self.embedding_norm is not None:
             x_BTD = self.embedding_norm(x_BTD)
-        return x_BTD.astype(config.dtype)
+        x_BTD = x_BTD.astype(config.dtype)
+        if self.widening_RD is None:
+            return x_BTD
+        return project(x_BTD, gather(self.widening_RD[...], "RD"))
 
+    def _rows_of(self, name: str, rows: str, places_BT: jax.Array) -> jax.Array:
+        """The rows of a table at these places, as wide as what is embedded."""
+        letters = rows + self.width
+        return lookup(gather(getattr(self, f"{name}_{letters}")[...], letters), places_BT, letters)
 
-def _stacked(config: TransformerConfig, depth: int, rngs: nnx.Rngs) -> Block:
-    """So many blocks as one, their parameters with a leading L."""
-    build = nnx.vmap(lambda rngs: Block(config, rngs=rngs), in_axes=0, out_axes=0)
-    return nnx.split_rngs(splits=depth)(build)(rngs)
-
-
-def _one_of(turns: tuple, index: jax.Array) -> tuple | None:
-    """The rotation at an index that is known when the program runs."""
-    if all(turn is turns[0] for turn in turns):
-        return turns[0]
-    return jax.tree.map(lambda *each: jnp.stack(each)[index], *turns)
 
 
 def _places(tokens_BT: jax.Array) -> jax.Array:
@@ -275,35 +408,3 @@ def _places(tokens_BT: jax.Array) -> jax.Array:
     return jnp.broadcast_to(
         jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None], tokens_BT.shape
     )
-
-
-def _scan_pattern(config, pattern, apply, x_BTD, layers):
-    """Scans over whole periods of the layer pattern; what is left of the depth follows unrolled.
-
-    `layers` is a tree with leading L; returns x_BTD and the stacked second results of `apply`.
-    """
-    num_layers = jax.tree.leaves(layers)[0].shape[0]
-    if config.remat != "none":
-        apply = jax.checkpoint(apply, policy=remat_policy(config), static_argnums=(0,))
-    periods = num_layers // len(pattern)
-    whole = periods * len(pattern)
-
-    def period(x_BTD, layers):
-        results = []
-        for index, kind in enumerate(pattern):
-            x_BTD, result = apply(kind, x_BTD, jax.tree.map(lambda leaf: leaf[index], layers))
-            results.append(result)
-        return x_BTD, jax.tree.map(lambda *leaves: jnp.stack(leaves), *results)
-
-    grouped = jax.tree.map(
-        lambda leaf: leaf[:whole].reshape(periods, len(pattern), *leaf.shape[1:]), layers
-    )
-    x_BTD, results = jax.lax.scan(period, x_BTD, grouped, unroll=min(config.scan_unroll, periods))
-    results = jax.tree.map(lambda leaf: leaf.reshape(whole, *leaf.shape[2:]), results)
-    for index in range(whole, num_layers):
-        layer = jax.tree.map(lambda leaf, index=index: leaf[index], layers)
-        x_BTD, result = apply(pattern[index - whole], x_BTD, layer)
-        results = jax.tree.map(
-            lambda done, last: jnp.concatenate([done, last[None]]), results, result
-        )
-    return x_BTD, results

@@ -19,6 +19,7 @@ def reference_attention(
     alibi_slopes_N: jax.Array | None,
     dropout_rate: float,
     dropout_seeds_BN: jax.Array | None,
+    bias_BNTS: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Scaled dot-product attention with grouped queries.
 
@@ -29,12 +30,14 @@ def reference_attention(
     sinks_N: a logit per head that takes probability and gives no value (arXiv:2309.17453).
     alibi_slopes_N: subtracts slope * distance from the logits (arXiv:2108.12409); constants.
     dropout_seeds_BN: int32 (see `dropout.kept`); None turns dropout off.
+    bias_BNTS: added to the logits; B may be 1. No kernel knows it.
     """
     B, T, N, H = q_BTNH.shape
     S, K = k_BSKH.shape[1:3]
     G = N // K
     logits_BKTGS = reference_logits(
-        q_BTNH, k_BSKH, mask, scale=scale, soft_cap=soft_cap, alibi_slopes_N=alibi_slopes_N)
+        q_BTNH, k_BSKH, mask, scale=scale, soft_cap=soft_cap, alibi_slopes_N=alibi_slopes_N,
+        bias_BNTS=bias_BNTS)
     sinks_KG = None if sinks_N is None else sinks_N.astype(jnp.float32).reshape(K, G)
     probabilities_BKTGS, lse_BKTG = _softmax(logits_BKTGS, sinks_KG)
     if dropout_seeds_BN is not None:
@@ -58,12 +61,17 @@ def reference_logits(
     scale: float,
     soft_cap: float | None,
     alibi_slopes_N: jax.Array | None,
+    bias_BNTS: jax.Array | None = None,
 ) -> jax.Array:
     """What the softmax over the keys is taken of, logits_BKTGS in fp32; -inf is hidden."""
     B, T, N, H = q_BTNH.shape
     K = k_BSKH.shape[2]
     scores_BKTGS = _scores(q_BTNH.reshape(B, T, K, N // K, H), k_BSKH)
-    return _logits(scores_BKTGS, mask, scale, soft_cap, alibi_slopes_N)
+    logits_BKTGS = _logits(scores_BKTGS, mask, scale, soft_cap, alibi_slopes_N)
+    if bias_BNTS is None:
+        return logits_BKTGS
+    by_group = bias_BNTS.reshape(bias_BNTS.shape[0], K, N // K, *bias_BNTS.shape[2:])
+    return logits_BKTGS + by_group.swapaxes(2, 3)  # What is hidden stays so.
 
 
 def reference_gradients(

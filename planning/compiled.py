@@ -47,12 +47,12 @@ def lower_step(workload: Workload, machine: Machine, choice: Choice) -> jax.stag
     program = make_program(model, workload.train, mesh, choice.mesh)
     step = make_train_step(program, workload.train, mesh)
     shape, sharding = (workload.train.batch_size, workload.length), NamedSharding(mesh, spec("BT"))
-    batch = Batch(*(
-        jax.ShapeDtypeStruct(
+    batch = Batch(**{
+        name: jax.ShapeDtypeStruct(
             shape, np.float32 if name == "weights_BT" else np.int32, sharding=sharding
         )
-        for name in Batch._fields
-    ))
+        for name in workload.arrays
+    })
     with jax.set_mesh(mesh):
         return step.jitted.lower(program.abstract_state, batch)
 

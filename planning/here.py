@@ -77,8 +77,10 @@ def _step(workload: Workload, num_layers: int, rows: int, mesh: jax.sharding.Mes
     tokens_BT = np.random.default_rng(0).integers(0, model.vocab_size, shape, np.int32)
     ones_BT = np.ones(shape, np.int32)
     positions_BT = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
-    batch = Batch(tokens_BT, tokens_BT, ones_BT.astype(np.float32), ones_BT, positions_BT)
-    batch = place(mesh, batch, Batch(*("BT",) * len(batch)))
+    values = {"tokens": tokens_BT, "targets": tokens_BT, "weights": ones_BT.astype(np.float32),
+              "segments": ones_BT, "positions": positions_BT}
+    batch = Batch(**{name: values[name.split("_")[-2]] for name in workload.arrays})
+    batch = place(mesh, batch, jax.tree.map(lambda _: "BT", batch))
     state = program.initialize()
 
     def run() -> None:

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from batiste.models import Transformer, TransformerConfig
+from batiste.models import Beside, Transformer, TransformerConfig
 from batiste.sharding import spec
 
 PERIODS = 3
@@ -46,7 +46,9 @@ def saved_arrays(model: TransformerConfig) -> list[Saved]:
 
     def residuals(params: Any, tokens_BT: jax.Array, segments_BT: jax.Array) -> list[jax.Array]:
         def features(params):
-            return nnx.merge(graphdef, params).features(tokens_BT, segments_BT, segments_BT)
+            source = (tokens_BT, segments_BT, segments_BT) if model.encoder_layers else (None,) * 3
+            return nnx.merge(graphdef, params).features(
+                tokens_BT, segments_BT, segments_BT, beside=Beside(None, None, *source))
 
         return jax.tree.leaves(jax.vjp(features, params)[1])
 
@@ -66,12 +68,16 @@ def _stand_in(model: TransformerConfig) -> tuple[TransformerConfig, dict[str, in
     K = next(size for size in (5, 11, 13, 17) if size * group not in (ROWS, PERIODS))
     sizes = {"T": 136, "D": 58, "K": K, "N": K * group, "G": group, "F": 62, "V": 74}
     # These stay the model's own, so that none of them can be taken for another of another size.
+    if model.embedding_dim is not None:
+        sizes["R"] = 46
     sizes |= {"H": model.head_dim, "C": model.experts_per_token, "E": model.num_experts or 1}
     pattern = len(model.layer_pattern)
     changed = dataclasses.replace(
         model, vocab_size=sizes["V"], model_dim=sizes["D"], num_heads=sizes["N"],
         num_kv_heads=K, mlp_dim=sizes["F"], max_length=sizes["T"], scan_unroll=1,
         num_layers=PERIODS * pattern + model.num_layers % pattern, dropout=0.0,
+        embedding_dim=model.embedding_dim and sizes["R"],
+        encoder_layers=model.encoder_layers and PERIODS,
     )
     return changed, sizes
 

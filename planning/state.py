@@ -55,8 +55,8 @@ def state_bytes(
         if name.startswith("L"):
             periods = leaf.shape[0] / pattern / dict(zip(AXES, shape))["stage"]
             whole["layer"] += size / periods
-        elif name in whole:
-            whole[name] += size
+        elif name.replace("R", "D") in whole:
+            whole[name.replace("R", "D")] += size
     return StateBytes(
         parameters=_tree_bytes(mesh, state.params),
         optimizer=_kept_bytes(mesh, state.optimizer_state, on_host=False),

@@ -27,6 +27,13 @@ class Workload:
         )
 
     @property
+    def arrays(self) -> tuple[str, ...]:
+        """The arrays of a Batch that the model reads; a source is taken to be as long as a row."""
+        sources = ("source_tokens_BS", "source_segments_BS", "source_positions_BS")
+        rows = ("tokens_BT", "targets_BT", "weights_BT", "segments_BT", "positions_BT")
+        return rows + sources if self.model.form == "encoder_decoder" else rows
+
+    @property
     def tokens_per_step(self) -> int:
         """Tokens of the global batch."""
         return self.train.batch_size * self.length

@@ -15,7 +15,7 @@ ALPHABET = {
     "E": "experts",
     "C": "experts chosen by a token",
     "R": "low rank",
-    "P": "patches or features",
+    "P": "features: patches, token types, buckets of distance",
 }
 
 

@@ -52,7 +52,7 @@ def start(config: TrainConfig, layout: MeshConfig, devices=None, model: Transfor
 
 def place_batch(mesh, batch: Batch = BATCH) -> Batch:
     """A batch on a mesh, as a run places it: rows come whole in time."""
-    return place(mesh, batch, Batch(*("BS",) * 5))
+    return place(mesh, batch, jax.tree.map(lambda x: "BS"[: x.ndim], batch))
 
 
 def three_steps(
@@ -82,7 +82,9 @@ def alone(config: TrainConfig, model=WIDE, batch: Batch = BATCH) -> Run:
 def by_depth(params, layout: MeshConfig, num_layers: int):
     """Parameters with their layers in the order of the model, not of the stages."""
     places = np.argsort(layer_order(num_layers, layout.stage, layout.interleave))
-    return params | {"layers": jax.tree.map(lambda leaf: leaf[places], params["layers"])}
+    # Of shared layers there is one.
+    return params | {"layers": jax.tree.map(
+        lambda leaf: leaf[places[: len(leaf)]], params["layers"])}
 
 
 def root_mean_square(x: np.ndarray) -> float:

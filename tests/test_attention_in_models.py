@@ -14,7 +14,7 @@ from batiste.inference import SamplingConfig, generate
 from batiste.models import Transformer, resolve_attention
 from batiste.sharding import MeshConfig, make_mesh
 from batiste.train import ObjectiveConfig
-from batiste.train.objectives import causal_loss
+from batiste.train.objectives import batch_loss
 
 NO_AXES = {"context": 1}
 
@@ -78,7 +78,7 @@ def test_the_fused_loss_is_the_loss_of_the_logits(model_config, batch, interpret
 
     def loss(params, fused):
         objective = ObjectiveConfig(label_smoothing=0.1, z_loss=1e-3, fused=fused)
-        terms = causal_loss(nnx.merge(graphdef, params), batch, None, objective, None)
+        terms = batch_loss(nnx.merge(graphdef, params), batch, None, objective, None)
         return terms.loss, terms
 
     def run(fused):
@@ -93,7 +93,7 @@ def test_the_fused_loss_is_the_loss_of_the_logits(model_config, batch, interpret
 def test_the_fused_loss_needs_kernels_and_an_unsplit_vocabulary(model_config, batch):
     model = Transformer(model_config, rngs=nnx.Rngs(3))
     with pytest.raises(ValueError, match="needs a chip's kernels, but model.attention='reference'"):
-        causal_loss(model, batch, None, ObjectiveConfig(fused=True), None)
+        batch_loss(model, batch, None, ObjectiveConfig(fused=True), None)
     experiment = Experiment(mesh=MeshConfig(tensor=2))
     experiment.train.objective.fused = True
     with pytest.raises(ValueError, match="vocabulary split over mesh.tensor=2"):

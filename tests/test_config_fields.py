@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from batiste.configs.experiment import Experiment, flatten
-from batiste.data import SourceConfig
+from batiste.data import RecordObjective, SourceConfig
 from batiste.train.health import CLASSES
 
 import field_probes as probes
@@ -34,6 +34,8 @@ FROZEN = BYTES | {f"train.optimizer.{group}_multiplier": 0.0
 # In float16, so that the loss scale is alive.
 HALF = MODEL | {"model.num_layers": 1, "model.dtype": "float16",
                 "train.loss_scale.initial": 2.0**10, "train.loss_scale.growth_interval": 1}
+TWO_STACKS = {"model.form": "encoder_decoder", "model.encoder_layers": 1,
+              "data.objectives": (RecordObjective("prefix"),)}
 EXPERTS = {"model.num_experts": 4}
 LATENT = {"model.latent_rank": 5, "model.rope_dim": 2, "model.value_dim": 3}
 LLAMA3 = {"model.rope_scaling": "llama3", "model.rope_original_length": 16}
@@ -75,12 +77,14 @@ CASES = {
                                        "model.dense_mlp_dim": 12}),
         "dense_mlp_dim": (16, EXPERTS | {"model.dense_layers": 1, "model.dense_mlp_dim": 12}),
         "query_rank": (6, LATENT), "value_dim": (4, LATENT),
+        "token_types": 2, "head_transform": True, "future_heads": 1, "shared_layers": True,
+        "embedding_dim": (6, {"model.head_transform": True}),
+        "encoder_layers": (3, TWO_STACKS),
     }),
     **cases(probes.logits, "model.", {
         "activation": "geglu", "norm": "layer", "norm_placement": "sandwich",
         "norm_epsilon": 1e-2, "positions": "sinusoidal", "rope_base": 100.0,
         "rope_scaling": "linear", "rope_factor": (4.0, {"model.rope_scaling": "linear"}),
-        "rope_low_frequency_factor": (0.3, LLAMA3), "rope_high_frequency_factor": (20.0, LLAMA3),
         "rope_original_length": (20, LLAMA3),
         "layer_pattern": (("local", "global"), {"model.window": 2, "model.layer_pattern":
                                                 ("global", "local")}),
@@ -138,6 +142,7 @@ CASES = {
         "tensor": 2, "zero": 3, "offload_optimizer": True,
         "context_exchange": ("all_to_all", {"mesh.context": 2}),
     }),
+    **cases(probes.layout, "model.", {"form": "encoder"}),
     **cases(probes.pipeline_text, "mesh.", {"micro_batches": 4, "interleave": 2}),
     **cases(probes.layout, "train.local.", {"steps": (2, {"mesh.slice": 2})}),
     **cases(probes.exchanged, "train.local.", {
@@ -152,7 +157,10 @@ CASES = {
                              "model.vocab_size": 300}),
         "sequence_length": 9, "packing": "first_fit",
     }),
-    **cases(probes.first_batch, "", {"train.batch_size": 16, "data.seed": 1}),
+    **cases(probes.first_batch, "", {
+        "train.batch_size": 16, "data.seed": 1,
+        "data.objectives": ((RecordObjective("prefix"),), {}),
+    }),
     **cases(probes.run, "", {
         "train.num_steps": 3, "train.checkpoint.every": 4, "train.checkpoint.keep": 1,
         "train.checkpoint.keep_every": 1, "train.checkpoint.keep_best": 1,

@@ -111,7 +111,7 @@ def goldens() -> dict[str, str]:
 
 
 def test_the_presets_are_the_configs_of_more_than_a_laptop():
-    assert set(NAMES) - set(PRESETS) == {"quickstart", "shakespeare"}
+    assert set(NAMES) - set(PRESETS) == {"objectives", "quickstart", "shakespeare"}
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -32,6 +32,10 @@ def prepared(tmp_path_factory):
     return prepare(config, directory / "data")
 
 
+def joined(parts):
+    return [np.concatenate(arrays) for arrays in zip(*(part[:5] for part in parts))]
+
+
 def same(one, other):
     return all(np.array_equal(x, y) for x, y in zip(one, other))
 
@@ -46,7 +50,26 @@ def test_any_rows_of_any_step_are_those_of_the_global_batch(prepared):
             share = 14 // processes
             parts = [other.batch(step, slice(i * share, (i + 1) * share))
                      for i in reversed(range(processes))][::-1]
-            assert same(whole, [np.concatenate(arrays) for arrays in zip(*parts)])
+            assert same(whole, joined(parts))
+
+
+def test_a_transform_is_told_record_and_epoch(prepared):
+    told = []
+    loader = Loader(prepared, "train", 10, 5, lambda *given: told.append(given) or "rows")
+    sizes = [source["records"] for source in prepared.manifest["train"]["sources"]]
+    assert all(loader.batch(step) == "rows" for step in range(3 * sum(sizes) // 10))
+    seen = [(int(record), int(epoch)) for _, records, epochs in told
+            for record, epoch in zip(records, epochs, strict=True)]
+    assert len(seen) == len(set(seen))  # Each record once in an epoch of its source,
+    for start, size in zip((0, sizes[0]), sizes):  # and all of them in each that is over.
+        own = [pair for pair in seen if start <= pair[0] < start + size]
+        assert {record for record, epoch in own if epoch == 0} == set(range(start, start + size))
+        assert {epoch for _, epoch in own} >= {0, 1}
+    before = len(told)
+    for _ in range(2):
+        list(itertools.islice(loader.epoch_batches(), loader.num_batches))
+    passes = [records.tolist() for _, records, epochs in told[before:] if not epochs.any()]
+    assert sorted(passes[: loader.num_batches]) == sorted(passes[loader.num_batches:])
 
 
 def test_iterating_from_a_step_is_reading_it_by_index(prepared):
@@ -165,7 +188,7 @@ def test_a_pass_reads_each_record_once_in_order_and_accounts_for_every_byte(prep
         assert weights.sum() == prepared.manifest[split]["tokens"]
         halves = [list(loader.epoch_batches(rows)) for rows in (slice(0, 3), slice(3, None))]
         for whole, *parts in zip(batches, *halves):
-            assert same(whole, [np.concatenate(arrays) for arrays in zip(*parts)])
+            assert same(whole, joined(parts))
 
 
 def test_a_pass_gives_the_documents_back(prepared):

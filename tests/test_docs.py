@@ -14,6 +14,8 @@ import sys
 import pytest
 
 from batiste import command_line
+from batiste.configs import objectives
+from batiste.data.record_objective import KINDS
 from batiste.models import TransformerConfig, resolve_attention
 from batiste.models.attention_choice import fused_losses
 from batiste.pallas_kernels import AttentionMask, BlockSparsity, certified
@@ -95,6 +97,19 @@ def test_what_the_page_about_launching_writes_for_batiste_is_accepted():
         values = command_line._parse(VERBS[verb].define, [f"batiste {verb}", *flags])
         if "config" in values and values.config is not None:
             values.config.validate()
+
+
+def test_the_page_about_objectives_has_every_kind_and_commands_that_are_accepted():
+    page = (ROOT / "docs" / "objectives.md").read_text()
+    assert set(re.findall(r"^\| `(\w+)` ", page, re.M)) == set(KINDS)
+    commands = re.findall(r"^batiste (train|generate) (.*)$", page, re.M)
+    assert len(commands) >= 4
+    for verb, flags in commands:
+        values = command_line._parse(VERBS[verb].define, [f"batiste {verb}", *shlex.split(flags)])
+        if verb == "train":
+            values.config.validate_on(1)
+    for name in objectives.NAMES:
+        objectives.get_config(name).validate_on(1)
 
 
 def test_the_python_about_launching_names_what_there_is():

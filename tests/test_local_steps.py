@@ -63,7 +63,7 @@ def two_workers_by_hand():
     """What DiLoCo is: two runs on one device each, and the outer formula in NumPy float64."""
     config = dataclasses.replace(train_config("sgd"), num_steps=STEPS)
     mesh, program, step = start(config, MeshConfig(data=1), jax.devices()[:1], SMALL)
-    halves = [Batch(*(x[rows] for x in BATCH)) for rows in (np.s_[:4], np.s_[4:])]
+    halves = [Batch(*(x[rows] for x in BATCH[:5])) for rows in (np.s_[:4], np.s_[4:])]
     batches = [place_batch(mesh, half) for half in halves]
     states = [program.initialize() for _ in halves]
     anchor = jax.device_get(states[0].params)
@@ -261,7 +261,7 @@ def test_slices_drop_different_entries():
     model = dataclasses.replace(SMALL, dropout=0.2)
     config = local(plain_sgd(4), steps=4)
     mesh, program, step = start(config, MeshConfig(**FOUR), jax.devices()[:4], model)
-    twice = Batch(*(np.concatenate([x[:4], x[:4]]) for x in BATCH))
+    twice = Batch(*(np.concatenate([x[:4], x[:4]]) for x in BATCH[:5]))
     _, metrics = step(program.initialize(), place_batch(mesh, twice))
     one, other = metrics["loss"]
     assert one != other

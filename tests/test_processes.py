@@ -47,8 +47,8 @@ address, index, corpus, workdir = sys.argv[1:]
 sharding.connect(address, 2, int(index))
 asked, ask = [], multihost_utils.reached_preemption_sync_point
 multihost_utils.reached_preemption_sync_point = lambda at: (asked.append(at), ask(at))[1]
-read, records_at = [], order.Order.records_at
-order.Order.records_at = lambda self, at: (read.extend(at.tolist()), records_at(self, at))[1]
+read, drawn_at = [], order.Order.drawn_at
+order.Order.drawn_at = lambda self, at: (read.extend(at.tolist()), drawn_at(self, at))[1]
 result = main.train(experiment(corpus, "zero"), workdir)
 evaluated = main.evaluate(workdir)
 found = {"read": read, "asked": asked, "result": list(result), "evaluated": list(evaluated),

@@ -14,7 +14,7 @@ from flax import nnx
 from batiste.data import Batch
 from batiste.models import LossRules, Transformer, token_losses, vocabulary_sums
 from batiste.sharding import MeshConfig, make_mesh, place
-from batiste.train import ObjectiveConfig, causal_loss, make_program, make_train_step
+from batiste.train import ObjectiveConfig, batch_loss, make_program, make_train_step
 
 GOLDEN_LOSSES = pathlib.Path(__file__).parent / "golden" / "losses.txt"
 
@@ -51,7 +51,7 @@ def test_chunked_loss_equals_the_whole_and_never_holds_all_logits(model_config, 
         config = ObjectiveConfig(label_smoothing=0.1, z_loss=0.01, loss_chunk=loss_chunk)
 
         def loss(params):
-            return causal_loss(nnx.merge(graphdef, params), batch, None, config, None).loss
+            return batch_loss(nnx.merge(graphdef, params), batch, None, config, None).loss
 
         compiled = jax.jit(jax.value_and_grad(loss)).lower(params).compile()
         return compiled(params), compiled.as_text()
@@ -89,7 +89,8 @@ def test_a_step_is_the_gradient_of_the_mean_loss(model_config, train_config, bat
     state, metrics = step(program.initialize(), put(batch))
 
     def mean_loss(params):
-        terms = causal_loss(nnx.merge(program.graphdef, params), batch, None, ObjectiveConfig(), None)
+        model = nnx.merge(program.graphdef, params)
+        terms = batch_loss(model, batch, None, ObjectiveConfig(), None)
         return terms.loss / batch.weights_BT.sum()
 
     loss, gradient = jax.jit(jax.value_and_grad(mean_loss))(before)

@@ -23,7 +23,7 @@ _MODULES = {
     "manifest": ("Found",),
     "metrics": ("MetricsWriter",),
     "monitor": ("Monitor", "Watched"),
-    "objectives": ("causal_loss",),
+    "objectives": ("batch_loss",),
     "progress": ("Progress", "mfu_formula_line"),
     "report": ("ReportFacts", "write_report"),
     "resume": ("RESUME_MODES", "arrays_of", "check_mode", "check_override", "check_same"),

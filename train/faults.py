@@ -125,7 +125,7 @@ def faulty_batches(
             if fault.kind == "slow_host":
                 time.sleep(fault.seconds)
             elif fault.kind == "repeated_document":
-                batch = Batch(*(np.repeat(x[:1], len(x), axis=0) for x in batch))
+                batch = jax.tree.map(lambda x: np.repeat(x[:1], len(x), axis=0), batch)
             elif fault.kind == "garbage":
                 batch = _garbage(batch, place, vocab_size)
         yield batch

@@ -1,5 +1,6 @@
 """How many FLOPs a token costs, and how many the devices could do."""
 
+import dataclasses
 import math
 import statistics
 import time
@@ -16,28 +17,63 @@ CALIBRATION_SIZE = 2048
 CALIBRATION_RUNS = 5
 
 
-def flops_per_token(config: TransformerConfig, params: Any, letters: Any, length: int) -> float:
+def flops_per_token(
+    config: TransformerConfig, params: Any, letters: Any, length: int, decoded: float = 1.0
+) -> float:
     """Training FLOPs per token: 6 per weight in a matrix product, 12 per visible key and head dim.
 
     A forward product costs 2 per weight, the backward pass twice that; embeddings are looked up,
-    not multiplied, unless they are the head too. A causal query sees half of the row on average,
-    a local one at most its window. Of the experts, those count that a token takes.
+    not multiplied, unless they are the head too. A causal query sees half of the row on average, an
+    encoder's all of it, a local one at most its window, on both sides in an encoder. Of the
+    experts, those count that a token takes.
     Rematerialization is not counted (PaLM, arXiv:2204.02311, B).
-    params: arrays or abstract ones. length: tokens per row.
+    params: arrays or abstract ones. length: tokens per row. decoded: tokens of a decoder's row over
+    those of its encoder's, which are the ones that count.
     """
+    if config.form == "encoder_decoder":
+        return _of_both(config, params, letters, length, decoded)
     multiplied = {"matrix", "head"} | ({"embedding"} if config.tied_embeddings else set())
     share = 1 if config.num_experts is None else config.experts_per_token / config.num_experts
     weights = sum(
         math.prod(leaf.shape) * (share if name.startswith("LE") else 1)
         for name, leaf in zip(jax.tree.leaves(letters), jax.tree.leaves(params), strict=True)
-        if parameter_group(name) in multiplied and not name.startswith("T")
+        if parameter_group(name) in multiplied and not name.startswith(("T", "P"))
     )
+    sides = 2 if config.form == "encoder" else 1
+    if config.shared_layers:  # One layer's, multiplied so many times.
+        weights += (config.num_layers - 1) * sum(
+            math.prod(leaf.shape) for leaf, name in zip(
+                jax.tree.leaves(params["layers"]), jax.tree.leaves(letters["layers"]), strict=True)
+            if parameter_group(name) in multiplied)
     keys = 0.0
     for layer in range(config.num_layers):
         local = config.layer_pattern[layer % len(config.layer_pattern)] == "local"
-        keys += min(config.window, length / 2) if local else length / 2
+        keys += sides * (min(config.window, length / 2) if local else length / 2)
+    if config.future_heads:  # Each makes all logits once more.
+        weights += config.future_heads * config.model_dim * config.vocab_size
+        keys += config.future_heads * keys / config.num_layers
     dims = config.head_dim + (config.value_dim or config.head_dim)
     return 6 * weights + 6 * config.num_heads * dims * keys
+
+
+def _of_both(
+    config: TransformerConfig, params: dict, letters: dict, length: int, decoded: float
+) -> float:
+    """Of a token of the source: the encoder's, and the decoder's share, which attends to it too.
+
+    Keys and values of the source are counted as if the decoder's tokens had them.
+    """
+    def part(tree: dict, of_encoder: bool) -> dict:
+        return {
+            name: leaf for name, leaf in tree.items() if name.startswith("encoder") == of_encoder}
+
+    decoder = dataclasses.replace(config, form="decoder", encoder_layers=None)
+    encoder = dataclasses.replace(config.encoder, tied_embeddings=False)
+    total = flops_per_token(encoder, part(params, True), part(letters, True), length)
+    total += decoded * flops_per_token(
+        decoder, part(params, False), part(letters, False), int(length * decoded))
+    across = config.num_layers * length  # Keys that a token of the decoder sees in the source.
+    return total + decoded * 12 * config.num_heads * config.head_dim * across
 
 
 def total_peak_flops(mesh: jax.sharding.Mesh, dtype: str) -> tuple[float | None, str]:

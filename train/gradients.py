@@ -7,7 +7,7 @@ from flax import nnx
 from batiste.sharding import constrain, laid_out
 from batiste.train.config import TrainConfig
 from batiste.train.health_terms import health_terms, joined
-from batiste.train.objectives import causal_loss
+from batiste.train.objectives import batch_loss
 from batiste.train.state import Program
 
 
@@ -21,7 +21,7 @@ def accumulate(program: Program, config: TrainConfig, params, batch, step, scale
     def scaled_loss(params, batch, key):
         model = nnx.merge(program.graphdef, params)
         with laid_out(program.layout):
-            terms = causal_loss(
+            terms = batch_loss(
                 model, batch, key, config.objective, scale, config.measures)
         health = health_terms(terms, batch) if config.measures else None
         terms = terms._replace(layers=None).of_all_rows()._replace(health=health)
@@ -35,7 +35,7 @@ def accumulate(program: Program, config: TrainConfig, params, batch, step, scale
     def split(x):
         # Micro-batch i takes rows i, i + k, ...: each device keeps the rows it already has.
         x = x.reshape(x.shape[0] // k, k, *x.shape[1:]).swapaxes(0, 1)
-        return jax.vmap(lambda rows: constrain(rows, "BS"))(x)
+        return jax.vmap(lambda rows: constrain(rows, "BS"[: rows.ndim]))(x)
 
     def add(total, micro):
         batch, key = micro

@@ -78,8 +78,7 @@ def _norms(program: Program, trees: tuple[Any, Any, Any]) -> list[dict[str, jax.
     paths = jax.tree_util.tree_leaves_with_path(program.letters)
     names = [".".join(key.key for key in path) for path, _ in paths]
     letters = [leaf for _, leaf in paths]
-    num_layers = next(
-        leaf.shape[0] for leaf in jax.tree.leaves(program.abstract_state.params["layers"]))
+    shapes = [leaf.shape for leaf in jax.tree.leaves(program.abstract_state.params)]
     split = tuple(
         [spec(leaf, zero=program.layout.zero >= level) for leaf in letters] for level in (1, 3, 1))
 
@@ -88,16 +87,18 @@ def _norms(program: Program, trees: tuple[Any, Any, Any]) -> list[dict[str, jax.
 
     def of_this_device(trees):
         parts = [
-            _squares(leaf, name, _replicas(partition, axes), num_layers)
+            _squares(leaf, name, _replicas(partition, axes), shape[:1])
             for leaves, partitions in zip(trees, split, strict=True)
-            for leaf, name, partition in zip(leaves, letters, partitions, strict=True)
+            for leaf, name, partition, shape in zip(
+                leaves, letters, partitions, shapes, strict=True)
         ]
         total = jnp.concatenate(parts)
         return jnp.sqrt(jax.lax.psum(total, axes) if axes else total)
 
     leaves = tuple(jax.tree.leaves(tree) for tree in trees)
     norms = per_device(of_this_device, (split,), PartitionSpec())(leaves)
-    sizes = [num_layers if leaf[:1] == "L" else 1 for leaf in letters]
+    sizes = [
+        shape[0] if leaf[:1] == "L" else 1 for leaf, shape in zip(letters, shapes, strict=True)]
     places = [sum(sizes[:index]) for index in range(len(sizes))]
     return [
         {
@@ -119,11 +120,11 @@ def _replicas(partition: PartitionSpec, axes: tuple[str, ...]) -> int:
     return math.prod(jax.lax.axis_size(axis) for axis in axes if axis not in _axes(partition))
 
 
-def _squares(leaf: jax.Array, letters: str, replicas: int, num_layers: int) -> jax.Array:
-    """This device's part of the sum of squares, of each layer; replicas share it."""
+def _squares(leaf: jax.Array, letters: str, replicas: int, layers: tuple[int, ...]) -> jax.Array:
+    """This device's part of the sum of squares, of each of so many layers; replicas share it."""
     square = jnp.square(leaf.astype(jnp.float32))
     if letters[:1] != "L":
         return square.sum()[None] / replicas
     square_L = square.sum(axis=tuple(range(1, leaf.ndim))) / replicas
-    start = 0 if len(square_L) == num_layers else jax.lax.axis_index("stage") * len(square_L)
-    return jax.lax.dynamic_update_slice(jnp.zeros(num_layers), square_L, (start,))
+    start = 0 if square_L.shape == layers else jax.lax.axis_index("stage") * len(square_L)
+    return jax.lax.dynamic_update_slice(jnp.zeros(layers), square_L, (start,))

@@ -3,9 +3,10 @@
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from batiste.models import (
-    LayerSums, LossRules, RouterSums, Rows, Transformer, token_losses, vocabulary_sums,
+    Beside, LayerSums, LossRules, RouterSums, Rows, Transformer, token_losses, vocabulary_sums,
 )
 from batiste.sharding import constrain, in_time_order
 from batiste.train.config import ObjectiveConfig
@@ -43,36 +44,64 @@ class Terms(NamedTuple):
         return Terms(self.loss, *jax.tree.map(lambda term: term.sum(axis=0), self[1:]))
 
 
-def causal_loss(
+def batch_loss(
     model: Transformer, batch, dropout_key, config: ObjectiveConfig, scale: jax.Array | None,
     measured: bool = False,
 ) -> Terms:
-    """Next-token prediction over a Batch; with `loss_chunk` or `fused`, never all logits at once.
+    """The loss of a Batch's targets by its weights, whatever objective made them.
 
-    scale: what the caller multiplies the loss by before differentiating it, or None. measured:
-    whether the layers sum up what they do.
+    With `loss_chunk` or `fused`, never all logits at once.
+
+    Each future head of the model adds its own loss, and nothing to the cross-entropy. scale: what
+    the caller multiplies the loss by before differentiating it, or None. measured: whether the
+    layers sum up what they do.
     """
     # Whole over `context`, so that each device takes what it needs of them and nothing is sent.
-    batch = jax.tree.map(lambda x_BT: constrain(in_time_order(x_BT), "BS"), batch)
+    beside = Beside(*(getattr(batch, name) for name in Beside._fields))
+    beside = jax.tree.map(lambda x: constrain(x, "BS"[: x.ndim]), beside)
+    batch = type(batch)(*(constrain(in_time_order(x_BT), "BS") for x_BT in batch[:5]))
     x_BTD, output = model.features(
-        batch.tokens_BT, batch.positions_BT, batch.segments_BT, dropout_key, measured
+        batch.tokens_BT, batch.positions_BT, batch.segments_BT, dropout_key, measured, beside
     )
-    rules = LossRules(config.label_smoothing, config.z_loss)
-    tokens_B = batch.weights_BT.sum(axis=1)
-    if config.loss_chunk is not None and not config.fused:
-        rows = Rows(x_BTD, batch.targets_BT, batch.weights_BT)
-        terms = Terms(*model.chunked_loss(rows, scale, rules, config.loss_chunk), tokens_B)
-    else:
-        if config.fused:
-            losses = model.fused_losses(x_BTD, batch.targets_BT, rules)
-        else:
-            sums = vocabulary_sums(model.logits(x_BTD), batch.targets_BT)
-            losses = token_losses(sums, rules)
-        loss_B, cross_entropy_B = ((x_BT * batch.weights_BT).sum(axis=1) for x_BT in losses)
-        terms = Terms(loss_B.sum(axis=0), cross_entropy_B, tokens_B)
+    rows = Rows(x_BTD, batch.targets_BT, batch.weights_BT)
+    terms = Terms(*_losses(model, rows, config, scale), batch.weights_BT.sum(axis=1))
+    for index in range(model.config.future_heads):
+        of_rows = batch.positions_BT, batch.segments_BT
+        ahead_BTD = model.ahead(x_BTD, of_rows, index, dropout_key)
+        rows = Rows(ahead_BTD, *later(batch, index + 1))
+        terms = terms._replace(loss=terms.loss + _losses(model, rows, config, scale)[0])
     if output.router is not None:
         terms = _with_router(terms, output.router, config)
     return terms._replace(layers=output.sums)
+
+
+def _losses(
+    model: Transformer, rows: Rows, config: ObjectiveConfig, scale: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    """The sum of the weighted losses, and each row's sum of weighted cross-entropies."""
+    rules = LossRules(config.label_smoothing, config.z_loss)
+    if config.fused:
+        losses = model.fused_losses(rows.x_BTD, rows.targets_BT, rules)
+    elif config.loss_chunk is not None:
+        return model.chunked_loss(rows, scale, rules, config.loss_chunk)
+    else:
+        losses = token_losses(vocabulary_sums(model.logits(rows.x_BTD), rows.targets_BT), rules)
+    loss_B, cross_entropy_B = ((x_BT * rows.weights_BT).sum(axis=1) for x_BT in losses)
+    return loss_B.sum(axis=0), cross_entropy_B
+
+
+def later(batch: Any, count: int) -> tuple[jax.Array, jax.Array]:
+    """Targets and weights `count` tokens later; weight 0 where the document is over by then.
+
+    Only of rows whose documents are in one piece each, in order.
+    """
+    length = batch.targets_BT.shape[1]
+
+    def shifted(x_BT: jax.Array) -> jax.Array:
+        return jnp.pad(x_BT, ((0, 0), (0, count)))[:, count:][:, :length]
+
+    same_BT = shifted(batch.segments_BT) == batch.segments_BT
+    return shifted(batch.targets_BT), jnp.where(same_BT, shifted(batch.weights_BT), 0)
 
 
 def _with_router(terms: Terms, router: RouterSums, config: ObjectiveConfig) -> Terms:

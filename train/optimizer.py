@@ -9,7 +9,7 @@ leading E) are set aside and head dims are read as one group ("NH", "KH"):
 | letters left             | group     | decayed | example                              |
 |--------------------------|-----------|---------|--------------------------------------|
 | one group, or none       | vector    | no      | "LD" norm, "LNH" bias, "LN" sinks    |
-| two, the first is V or T | embedding | yes     | "VD" tokens, "TD" positions          |
+| two, first V, T or P     | embedding | yes     | "VD" tokens, "TD" positions          |
 | two, the second is V     | head      | yes     | "DV"                                 |
 | two, any others          | matrix    | yes     | "LDNH", "LNHD", "LDF", "LEDF", "LDE" |
 """
@@ -97,7 +97,7 @@ def _sides(letters: str) -> list[str]:
 def parameter_group(letters: str) -> str:
     """Returns embedding, head, matrix or vector for a parameter's letters (see the module)."""
     match _sides(letters):
-        case ["V" | "T", _]:
+        case ["V" | "T" | "P", _]:
             return "embedding"
         case [_, "V"]:
             return "head"
