@@ -3,6 +3,7 @@
 import dataclasses
 
 from batiste.models.config_checks import check
+from batiste.models.parts import ACTIVATIONS
 
 
 @dataclasses.dataclass
@@ -22,6 +23,7 @@ class TransformerConfig:
     LayerNorms too. Norm "rms_plus_one" stores its scale less 1 (Gemma). Placed "parallel", one norm
     feeds attention and feed-forward, and both are added at once (PaLM, arXiv:2204.02311).
     `local_rope_base` is the base of local layers, which are then not scaled (None: as the others).
+    `mixer` is what mixes the tokens of a row: attention, or a part of your own (docs/extend.md).
     `attention_scale` multiplies queries by keys (None: 1 / sqrt(head_dim)).
     `attention` names the chip whose kernels to use; "auto" is settled by `resolve_attention`.
     `embedding_dim`: what is embedded has so many dims, and a product makes `model_dim` of them
@@ -83,6 +85,7 @@ class TransformerConfig:
     rope_factor: float = 8.0
     rope_original_length: int = 8192
 
+    mixer: str = "attention"
     layer_pattern: tuple[str, ...] = ("global",)
     window: int | None = None
     attention: str = "reference"
@@ -110,7 +113,7 @@ class TransformerConfig:
     @property
     def gated(self) -> bool:
         """Whether the feed-forward has a gate beside its input projection."""
-        return self.activation in ("swiglu", "geglu")
+        return ACTIVATIONS[self.activation].gated
 
     @property
     def layer_kinds(self) -> tuple[str, ...]:

@@ -5,30 +5,29 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from batiste.models.parts import ACTIVATIONS, LAYER_KINDS, MIXERS, NORMS, TURNS
 from batiste.pallas_kernels import certified
 
 FORMS = ("decoder", "encoder", "encoder_decoder")
-ACTIVATIONS = ("relu", "relu2", "gelu", "swiglu", "geglu")
-NORMS = ("rms", "rms_plus_one", "layer")
 NORM_PLACEMENTS = ("pre", "post", "sandwich", "parallel")
 BIASES = ("none", "qkv", "all")
 POSITIONS = ("rope", "learned", "sinusoidal", "alibi", "relative", "none")
 ROPE_SCALINGS = ("linear", "llama3")
-LAYER_KINDS = ("global", "local")
 REMAT_POLICIES = ("none", "dots", "full", "names")
 # What a layer names while it runs, for `saved` and `offloaded`.
 TENSOR_NAMES = ("query", "key", "value", "attended", "attention", "up", "gate", "feed_forward")
 EXPERT_SCORES = ("softmax", "sigmoid")
 DTYPES = ("float32", "bfloat16", "float16")
+OWN = ("mixer", "activation", "norm", "positions", "layer_pattern")
 ATTENTIONS = ("auto", "reference", *certified.CHIPS)
 
 
 def check(config: Any) -> None:
     """Raises ValueError, naming the field and a fix, for a TransformerConfig that cannot be built."""
     for field, choices in (
-        ("form", FORMS), ("activation", ACTIVATIONS), ("norm", NORMS),
-        ("norm_placement", NORM_PLACEMENTS), ("positions", POSITIONS), ("dtype", DTYPES),
-        ("bias", BIASES),
+        ("form", FORMS), ("mixer", ("attention", *MIXERS)), ("activation", [*ACTIVATIONS]),
+        ("norm", [*NORMS]), ("norm_placement", NORM_PLACEMENTS),
+        ("positions", (*POSITIONS, *TURNS)), ("dtype", DTYPES), ("bias", BIASES),
         ("remat", REMAT_POLICIES), ("attention", ATTENTIONS), ("expert_scores", EXPERT_SCORES),
     ):
         _check_choice(field, getattr(config, field), choices)
@@ -71,6 +70,7 @@ def check(config: Any) -> None:
     _check_experts(config)
     _check_latent(config)
     _check_form(config)
+    _check_mixer(config)
 
 
 def _check_form(config: Any) -> None:
@@ -114,6 +114,20 @@ def _check_form(config: Any) -> None:
             f"model.embedding_dim={config.embedding_dim}: expected at least 1, and "
             "model.head_transform=True with model.tied_embeddings=True, which lead back to it"
         )
+
+
+def _check_mixer(config: Any) -> None:
+    if config.mixer == "attention":
+        return
+    for field, usual in (
+        ("form", "decoder"), ("latent_rank", None), ("qk_norm", False), ("attention_sinks", False),
+        ("attention_soft_cap", None), ("attention_scale", None), ("future_heads", 0),
+    ):
+        if getattr(config, field) != usual:
+            raise ValueError(
+                f"model.{field}={getattr(config, field)!r} does not know model.mixer="
+                f"{config.mixer!r}: leave it {usual!r}"
+            )
 
 
 def _check_experts(config: Any) -> None:
@@ -199,7 +213,7 @@ def _check_pattern(config: Any) -> None:
     if not config.layer_pattern:
         raise ValueError("model.layer_pattern=(): expected at least one of 'global', 'local'")
     for kind in config.layer_pattern:
-        _check_choice("layer_pattern", kind, LAYER_KINDS)
+        _check_choice("layer_pattern", kind, [*LAYER_KINDS])
     if "local" in config.layer_pattern and (config.window is None or config.window < 1):
         raise ValueError(
             f"model.window={config.window}: a 'local' layer in model.layer_pattern needs a "
@@ -223,7 +237,9 @@ def _check_choice(field: str, value: str, choices: Sequence[str]) -> None:
     if value not in choices:
         near = difflib.get_close_matches(str(value), choices, n=1)
         hint = f"; did you mean '{near[0]}'?" if near else ""
-        raise ValueError(f"model.{field}={value!r}: expected one of {', '.join(choices)}{hint}")
+        own = ", or FILE.py:NAME of your own" if field in OWN else ""
+        raise ValueError(
+            f"model.{field}={value!r}: expected one of {', '.join(choices)}{own}{hint}")
 
 
 def _divisors(number: int) -> list[int]:
