@@ -139,7 +139,8 @@ def _train(
     ledger.write("started", step=found.step or 0, passed_over=found.passed_over, changed=changed)
     meta = {"validation": [], **stored, "config": flat, "data": identity, "arrays": arrays}
     report = functools.partial(_report, ledger)
-    opened = Checkpoints(workdir, experiment.train.checkpoint, report)
+    apart = experiment.train.local.steps or 1
+    opened = Checkpoints(workdir, experiment.train.checkpoint, report, apart)
     with contextlib.closing(opened) as checkpoints:
         state, reason = train_from(assembly, checkpoints, ledger, meta, found.step)
     step = int(state.step)

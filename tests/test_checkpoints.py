@@ -117,7 +117,7 @@ def settled(checkpoints: Checkpoints, reports: Reports) -> bool:
     """Asks as the loop does, until the save under way has ended; whether to save again."""
     before = len(reports)
     for _ in range(1000):
-        if checkpoints.failed():
+        if checkpoints.failed(step=0):
             return True
         if len(reports) > before:
             return False

@@ -23,6 +23,7 @@ from batiste.exit_codes import LOST_PEER
 from batiste.main import evaluate, generate, load_experiment, train
 from batiste.sharding import MeshConfig, make_mesh
 from batiste.train import Checkpoints, flops_per_token, make_program
+from batiste.train.ledger import read_ledger
 from batiste.train.metrics import read_metrics
 from test_resume import tiny_experiment
 
@@ -388,6 +389,41 @@ def test_a_signal_to_one_process_stops_both_after_one_step_and_tensor_4x2_gives_
     again = int(re.search(r"stopped by SIGTERM after step (\d+), saved", printed)[1])
     assert newest(workdir) == again
     assert step < again < 5000
+
+
+# Where a save is going to be written there is a file; only process 0 finds out.
+OBSTRUCTED = """
+import pathlib, sys
+from batiste import main, sharding
+from test_processes import experiment
+
+address, index, corpus, workdir = sys.argv[1:]
+sharding.connect(address, 2, int(index))
+config, report = experiment(corpus, "zero"), main._report
+config.train.num_steps = config.train.evaluation.every = 40
+
+def obstruct(ledger, event, **fields):
+    if event == "saved" and fields["step"] == 5:
+        pathlib.Path(workdir, "checkpoints/10.unfinished").write_text("in the way")
+    report(ledger, event, **fields)
+
+main._report = obstruct
+main.train(config, workdir)
+"""
+
+
+def test_a_failed_save_is_tried_again_by_both_processes_at_one_step(folder):
+    address, workdir = f"127.0.0.1:{free_port()}", folder / "obstructed"
+    printed, _ = ended([start([sys.executable, "-c", OBSTRUCTED, address, str(index),
+                               f"{folder}/corpus/*.txt", str(workdir)], {}) for index in range(2)])
+    events = read_ledger(workdir)
+    failed = [event for event in events if event["event"] == "save_failed"]
+    assert [event["step"] for event in failed] == [10], printed
+    saved = {event["step"] for event in events if event["event"] == "saved"}
+    again = saved - set(range(5, 41, 5))
+    assert len(again) == 1 and 10 < min(again) < 40, saved
+    assert saved | {10} >= {5, 40} and newest(workdir) == 40
+    assert sorted(losses(workdir))[0][1] == 1 and len(losses(workdir)) == 41
 
 
 def test_what_fails_in_one_process_ends_both_with_a_line(folder):

@@ -194,7 +194,7 @@ def test_a_failed_save_is_tried_again_at_the_next_step(corpus, tmp_path, monkeyp
     assert train(experiment, tmp_path).step == 12
     assert "the checkpoint of step 10 could not be saved: " in capfd.readouterr().err
     (failed,) = events(tmp_path, "save_failed")
-    assert failed["step"] == 10 and "Not a directory" in failed["why"]
+    assert failed["step"] == 10 and "File exists" in failed["why"]
     assert 11 in [event["step"] for event in events(tmp_path, "saved")]
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from batiste.sharding import is_first, together
+from batiste.sharding import Agreed, is_first, together
 from batiste.train import manifest
 from batiste.train.config import CheckpointConfig
 from batiste.train.manifest import CHECKPOINT_FOLDER, UNFINISHED, Found
@@ -28,7 +28,8 @@ class Checkpoints:
     """The committed states of a run; only `save` and what follows it change the directory.
 
     All processes of a run make the same calls, in the same order. report: is called with the name
-    and the fields of what happens ("saved", "save_failed"), from a thread too.
+    and the fields of what happens ("saved", "save_failed"), from a thread too. apart: how many steps
+    processes may be from each other.
     """
 
     def __init__(
@@ -36,9 +37,10 @@ class Checkpoints:
         workdir: pathlib.Path,
         config: CheckpointConfig,
         report: Callable[..., None] = lambda event, **fields: None,
+        apart: int = 1,
     ):
         self.folder = pathlib.Path(workdir, CHECKPOINT_FOLDER).absolute()
-        self._config, self._report = config, report
+        self._config, self._report, self._apart = config, report, apart
         self._orbax = ocp.AsyncCheckpointer(
             ocp.PyTreeCheckpointHandler(), timeout_secs=SAVE_SECONDS)
         self._opened = False
@@ -97,24 +99,32 @@ class Checkpoints:
         """
         self._settle()
         self._open(step)
-        self._save = _Save(self.folder, step, meta)
+        again = Agreed(f"save/{step}", self._apart)
+        self._save = _Save(self.folder, step, meta, again)
+
+        def begin() -> str:
+            self._save.unfinished.mkdir()
+            return ""
+
         try:
+            # What only the first process would find out, all must know before they wait in Orbax.
+            together(f"begin the save of step {step}", begin if is_first() else str)
             # In Orbax, processes wait for each other by sums over all devices, fetched implicitly.
             with jax.transfer_guard("allow"):
                 self._orbax.save(self._save.unfinished / ARRAYS,
                                  args=ocp.args.PyTreeSave(state._asdict()))
         except (OSError, ValueError, jax.errors.JaxRuntimeError) as error:
-            self._save.error = error
+            self._save.fail(error)
             return
         self._save.begin(self._finish)
 
-    def failed(self) -> bool:
-        """Whether the save under way has failed, so that the next step is to save again.
+    def failed(self, step: int) -> bool:
+        """Whether the save under way has failed, so that this step is to be saved instead.
 
-        Asked after every step. A second failure in a row waits for the next save that is due. So
-        do several processes, who must all know of a failure before they can act on it.
+        Asked after every step. Several processes agree on a step soon after the failure. A second
+        failure in a row waits for the next save that is due.
         """
-        if jax.process_count() > 1 or self._save is None or self._save.error is None:
+        if self._save is None or not self._save.again.now(step):
             return False
         self._settle()
         return self._failures == 1
@@ -223,8 +233,8 @@ class Checkpoints:
 class _Save:
     """One save: what it is of, the thread that commits it, and how it failed."""
 
-    def __init__(self, folder: pathlib.Path, step: int, meta: dict[str, Any]):
-        self.step, self.started = step, time.perf_counter()
+    def __init__(self, folder: pathlib.Path, step: int, meta: dict[str, Any], again: Agreed):
+        self.step, self.started, self.again = step, time.perf_counter(), again
         self.meta = json.dumps(meta, indent=1) + "\n"  # The loop goes on to change it.
         self.validation = list(meta.get("validation", ()))
         self.unfinished = folder / f"{step}{UNFINISHED}"
@@ -236,11 +246,18 @@ class _Save:
         def run() -> None:
             try:
                 finish(self)
+                if is_first():
+                    self.again.refuse()
             except Exception as error:
-                self.error = error
+                self.fail(error)
 
         self._thread = threading.Thread(target=run, name=f"save of step {self.step}")
         self._thread.start()
+
+    def fail(self, error: BaseException) -> None:
+        """Remembers why it failed, and asks for another."""
+        self.error = error
+        self.again.ask()
 
     def join(self) -> str:
         """Waits for the end; returns why it failed, or nothing."""

@@ -76,7 +76,7 @@ def fit(
             asked = stop_request()
             last = step == run.last_step or asked is not None
             evaluation_due = step % config.evaluation.every == 0 or step == run.last_step
-            save_due = step % config.checkpoint.every == 0 or records.checkpoints.failed()
+            save_due = step % config.checkpoint.every == 0 or records.checkpoints.failed(step)
             if not (last or evaluation_due or save_due):
                 continue
             _record(records, *pending)
