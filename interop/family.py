@@ -41,7 +41,8 @@ class Family:
     there; they are written. kinds: the kind of each layer, for a config without `layer_types`.
     switch: the key that must be true for a window to count.
     extra: keys that are written where an import has not brought them along. also: keys that are
-    written and follow from several of our fields.
+    written and follow from several of our fields. repeated: tensors that old files have twice.
+    aside: beginnings of names that our model has no parameters for; they are kept as they came.
     """
 
     model_type: str
@@ -56,6 +57,8 @@ class Family:
     rope_base: float | None = None
     local_rope_base: float | None = None
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    repeated: tuple[str, ...] = ("lm_head.weight",)
+    aside: tuple[str, ...] = ()
     also: Callable[[TransformerConfig], Mapping[str, Any]] = lambda model: {}
 
     def model_of(self, theirs: Mapping[str, Any]) -> TransformerConfig:

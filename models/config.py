@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from batiste.pallas_kernels import certified
 
 FORMS = ("decoder", "encoder", "encoder_decoder")
-ACTIVATIONS = ("relu", "relu2", "gelu", "swiglu", "geglu")
+ACTIVATIONS = ("relu", "relu2", "gelu", "gelu_exact", "swiglu", "geglu")
 NORMS = ("rms", "rms_plus_one", "layer")
 NORM_PLACEMENTS = ("pre", "post", "sandwich", "parallel")
 BIASES = ("none", "qkv", "all")
@@ -185,8 +185,8 @@ class TransformerConfig:
                     f"model.{field}={getattr(self, field)} has no effect with model.remat="
                     f"{self.remat!r}: set model.remat='names'"
                 )
-        if self.token_types is not None and self.token_types < 2:
-            raise ValueError(f"model.token_types={self.token_types}: expected at least 2, or None")
+        if self.token_types is not None and self.token_types < 1:
+            raise ValueError(f"model.token_types={self.token_types}: expected at least 1, or None")
         both = set(self.saved) & set(self.offloaded)
         if both:
             raise ValueError(f"model.saved and model.offloaded both name {', '.join(sorted(both))}")

@@ -234,10 +234,10 @@ class HeadTransform(nnx.Module):
 
 
 def activate(name: str, x: jax.Array) -> jax.Array:
-    """The nonlinearity of an activation by its config name, in fp32; GELU in its tanh form."""
+    """The nonlinearity of an activation by its config name, in fp32; GELU in its tanh form, if not exact."""
     y = x.astype(jnp.float32)
-    if name in ("gelu", "geglu"):
-        y = jax.nn.gelu(y, approximate=True)
+    if name in ("gelu", "gelu_exact", "geglu"):
+        y = jax.nn.gelu(y, approximate=name != "gelu_exact")
     elif name == "swiglu":
         y = jax.nn.silu(y)
     else:

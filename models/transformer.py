@@ -14,8 +14,8 @@ from batiste.models.attention_choice import OneOf, fused_losses
 from batiste.models.block import LayerOutput, split_time, whole_time
 from batiste.models.chunked_loss import Head, Rows, chunked_loss
 from batiste.models.config import TransformerConfig
-from batiste.models.layers import HeadTransform, Norm, dropout, lookup, project
-from batiste.models.parameter import gathered, matrix
+from batiste.models.layers import HeadTransform, Norm, add_bias, dropout, lookup, project
+from batiste.models.parameter import gathered, matrix, vector
 from batiste.models.pipeline import LAYER_INPUT, Layers, pipelined
 from batiste.models.positions import RELATIVE_BUCKETS, relative_bias, sinusoids
 from batiste.models.stack import (
@@ -76,6 +76,8 @@ class Transformer(nnx.Module):
         factored = self.width == "R"
         self.widening_RD = (
             matrix(rngs, "RD", sizes, inputs="R", stddev=stddev) if factored else None)
+        has_bias = factored and config.bias == "all"
+        self.widening_bias_D = vector("D", sizes, 0.0) if has_bias else None
         relative = config.positions == "relative"
         buckets = sizes | {"P": RELATIVE_BUCKETS}
         bias = functools.partial(matrix, rngs, "PN", buckets, inputs="P", stddev=stddev)
@@ -394,7 +396,8 @@ class Transformer(nnx.Module):
         x_BTD = x_BTD.astype(config.dtype)
         if self.widening_RD is None:
             return x_BTD
-        return project(x_BTD, gather(self.widening_RD[...], "RD"))
+        x_BTD = project(x_BTD, gather(self.widening_RD[...], "RD"))
+        return add_bias(x_BTD, self.widening_bias_D)
 
     def _rows_of(self, name: str, rows: str, places_BT: jax.Array) -> jax.Array:
         """The rows of a table at these places, as wide as what is embedded."""
