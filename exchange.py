@@ -18,7 +18,9 @@ from batiste.configs.experiment import Experiment, flatten
 from batiste.data import Tokenizer, load_tokenizer, pack_tokenizer
 from batiste.interop import FAMILIES, Family, Tensors, WeightMap, family_of, fitting_family
 from batiste.interop import certificate as certificates
-from batiste.interop.directory import CONFIG, Written, bring, read_config, write_directory
+from batiste.interop.directory import (
+    CONFIG, Written, open_source, read_aside, read_config, write_aside, write_directory,
+)
 from batiste.interop.family import FREE_FIELDS
 from batiste.models import TransformerConfig
 from batiste.sharding import MeshConfig, is_first, make_mesh, restack
@@ -86,14 +88,15 @@ def beginning(assembly: Assembly) -> TrainState:
 
 
 def import_model(source: str, workdir: str, experiment: Experiment | None = None) -> Experiment:
-    """Makes a work directory of a model in Hugging Face's format; returns its experiment.
+    """Makes a work directory of a model in Hugging Face's format, or GGUF; returns its experiment.
 
     experiment: what it is to be trained on and how; the model's sizes become those of `source`.
     Reads one tensor at a time into its place on the devices. Raises ValueError for a model that is
     not known here, files that are damaged, or a work directory that is taken.
     """
     path, target = pathlib.Path(source), pathlib.Path(workdir)
-    theirs = read_config(path)
+    opened = open_source(path)
+    theirs = opened.theirs
     family = family_of(theirs, FAMILIES)
     model = family.model_of(theirs)
     if (target / "config.json").exists() or (target / FOLDER).exists():
@@ -101,7 +104,7 @@ def import_model(source: str, workdir: str, experiment: Experiment | None = None
     experiment = _with_model(experiment, model)
     unfinished = target / f"{FOLDER}.unfinished"
     shutil.rmtree(unfinished, ignore_errors=True)
-    if TOKENIZER in bring(path, unfinished / FILES):
+    if TOKENIZER in opened.bring(unfinished / FILES):
         _bring_tokenizer(unfinished, model.vocab_size)
         experiment.data.tokenizer = str(target / FOLDER / TOKENIZER)
     experiment.validate()
@@ -109,7 +112,8 @@ def import_model(source: str, workdir: str, experiment: Experiment | None = None
     program = make_program(experiment.model, experiment.train, make_mesh(layout), layout)
     abstract = program.abstract_state.params
     weights = WeightMap(family, model, theirs, abstract)
-    state = TrainState(np.int32(0), weights.parameters(Tensors(path), abstract), None, None)
+    state = TrainState(np.int32(0), weights.parameters(opened.tensors, abstract), None, None)
+    write_aside(unfinished / FILES, weights.aside(opened.tensors))
     with contextlib.closing(Checkpoints(unfinished, experiment.train.checkpoint)) as saved:
         saved.save(0, state, {})
         saved.finish(0, state, {})
@@ -178,7 +182,7 @@ def export_model(
         config, brought = _ids(given.tokenizer), None
     model = dataclasses.replace(given.model, dtype=dtype or given.model.dtype)
     theirs = family.config_of(model, config)
-    weights = WeightMap(family, model, theirs, given.params)
+    weights = WeightMap(family, model, theirs, given.params, read_aside(brought))
     file_dtype = jax.numpy.dtype(model.dtype)
     unfinished = target.with_name(f"{target.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)

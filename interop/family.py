@@ -9,7 +9,7 @@ from batiste.interop import rope
 from batiste.interop.layout import Row
 from batiste.models import TransformerConfig
 
-REQUIRED = object()
+REQUIRED, ABSENT = object(), object()
 # How a model is trained or computed: no file of weights says it.
 FREE_FIELDS = (
     "attention", "remat", "saved", "offloaded", "scan_unroll", "dropout", "init_stddev",
@@ -90,7 +90,8 @@ class Family:
                    "dtype": model.dtype}
         theirs.pop("torch_dtype", None)
         for field in self.fields:
-            if field.theirs is not None:
+            # What was brought stays where it says the same: one thing may have several names.
+            if field.theirs is not None and self._given(field, brought) != getattr(model, field.ours):
                 theirs[field.theirs] = field.write(getattr(model, field.ours))
         theirs |= self.also(model)
         if self.rope_base is not None:
@@ -116,6 +117,11 @@ class Family:
         if field.absent is REQUIRED:
             raise ValueError(f"config.json: {field.theirs} is missing; a {self.model_type} has one")
         return field.absent(theirs) if callable(field.absent) else field.absent
+
+    def _given(self, field: Field, brought: Mapping[str, Any]) -> Any:
+        """What a config that was brought says of a field of ours."""
+        value = brought.get(field.theirs)
+        return ABSENT if value is None else field.read(value)
 
     def _pattern(self, theirs: Mapping[str, Any]) -> dict[str, Any]:
         """The shortest pattern that gives the kind of each layer, and the window."""
