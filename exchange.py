@@ -15,7 +15,7 @@ from flax import nnx
 
 from batiste.assembly import Assembly
 from batiste.configs.experiment import Experiment, flatten
-from batiste.data import Tokenizer, load_tokenizer, pack_tokenizer
+from batiste.data import RecordObjective, Tokenizer, load_tokenizer, pack_tokenizer
 from batiste.interop import FAMILIES, Family, Tensors, WeightMap, family_of, fitting_family
 from batiste.interop import certificate as certificates
 from batiste.interop.directory import (
@@ -29,6 +29,7 @@ from batiste.train import (
 )
 
 FOLDER, META, FILES, TOKENIZER = "imported", "import.json", "files", "tokenizer.json"
+USUAL_OBJECTIVES = {"decoder": (), "encoder": ("masked",), "encoder_decoder": ("spans",)}
 
 
 class Imported(NamedTuple):
@@ -105,7 +106,7 @@ def import_model(source: str, workdir: str, experiment: Experiment | None = None
     unfinished = target / f"{FOLDER}.unfinished"
     shutil.rmtree(unfinished, ignore_errors=True)
     if TOKENIZER in opened.bring(unfinished / FILES):
-        _bring_tokenizer(unfinished, model.vocab_size)
+        _bring_tokenizer(unfinished, model)
         experiment.data.tokenizer = str(target / FOLDER / TOKENIZER)
     experiment.validate()
     layout = experiment.mesh.plain(len(jax.devices()))
@@ -124,14 +125,25 @@ def import_model(source: str, workdir: str, experiment: Experiment | None = None
     return experiment
 
 
-def _bring_tokenizer(folder: pathlib.Path, vocab_size: int) -> None:
-    """Makes of the tokenizer.json that came along what encodes text here."""
+def _bring_tokenizer(folder: pathlib.Path, model: TransformerConfig) -> None:
+    """Makes of the tokenizer.json that came along what encodes text here.
+
+    Where an encoder reads, one that loses text (BERT's) is no reason to refuse the weights: what
+    encodes text refuses it when it is asked to.
+    """
     (folder / TOKENIZER).write_bytes(pack_tokenizer(folder / FILES))
-    size = load_tokenizer(folder / TOKENIZER).vocab_size
-    if size > vocab_size:
+    try:
+        size = load_tokenizer(folder / TOKENIZER).vocab_size
+    except ValueError as error:
+        if model.form == "decoder":
+            raise
+        final = str(error).replace(".unfinished", "", 1)
+        print(f"weights only, their text is not encoded here: {final}", flush=True)
+        return
+    if size > model.vocab_size:
         raise ValueError(
-            f"{TOKENIZER} has {size} tokens, but config.json says vocab_size={vocab_size}: one of "
-            "the two is of another model"
+            f"{TOKENIZER} has {size} tokens, but config.json says vocab_size={model.vocab_size}: "
+            "one of the two is of another model"
         )
 
 
@@ -144,6 +156,7 @@ def _with_model(experiment: Experiment | None, model: TransformerConfig) -> Expe
         data.sequence_length = min(data.sequence_length, model.max_length)
         data.vocab_size = min(data.vocab_size, model.vocab_size)
         health.every = None if model.dense_layers else health.every
+        data.objectives = tuple(map(RecordObjective, USUAL_OBJECTIVES[model.form]))
     else:
         own = {name: getattr(experiment.model, name) for name in FREE_FIELDS if name != "dtype"}
         experiment.model = dataclasses.replace(model, **own)

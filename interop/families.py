@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from batiste.interop.encoder_decoders import ENCODER_DECODERS
 from batiste.interop.encoders import ENCODERS
 from batiste.interop.family import Family, Field, from_square, to_square
 from batiste.interop.layout import Row, biased, row
@@ -308,5 +309,5 @@ BLOOM = Family(
 # Of two that have the same model, the first is written: a Llama before its imitations.
 FAMILIES = (
     LLAMA, MISTRAL, QWEN2, QWEN3, QWEN3_MOE, MIXTRAL, GEMMA2, GEMMA3, DEEPSEEK, COHERE, GPT2, BLOOM,
-    *ENCODERS,
+    *ENCODERS, *ENCODER_DECODERS,
 )

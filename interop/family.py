@@ -9,7 +9,7 @@ from batiste.interop import rope
 from batiste.interop.layout import Row
 from batiste.models import TransformerConfig
 
-REQUIRED, ABSENT = object(), object()
+REQUIRED = object()
 # How a model is trained or computed: no file of weights says it.
 FREE_FIELDS = (
     "attention", "remat", "saved", "offloaded", "scan_unroll", "dropout", "init_stddev",
@@ -41,8 +41,9 @@ class Family:
     there; they are written. kinds: the kind of each layer, for a config without `layer_types`.
     switch: the key that must be true for a window to count.
     extra: keys that are written where an import has not brought them along. also: keys that are
-    written and follow from several of our fields. repeated: tensors that old files have twice.
+    written and follow from several of our fields. repeated: tensors that files may have twice.
     aside: beginnings of names that our model has no parameters for; they are kept as they came.
+    zeros: of those, tensors that our model lacks without loss, as all of their values are 0.
     """
 
     model_type: str
@@ -59,6 +60,7 @@ class Family:
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     repeated: tuple[str, ...] = ("lm_head.weight",)
     aside: tuple[str, ...] = ()
+    zeros: tuple[str, ...] = ()
     also: Callable[[TransformerConfig], Mapping[str, Any]] = lambda model: {}
 
     def model_of(self, theirs: Mapping[str, Any]) -> TransformerConfig:
@@ -91,8 +93,10 @@ class Family:
         theirs.pop("torch_dtype", None)
         for field in self.fields:
             # What was brought stays where it says the same: one thing may have several names.
-            if field.theirs is not None and self._given(field, brought) != getattr(model, field.ours):
-                theirs[field.theirs] = field.write(getattr(model, field.ours))
+            if field.theirs is not None:
+                value, given = getattr(model, field.ours), brought.get(field.theirs)
+                same = given is not None and field.read(given) == value
+                theirs[field.theirs] = given if same else field.write(value)
         theirs |= self.also(model)
         if self.rope_base is not None:
             theirs |= rope.write(model, self.local_rope_base is not None)
@@ -117,11 +121,6 @@ class Family:
         if field.absent is REQUIRED:
             raise ValueError(f"config.json: {field.theirs} is missing; a {self.model_type} has one")
         return field.absent(theirs) if callable(field.absent) else field.absent
-
-    def _given(self, field: Field, brought: Mapping[str, Any]) -> Any:
-        """What a config that was brought says of a field of ours."""
-        value = brought.get(field.theirs)
-        return ABSENT if value is None else field.read(value)
 
     def _pattern(self, theirs: Mapping[str, Any]) -> dict[str, Any]:
         """The shortest pattern that gives the kind of each layer, and the window."""

@@ -54,6 +54,7 @@ class WeightMap:
         dense = self.model.dense_layers
         layers = range(dense) if row.dense else range(self.model.num_layers - dense)
         layers = range(1) if self.model.shared_layers else layers
+        layers = range(self.model.encoder_layers) if row.stack == "encoder_layers" else layers
         places = {"layer": layers, "expert": range(self.model.num_experts or 0)}
         axes = [axis for axis in places if f"{{{axis}}}" in row.theirs]
         for place in itertools.product(*(places[axis] for axis in axes)):
@@ -108,17 +109,19 @@ class WeightMap:
     def check(self, tensors: Tensors) -> None:
         """Raises ValueError where files have other tensors, shapes or dtypes than this model."""
         planned = {each.name: each for each in self.planned(np.dtype(np.float32))}
-        ignored = set(self._family.repeated) if self.model.tied_embeddings else set()
         names = {name: _name_in(tensors, name) for name in planned}
         for name, found in names.items():
             if found not in tensors.entries:
                 raise ValueError(
                     f"the files have no tensor {name}, which their config.json implies")
-        for name in sorted(tensors.entries.keys() - set(names.values()) - ignored):
+        for name in sorted(tensors.entries.keys() - set(names.values()) - set(self._family.repeated)):
             if NO_WEIGHTS.search(name) is None and not name.startswith(self._family.aside):
                 raise ValueError(
                     f"the files have a tensor {name}, for which this model has no parameter"
                 )
+        for name in self._family.zeros:
+            if name in tensors.entries and np.any(tensors.read(name)):
+                raise ValueError(f"{name} is not 0 everywhere: this model has no parameter for it")
         for name, each in planned.items():
             entry = tensors.entries[names[name]]
             if entry.dtype is None:
@@ -170,7 +173,7 @@ def _dtype(row: Row, dtype: np.dtype) -> np.dtype:
 def _name_in(tensors: Tensors, name: str) -> str:
     """A tensor's name in files: some are of a model without its head, and lack the first part."""
     body, _, rest = name.partition(".")
-    names = [name] if body in ("lm_head", "cls") else [name, rest]
+    names = [name] if body in ("lm_head", "cls", "shared", "encoder", "decoder") else [name, rest]
     for ending, old in OLD_ENDINGS.items():
         names += [each.removesuffix(ending) + old for each in names if each.endswith(ending)]
     return next((each for each in names if each in tensors.entries), name)
