@@ -279,8 +279,9 @@ def _import(values: flags.FlagValues) -> int:
 
     experiment = None if values.config is None else given_experiment(values)
     workdir = _required(values, "workdir")
-    main.import_weights(_required(values, "from"), workdir, experiment)
-    print(f"imported: batiste generate --workdir={workdir} continues text with it")
+    experiment = main.import_weights(_required(values, "from"), workdir, experiment)
+    verb = "evaluate" if experiment.model.form == "encoder" else "generate"
+    print(f"imported: next, batiste {verb} --workdir={workdir}")
     return 0
 
 

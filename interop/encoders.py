@@ -7,7 +7,9 @@ from typing import Any
 from batiste.interop.family import Family, Field
 from batiste.interop.layout import Row, biased, row
 
-ACTIVATIONS = {"gelu": "gelu_exact", "gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "relu": "relu"}
+ACTIVATIONS = {
+    "gelu": "gelu_exact", "gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "relu": "relu",
+}
 NAMES = {"gelu_exact": "gelu", "gelu": "gelu_new", "relu": "relu"}
 LAYER = "layers/"
 FIXED = {
@@ -20,7 +22,8 @@ STACKED = REQUIRED | {"position_embedding_type": "absolute"}
 
 def _activation(name: str) -> str:
     if name not in ACTIVATIONS:
-        raise ValueError(f"config.json: activation {name!r}: expected one of {', '.join(ACTIVATIONS)}")
+        raise ValueError(
+            f"config.json: activation {name!r}: expected one of {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[name]
 
 

@@ -37,8 +37,8 @@ class Family:
     """What one `model_type` says of a model, as data.
 
     architecture: the class that `transformers` makes of it. fixed: our fields that all members
-    share. fields: the others. required: keys of theirs with the value that they must have, if they are
-    there; they are written. kinds: the kind of each layer, for a config without `layer_types`.
+    share. fields: the others. required: keys of theirs with the value that they must have, if they
+    are there; they are written. kinds: the kind of each layer, for a config without `layer_types`.
     switch: the key that must be true for a window to count.
     extra: keys that are written where an import has not brought them along. also: keys that are
     written and follow from several of our fields. repeated: tensors that files may have twice.

@@ -1,4 +1,4 @@
-"""GGUF, the one-file format of llama.cpp: its weights dequantized, under the names of `transformers`."""
+"""GGUF, the one-file format of llama.cpp: weights dequantized, by their names in `transformers`."""
 
 import json
 import pathlib
@@ -49,8 +49,8 @@ class GGUFile:
         self._said = {name: field.contents() for name, field in reader.fields.items()}
         self._architecture = self._needed("general.architecture")
         if self._architecture not in ARCHITECTURES:
-            raise ValueError(f"{path}: general.architecture={self._architecture!r}: expected one of "
-                             f"{', '.join(ARCHITECTURES)}")
+            raise ValueError(f"{path}: general.architecture={self._architecture!r}: expected one "
+                             f"of {', '.join(ARCHITECTURES)}")
         self._tensors = {self._name(each.name): each for each in reader.tensors}
         self.entries = {name: self._entry(each) for name, each in self._tensors.items()}
         self.theirs = self._config()
@@ -114,8 +114,8 @@ class GGUFile:
         values.setdefault("num_key_value_heads", values["num_attention_heads"])
         for name in IMPLIED[1:]:
             if own.get(name, values["head_dim"]) != values["head_dim"]:
-                raise ValueError(f"{self._path}: {prefix}{name}={own[name]}: expected the head dim, "
-                                 f"{values['head_dim']}")
+                raise ValueError(f"{self._path}: {prefix}{name}={own[name]}: expected the head "
+                                 f"dim, {values['head_dim']}")
         ids = {f"{ours}_token_id": self._said.get(f"tokenizer.ggml.{key}_token_id")
                for ours, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))}
         if "model.embed_tokens.weight" not in self.entries:

@@ -27,8 +27,8 @@ def bring_tokenizer(said: Mapping[str, Any], folder: pathlib.Path) -> list[str]:
     if kind is None:
         return []
     if kind != "gpt2":
-        raise ValueError(f"tokenizer.ggml.model={kind!r}: expected 'gpt2', a byte-level BPE; import "
-                         "the model's directory with its tokenizer.json instead")
+        raise ValueError(f"tokenizer.ggml.model={kind!r}: expected 'gpt2', a byte-level BPE; "
+                         "import the model's directory with its tokenizer.json instead")
     pre = said.get("tokenizer.ggml.pre")
     if pre not in CUTS:
         raise ValueError(f"tokenizer.ggml.pre={pre!r}: expected one of {', '.join(CUTS)}")
@@ -66,7 +66,8 @@ def _tokenizer(said: Mapping[str, Any], pre: str) -> str:
     steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=cut is None))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
     tokenizer.decoder = decoders.ByteLevel()
-    for kind, add in ((CONTROL, tokenizer.add_special_tokens), (USER_DEFINED, tokenizer.add_tokens)):
+    adding = {CONTROL: tokenizer.add_special_tokens, USER_DEFINED: tokenizer.add_tokens}
+    for kind, add in adding.items():
         special = kind == CONTROL
         add([AddedToken(piece, special=special, normalized=False)
              for piece, type_of in zip(pieces, types, strict=True) if type_of == kind])

@@ -114,7 +114,8 @@ class WeightMap:
             if found not in tensors.entries:
                 raise ValueError(
                     f"the files have no tensor {name}, which their config.json implies")
-        for name in sorted(tensors.entries.keys() - set(names.values()) - set(self._family.repeated)):
+        known = set(names.values()) | set(self._family.repeated)
+        for name in sorted(tensors.entries.keys() - known):
             if NO_WEIGHTS.search(name) is None and not name.startswith(self._family.aside):
                 raise ValueError(
                     f"the files have a tensor {name}, for which this model has no parameter"

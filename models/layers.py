@@ -234,7 +234,7 @@ class HeadTransform(nnx.Module):
 
 
 def activate(name: str, x: jax.Array) -> jax.Array:
-    """The nonlinearity of an activation by its config name, in fp32; GELU in its tanh form, if not exact."""
+    """The nonlinearity of an activation by its config name, in fp32; "gelu" in its tanh form."""
     y = x.astype(jnp.float32)
     if name in ("gelu", "gelu_exact", "geglu"):
         y = jax.nn.gelu(y, approximate=name != "gelu_exact")

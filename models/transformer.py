@@ -68,7 +68,8 @@ class Transformer(nnx.Module):
         two, learned = config.form == "encoder_decoder", config.positions == "learned"
         for name, rows, wanted in (
             ("embedding", "V", True), ("position", "T", learned),
-            ("type", "P", config.token_types is not None), ("encoder_position", "T", two and learned),
+            ("encoder_position", "T", two and learned),
+            ("type", "P", config.token_types is not None),
         ):
             table = functools.partial(matrix, inputs=self.width, stddev=stddev)
             letters = rows + self.width
@@ -160,7 +161,8 @@ class Transformer(nnx.Module):
         if dropout_key is not None and self.config.dropout > 0:
             embed_key, layers_key = jax.random.split(dropout_key)
         positions_BS = _places(tokens_BS) if positions_BS is None else positions_BS
-        x_BSD = dropout(self._embed(tokens_BS, positions_BS, side="encoder_"), self.config.dropout, embed_key)
+        x_BSD = self._embed(tokens_BS, positions_BS, side="encoder_")
+        x_BSD = dropout(x_BSD, self.config.dropout, embed_key)
         config, (graphdef, weights) = self.config.encoder, nnx.split(self.encoder_layers)
         mask = AttentionMask(
             causal=False, query_segments_BT=segments_BS, key_segments_BS=segments_BS)

@@ -110,7 +110,7 @@ def test_its_bytes_and_its_config_come_back(pair, tmp_path):
 
 @pytest.mark.parametrize("theirs,expected", (
     (T5 | {"model_type": "t5", "tie_word_embeddings": True}, "only those of version 1.1"),
-    (BART | {"model_type": "bart", "encoder_ffn_dim": 48}, "encoder_ffn_dim=48, decoder_ffn_dim=40"),
+    (BART | {"model_type": "bart", "encoder_ffn_dim": 48}, "encoder_ffn_dim=48, decoder_ffn_dim"),
 ))
 def test_what_our_model_cannot_be_is_refused_by_name(theirs, expected):
     with pytest.raises(ValueError, match=expected):

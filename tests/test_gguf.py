@@ -198,7 +198,8 @@ def test_tokenizers_cut_text_as_their_models_want(tmp_path):
     ("tokenizer.ggml.pre", "tekken", "pre='tekken': expected one of gpt-2"),
     ("tokenizer.ggml.model", "llama", "model='llama': expected 'gpt2'"),
 ))
-def test_what_is_not_known_is_refused_by_name(with_tokenizer, tmp_path, monkeypatch, key, value, expected):
+def test_what_is_not_known_is_refused_by_name(
+        with_tokenizer, tmp_path, monkeypatch, key, value, expected):
     reader = gguf.GGUFReader(with_tokenizer[0])
 
     class Field:

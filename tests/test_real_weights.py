@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from flax import nnx
+from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from batiste import main
 from batiste.inference import SamplingConfig, generate
@@ -41,8 +42,11 @@ def test_smollm2_of_a_gguf_file_says_what_transformers_reads_in_it(tmp_path):
     stop = tokenizer.eos_token_id
     answer = [row for (row,) in generate(model, [ids], stop, greedy) if row is not None]
     assert "Paris" in tokenizer.decode(answer)
-    torch_model = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, gguf_file=name, dtype=torch.float32)
+    torch_model = transformers.AutoModelForCausalLM.from_config(
+        transformers.AutoConfig.from_pretrained(folder, gguf_file=name), dtype=torch.float32)
+    read = load_gguf_checkpoint(str(folder / name), return_tensors=True, model_to_load=torch_model)
+    torch_model.eval().load_state_dict(read["tensors"], strict=False)
+    torch_model.tie_weights()
     tokens_BT = np.array([ids + answer], np.int32)
     with torch.no_grad():
         expected_BTV = torch_model(torch.tensor(tokens_BT, dtype=torch.long)).logits.numpy()
