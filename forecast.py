@@ -1,6 +1,7 @@
 """Where an experiment meets the planner: what it would take elsewhere, and whether it fits here."""
 
 import dataclasses
+import sys
 from collections.abc import Callable
 
 from batiste.configs.experiment import Experiment
@@ -22,6 +23,9 @@ def plan(
     fastest plan that fits. applies: the answer is the overrides for that plan, and nothing else.
     Raises ValueError where nothing fits.
     """
+    unknown = _unknown(experiment)
+    if unknown is not None:
+        raise ValueError(f"{unknown}; `batiste train` trains them without a plan")
     workload = _workload(experiment, "cpu" if machine is None else machine.device.kind)
     machine = measure_cpu(workload) if machine is None else machine
     account, check = Account(workload), _checker(experiment, machine)
@@ -41,9 +45,16 @@ def plan(
 
 
 def check_memory(experiment: Experiment) -> None:
-    """Raises ValueError, with the memory by kind and what to change, for a run that cannot fit."""
+    """Raises ValueError, with the memory by kind and what to change, for a run that cannot fit.
+
+    A model that the planner does not know is let through, with a line on stderr.
+    """
     machine = machine_here()
     if machine is None:
+        return
+    unknown = _unknown(experiment)
+    if unknown is not None:
+        print(f"{unknown}, so nobody has checked whether the memory suffices", file=sys.stderr)
         return
     account = Account(_workload(experiment, machine.device.kind))
     choice = choice_of(experiment, machine.num_devices)
@@ -58,14 +69,20 @@ def check_memory(experiment: Experiment) -> None:
 
 
 def _workload(experiment: Experiment, device_kind: str) -> Workload:
-    if experiment.model.dense_layers:
-        raise ValueError(
-            f"model.dense_layers={experiment.model.dense_layers}: the planner does not know layers of "
-            "two sizes; `batiste train --force` trains without asking it"
-        )
     """What is planned, with attention settled for the device."""
     model, _ = resolve_attention(experiment.model, device_kind, {})
     return Workload(model, experiment.train, experiment.data.sequence_length)
+
+
+def _unknown(experiment: Experiment) -> str | None:
+    """What of the model the planner does not know; None where it knows all."""
+    model = experiment.model
+    for field, usual, what in (
+        ("dense_layers", 0, "layers of two sizes"), ("mixer", "attention", "mixers of your own"),
+    ):
+        if getattr(model, field) != usual:
+            return f"model.{field}={getattr(model, field)!r}: the planner does not know {what}"
+    return None
 
 
 def choice_of(experiment: Experiment, num_devices: int) -> Choice:

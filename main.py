@@ -14,6 +14,7 @@ import jax
 
 from batiste.assembly import Assembly, assemble
 from batiste.configs.experiment import Experiment, flatten, from_dict
+from batiste.configs.own_parts import load_own_parts, own_code
 from batiste.data import Prepared, load_prepared, special_tokens
 from batiste.data import prepare as prepare_data
 from batiste.evaluation import Perplexity
@@ -30,7 +31,7 @@ from batiste.train import (
 )
 
 CONFIG_FILE = "config.json"
-IDENTITY = ("data fingerprint", "tokenizer")
+IDENTITY = ("data fingerprint", "tokenizer", "own code")
 PREPARE_SECONDS = 2 * 3600  # Longer work than that is for `batiste prepare`, on one machine.
 # These change where or how a step is computed and recorded, not what it computes.
 FREE_TO_CHANGE = (
@@ -120,7 +121,9 @@ def _train(
     check_shared(workdir)
     ledger.enter("data preparation")
     prepared = prepare(experiment, workdir)
-    identity = dict(zip(IDENTITY, (prepared.fingerprint, prepared.tokenizer.hash), strict=True))
+    own = " ".join(f"{path}={code}" for path, code in own_code(experiment).items())
+    identity = dict(zip(
+        IDENTITY, (prepared.fingerprint, prepared.tokenizer.hash, own or None), strict=True))
     if found.step is not None:
         changed += check_same(stored["data"], identity, resume_override)
     ledger.enter("initialization")
@@ -198,7 +201,9 @@ def load_experiment(workdir: str | os.PathLike) -> Experiment:
             f"workdir={workdir}: no {CONFIG_FILE} there, so no run; expected the --workdir of a "
             "`batiste train`"
         )
-    return from_dict(Experiment, json.loads(path.read_text()))
+    experiment = from_dict(Experiment, json.loads(path.read_text()))
+    load_own_parts(experiment)
+    return experiment
 
 
 def _free_to_change(experiment: Experiment) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ import typing
 from typing import Any
 
 from batiste.configs.objective_checks import check_objectives
+from batiste.configs.own_parts import load_own_parts
 from batiste.data import DataConfig, special_tokens
 from batiste.inference import SamplingConfig
 from batiste.models import TransformerConfig
@@ -26,6 +27,7 @@ class Experiment:
 
     def validate(self) -> None:
         """Raises ValueError, naming the field and a fix, for an experiment that cannot run."""
+        load_own_parts(self)
         for room in (self.model, self.data, self.mesh, self.train, self.sample):
             room.validate()
         if self.data.sequence_length > self.model.max_length:

@@ -1,6 +1,6 @@
 """Which objectives, forms of model and meshes go together; what is not proven is refused here."""
 
-from batiste.data import FORMS, DataConfig, target_length
+from batiste.data import DataConfig, kinds_of, target_length
 from batiste.models import TransformerConfig
 from batiste.sharding import MeshConfig
 from batiste.train import TrainConfig
@@ -12,10 +12,10 @@ def check_objectives(
     """Raises ValueError, naming the field and a fix, for objectives that cannot be learned so."""
     kinds = tuple(objective.kind for objective in data.objectives) or ("causal",)
     for kind in kinds:
-        if kind not in FORMS[model.form]:
+        if kind not in kinds_of(model.form):
             raise ValueError(
                 f"data.objectives of kind {kind!r} are not learned by model.form={model.form!r}: "
-                f"choose among {', '.join(FORMS[model.form])}, or another model.form"
+                f"choose among {', '.join(kinds_of(model.form))}, or another model.form"
             )
     if "order" in kinds and model.token_types is None:
         raise ValueError(
@@ -36,6 +36,9 @@ def check_objectives(
         ("data.objectives of kind 'prefix'", prefixed),
         ("model.shared_layers=True", model.shared_layers),
         (f"model.future_heads={model.future_heads}", model.future_heads > 0),
+        (f"model.mixer={model.mixer!r}", model.mixer != "attention"),
+        *((f"model.layer_pattern of {kind!r}", kind not in ("global", "local"))
+          for kind in model.layer_pattern),
     ):
         for axis in ("slice", "stage", "context"):
             if given and getattr(mesh, axis) > 1:

@@ -14,13 +14,13 @@ from batiste.data.packing import Batch
 from batiste.data.pairs import target_length
 from batiste.data.prepare import prepare
 from batiste.data.prepared import Prepared, load_prepared
-from batiste.data.record_objective import FORMS, RecordObjective
+from batiste.data.record_objective import OWN_KINDS, RecordObjective, kinds_of
 from batiste.data.special_tokens import encode_prompt, special_ids, special_tokens
 from batiste.data.tokenizer import Tokenizer, load_tokenizer
 
 __all__ = [
-    "FORMS", "Batch", "DataConfig", "Loader", "Prepared", "RecordObjective", "SourceConfig",
-    "Tokenizer", "Transform", "damage", "encode_prompt", "hash_files", "load_prepared",
+    "OWN_KINDS", "Batch", "DataConfig", "Loader", "Prepared", "RecordObjective", "SourceConfig",
+    "Tokenizer", "Transform", "damage", "encode_prompt", "hash_files", "kinds_of", "load_prepared",
     "load_tokenizer", "pack_tokenizer", "position", "prepare", "read_signed", "special_ids",
     "special_tokens", "target_length", "transform_of", "write_signed",
 ]

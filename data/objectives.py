@@ -10,7 +10,7 @@ from batiste.data.masked import masked_rows, order_rows
 from batiste.data.packing import Batch, unpack
 from batiste.data.pairs import PAIRS, pair_rows, target_length
 from batiste.data.rearranged import fill_in_the_middle, prefix_rows
-from batiste.data.record_objective import RecordObjective
+from batiste.data.record_objective import OWN_KINDS, RecordObjective
 from batiste.data.special_tokens import Vocabulary, vocabulary_of
 from batiste.data.tokenizer import Tokenizer
 
@@ -38,7 +38,7 @@ def transform_of(config: DataConfig, form: str, tokenizer: Tokenizer) -> Transfo
         if form == "encoder_decoder":
             pair, target = PAIRS[objective.kind], target_length(config)
             return functools.partial(pair_rows, pair=pair, target=target, **given)
-        return functools.partial(_ROWS[objective.kind], **given)
+        return functools.partial((_ROWS | OWN_KINDS)[objective.kind], **given)
 
     draws = [draw(objective) for objective in config.objectives]
     kinds = {objective.kind for objective in config.objectives}

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import math
+from collections.abc import Callable
 
 # Which kinds there are, by the form of model that learns them.
 FORMS = {
@@ -11,6 +12,9 @@ FORMS = {
     "encoder_decoder": ("spans", "denoise", "prefix"),
 }
 KINDS = tuple(dict.fromkeys(kind for kinds in FORMS.values() for kind in kinds))
+# Kinds of your own, for decoders (docs/extend.md): (record [T+1], RecordObjective, Vocabulary,
+# numpy Generator) -> the Batch of one row.
+OWN_KINDS: dict[str, Callable] = {}
 # Which kinds read a field; the others leave it as it is.
 READ_BY = {
     "rate": ("middle", "masked", "order", "spans", "denoise"),
@@ -19,6 +23,11 @@ READ_BY = {
     "suffix_first": ("middle",),
     "shuffled": ("denoise",),
 }
+
+
+def kinds_of(form: str) -> tuple[str, ...]:
+    """The kinds that a form of model learns; those of your own are for decoders."""
+    return (*FORMS[form], *(OWN_KINDS if form == "decoder" else ()))
 
 
 @dataclasses.dataclass
@@ -47,13 +56,15 @@ class RecordObjective:
 
     def validate(self, name: str) -> None:
         """Raises ValueError, calling this entry `name`, for the first field that cannot work."""
-        if self.kind not in KINDS:
+        own = self.kind in OWN_KINDS
+        if self.kind not in KINDS and not own:
             near = difflib.get_close_matches(str(self.kind), KINDS, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise ValueError(
                 f"{name}.kind={self.kind!r}: expected one of {', '.join(KINDS)}{hint}")
         for field in dataclasses.fields(self):
             value, readers = getattr(self, field.name), READ_BY.get(field.name, KINDS)
+            readers = (*readers, *OWN_KINDS)
             if self.kind not in readers and value != field.default:
                 raise ValueError(
                     f"{name}.{field.name}={value} has no effect on kind={self.kind!r}, but on "
@@ -61,7 +72,7 @@ class RecordObjective:
         if not (math.isfinite(self.weight) and self.weight > 0):
             raise ValueError(f"{name}.weight={self.weight}: expected a number above 0; leave an "
                              "objective out to give it no share")
-        most = 1 if self.kind == "middle" else 0.9
+        most = 1 if self.kind == "middle" or own else 0.9
         if not 0 < self.rate <= most:
             raise ValueError(
                 f"{name}.rate={self.rate}: expected a number above 0 and at most {most}")
@@ -77,8 +88,9 @@ def validate_objectives(objectives: tuple[RecordObjective, ...]) -> None:
     for index, objective in enumerate(objectives):
         objective.validate(f"data.objectives[{index}]")
     kinds = [objective.kind for objective in objectives]
-    if not any(set(kinds) <= set(together) for together in FORMS.values()):
-        groups = "; ".join(", ".join(together) for together in FORMS.values())
+    groups = [(*kinds_of(form),) for form in FORMS]
+    if not any(set(kinds) <= set(together) for together in groups):
+        groups = "; ".join(", ".join(together) for together in groups)
         raise ValueError(
             f"data.objectives: one model does not learn {', '.join(kinds)} together; expected "
             f"kinds of one of these groups: {groups}")

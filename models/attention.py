@@ -12,6 +12,7 @@ from batiste.models.config import TransformerConfig
 from batiste.models.layer_sums import AttentionSums, attention_sums
 from batiste.models.layers import Norm, add_bias, project, residual_gain
 from batiste.models.parameter import matrix, vector
+from batiste.models.parts import TURNS
 from batiste.models.positions import alibi_slopes, rotate
 from batiste.pallas_kernels import AttentionMask
 from batiste.sharding import constrain
@@ -54,7 +55,8 @@ class Attend:
     def logits(self, q_BTNH: jax.Array) -> dict[str, Any]:
         """What decides the logits, as `reference_logits` takes it."""
         slopes_N = alibi_slopes(q_BTNH.shape[2]) if self.alibi else None
-        return dict(scale=self.scale, soft_cap=self.soft_cap, alibi_slopes_N=slopes_N)
+        return dict(
+            scale=self.scale, soft_cap=self.soft_cap, alibi_slopes_N=slopes_N, bias_BNTS=None)
 
     def __call__(
         self, q_BTNH: jax.Array, keys_values: tuple[jax.Array, jax.Array],
@@ -84,6 +86,8 @@ class Attention(nnx.Module):
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
         sizes, stddev = config.sizes, config.init_stddev
         self.attend = Attend(config)
+        own = config.positions in TURNS
+        self.turn = TURNS[config.positions].apply if own else rotate
         self.query_DNH = matrix(rngs, "DNH", sizes, inputs="D", stddev=stddev)
         self.key_DKH = matrix(rngs, "DKH", sizes, inputs="D", stddev=stddev)
         self.value_DKH = matrix(rngs, "DKH", sizes, inputs="D", stddev=stddev)
@@ -98,6 +102,11 @@ class Attention(nnx.Module):
         self.query_norm = Norm(config, "H") if config.qk_norm else None
         self.key_norm = Norm(config, "H") if config.qk_norm else None
         self.sinks_N = vector("N", sizes, 0.0) if config.attention_sinks else None
+
+    @staticmethod
+    def cache_sizes(config: TransformerConfig) -> tuple[int, int, int]:
+        """Heads, and sizes of a key and of a value, of what is cached of each token."""
+        return config.num_kv_heads, config.head_dim, config.head_dim
 
     def __call__(
         self,
@@ -116,7 +125,7 @@ class Attention(nnx.Module):
         if self.query_norm is not None:
             q_BTNH, k_BTKH = self.query_norm(q_BTNH), self.key_norm(k_BTKH)
         if given.rotation is not None:
-            q_BTNH, k_BTKH = (rotate(x, given.rotation) for x in (q_BTNH, k_BTKH))
+            q_BTNH, k_BTKH = (self.turn(x, given.rotation) for x in (q_BTNH, k_BTKH))
         q_BTNH = checkpoint_name(q_BTNH, "query")
         k_BTKH, v_BTKH = checkpoint_name(k_BTKH, "key"), checkpoint_name(v_BTKH, "value")
         k_BSKH, v_BSKH = k_BTKH, v_BTKH

@@ -200,8 +200,14 @@ def fused_losses(
 
 
 def _check(config: TransformerConfig, chip: str, axis_sizes: Mapping[str, int]) -> None:
-    for field, value in (("form", "encoder_decoder"), ("positions", "relative")):
-        if getattr(config, field) == value:
+    own = [kind for kind in config.layer_pattern if kind not in ("global", "local")]
+    for field, value, refused in (
+        ("form", "encoder_decoder", config.form == "encoder_decoder"),
+        ("positions", "relative", config.positions == "relative"),
+        ("layer_pattern", own, bool(own)),
+        ("mixer", config.mixer, config.mixer != "attention"),
+    ):
+        if refused:
             raise ValueError(
                 f"attention={chip!r} is not certified for model.{field}={value!r}: choose "
                 "attention='reference'"

@@ -13,6 +13,7 @@ from batiste.models.latent_attention import LatentAttention
 from batiste.models.layer_sums import LayerSums, layer_sums
 from batiste.models.layers import FeedForward, Norm, dropout
 from batiste.models.mixture import Mixture
+from batiste.models.parts import MIXERS
 from batiste.models.router import RouterSums
 from batiste.sharding import constrain
 
@@ -25,12 +26,18 @@ class LayerOutput(NamedTuple):
     sums: LayerSums | None
 
 
+def mixer_of(config: TransformerConfig) -> type[nnx.Module]:
+    """What mixes the tokens of a row."""
+    if config.mixer != "attention":
+        return MIXERS[config.mixer]
+    return Attention if config.latent_rank is None else LatentAttention
+
+
 class Block(nnx.Module):
     """Attention and feed-forward or experts, each added to the residual stream."""
 
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
-        kind = Attention if config.latent_rank is None else LatentAttention
-        self.attention = kind(config, rngs=rngs)
+        self.attention = mixer_of(config)(config, rngs=rngs)
         self.mixture = None if config.num_experts is None else Mixture(config, rngs=rngs)
         # Shared experts, which every token takes, are together one wider feed-forward.
         dense = config if self.mixture is None else dataclasses.replace(

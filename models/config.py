@@ -1,26 +1,9 @@
 """The sizes and choices of one Transformer."""
 
 import dataclasses
-import difflib
-import math
-from collections.abc import Sequence
 
-from batiste.pallas_kernels import certified
-
-FORMS = ("decoder", "encoder", "encoder_decoder")
-ACTIVATIONS = ("relu", "relu2", "gelu", "gelu_exact", "swiglu", "geglu")
-NORMS = ("rms", "rms_plus_one", "layer")
-NORM_PLACEMENTS = ("pre", "post", "sandwich", "parallel")
-BIASES = ("none", "qkv", "all")
-POSITIONS = ("rope", "learned", "sinusoidal", "alibi", "relative", "none")
-ROPE_SCALINGS = ("linear", "llama3")
-LAYER_KINDS = ("global", "local")
-REMAT_POLICIES = ("none", "dots", "full", "names")
-# What a layer names while it runs, for `saved` and `offloaded`.
-TENSOR_NAMES = ("query", "key", "value", "attended", "attention", "up", "gate", "feed_forward")
-EXPERT_SCORES = ("softmax", "sigmoid")
-DTYPES = ("float32", "bfloat16", "float16")
-ATTENTIONS = ("auto", "reference", *certified.CHIPS)
+from batiste.models.config_checks import check
+from batiste.models.parts import ACTIVATIONS
 
 
 @dataclasses.dataclass
@@ -40,6 +23,7 @@ class TransformerConfig:
     LayerNorms too. Norm "rms_plus_one" stores its scale less 1 (Gemma). Placed "parallel", one norm
     feeds attention and feed-forward, and both are added at once (PaLM, arXiv:2204.02311).
     `local_rope_base` is the base of local layers, which are then not scaled (None: as the others).
+    `mixer` is what mixes the tokens of a row: attention, or a part of your own (docs/extend.md).
     `attention_scale` multiplies queries by keys (None: 1 / sqrt(head_dim)).
     `attention` names the chip whose kernels to use; "auto" is settled by `resolve_attention`.
     `embedding_dim`: what is embedded has so many dims, and a product makes `model_dim` of them
@@ -101,6 +85,7 @@ class TransformerConfig:
     rope_factor: float = 8.0
     rope_original_length: int = 8192
 
+    mixer: str = "attention"
     layer_pattern: tuple[str, ...] = ("global",)
     window: int | None = None
     attention: str = "reference"
@@ -128,7 +113,7 @@ class TransformerConfig:
     @property
     def gated(self) -> bool:
         """Whether the feed-forward has a gate beside its input projection."""
-        return self.activation in ("swiglu", "geglu")
+        return ACTIVATIONS[self.activation].gated
 
     @property
     def layer_kinds(self) -> tuple[str, ...]:
@@ -150,207 +135,10 @@ class TransformerConfig:
 
     def validate(self) -> None:
         """Raises ValueError, naming the field and a fix, for a model that cannot be built."""
-        for field, choices in (
-            ("form", FORMS), ("activation", ACTIVATIONS), ("norm", NORMS),
-            ("norm_placement", NORM_PLACEMENTS), ("positions", POSITIONS), ("dtype", DTYPES),
-            ("bias", BIASES),
-            ("remat", REMAT_POLICIES), ("attention", ATTENTIONS), ("expert_scores", EXPERT_SCORES),
-        ):
-            _check_choice(field, getattr(self, field), choices)
-        if self.rope_scaling is not None:
-            _check_choice("rope_scaling", self.rope_scaling, ROPE_SCALINGS)
-        for field in (
-            "vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "head_dim",
-            "mlp_dim", "max_length", "scan_unroll",
-        ):
-            if getattr(self, field) < 1:
-                raise ValueError(f"model.{field}={getattr(self, field)}: expected at least 1")
-        if self.num_heads % self.num_kv_heads:
-            raise ValueError(
-                f"model.num_kv_heads={self.num_kv_heads} must divide model.num_heads="
-                f"{self.num_heads}: choose one of {_divisors(self.num_heads)}"
-            )
-        if self.positions in ("rope", "sinusoidal"):
-            field = "head_dim" if self.positions == "rope" else "model_dim"
-            if getattr(self, field) % 2:
-                raise ValueError(
-                    f"model.{field}={getattr(self, field)} must be even for "
-                    f"model.positions='{self.positions}', which rotates pairs"
-                )
-        for field in ("saved", "offloaded"):
-            for name in getattr(self, field):
-                _check_choice(field, name, TENSOR_NAMES)
-            if getattr(self, field) and self.remat != "names":
-                raise ValueError(
-                    f"model.{field}={getattr(self, field)} has no effect with model.remat="
-                    f"{self.remat!r}: set model.remat='names'"
-                )
-        if self.token_types is not None and self.token_types < 1:
-            raise ValueError(f"model.token_types={self.token_types}: expected at least 1, or None")
-        both = set(self.saved) & set(self.offloaded)
-        if both:
-            raise ValueError(f"model.saved and model.offloaded both name {', '.join(sorted(both))}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"model.dropout={self.dropout}: expected 0 <= dropout < 1")
-        self._validate_pattern()
-        self._validate_experts()
-        self._validate_latent()
-        self._validate_form()
-
-    def _validate_form(self) -> None:
-        two = self.form == "encoder_decoder"
-        if two != (self.encoder_layers is not None) or (two and self.encoder_layers < 1):
-            raise ValueError(
-                f"model.encoder_layers={self.encoder_layers} with model.form={self.form!r}: "
-                "expected at least 1 for 'encoder_decoder', and None for the others"
-            )
-        for field in ("num_experts", "window", "latent_rank"):
-            if two and getattr(self, field) is not None:
-                raise ValueError(
-                    f"model.{field}={getattr(self, field)} does not know model.form="
-                    "'encoder_decoder': leave it None, or choose another model.form"
-                )
-        if two and self.norm_placement == "parallel":
-            raise ValueError(
-                "model.norm_placement='parallel' does not know model.form='encoder_decoder': choose "
-                "another of the two"
-            )
-        for field, usual in (("num_experts", None), ("encoder_layers", None)):
-            if self.shared_layers and getattr(self, field) != usual:
-                raise ValueError(
-                    f"model.{field}={getattr(self, field)} does not know model.shared_layers=True: "
-                    "leave one of them out"
-                )
-        if self.future_heads < 0 or (self.future_heads and self.form != "decoder"):
-            raise ValueError(
-                f"model.future_heads={self.future_heads} with model.form={self.form!r}: expected "
-                "at least 0, and 0 for all but a 'decoder'"
-            )
-        if self.future_heads and self.num_experts is not None:
-            raise ValueError(
-                f"model.future_heads={self.future_heads} does not know model.num_experts="
-                f"{self.num_experts}: leave one of them out"
-            )
-        if self.embedding_dim is not None and not (
-            self.embedding_dim > 0 and self.head_transform and self.tied_embeddings
-        ):
-            raise ValueError(
-                f"model.embedding_dim={self.embedding_dim}: expected at least 1, and "
-                "model.head_transform=True with model.tied_embeddings=True, which lead back to it"
-            )
+        check(self)
 
     @property
     def encoder(self) -> "TransformerConfig":
         """The config of the stack that reads the source."""
         return dataclasses.replace(
             self, form="encoder", num_layers=self.encoder_layers, encoder_layers=None)
-
-    def _validate_experts(self) -> None:
-        if self.num_experts is None:
-            for field, default in (
-                ("shared_experts", 0), ("expert_scores", "softmax"), ("router_bias", False),
-                ("routed_scale", 1.0), ("dense_layers", 0), ("dense_mlp_dim", None),
-            ):
-                if getattr(self, field) != default:
-                    raise ValueError(
-                        f"model.{field}={getattr(self, field)!r} has no effect without experts: "
-                        f"set model.num_experts, or leave model.{field}={default!r}"
-                    )
-            return
-        if not 1 <= self.experts_per_token <= self.num_experts:
-            raise ValueError(
-                f"model.experts_per_token={self.experts_per_token}: expected 1 to "
-                f"model.num_experts={self.num_experts}"
-            )
-        if self.shared_experts < 0:
-            raise ValueError(f"model.shared_experts={self.shared_experts}: expected at least 0")
-        self._validate_dense_layers()
-        if self.bias == "all":
-            raise ValueError(
-                "model.bias='all': experts have no biases; set model.bias='none' or 'qkv'"
-            )
-
-    def _validate_dense_layers(self) -> None:
-        if not 0 <= self.dense_layers < self.num_layers:
-            raise ValueError(
-                f"model.dense_layers={self.dense_layers}: expected 0 to model.num_layers - 1="
-                f"{self.num_layers - 1}"
-            )
-        if (self.dense_layers > 0) != (self.dense_mlp_dim is not None):
-            raise ValueError(
-                f"model.dense_layers={self.dense_layers} and model.dense_mlp_dim="
-                f"{self.dense_mlp_dim} go together: set both or neither"
-            )
-        if self.dense_layers and len(self.layer_pattern) > 1:
-            raise ValueError(
-                f"model.layer_pattern={self.layer_pattern}: layers before those with experts "
-                "(model.dense_layers) know one kind of layer"
-            )
-
-    def _validate_latent(self) -> None:
-        others = ("query_rank", "rope_dim", "value_dim")
-        if self.latent_rank is None:
-            for field in others:
-                if getattr(self, field) is not None:
-                    raise ValueError(
-                        f"model.{field}={getattr(self, field)} has no effect without latent "
-                        f"attention: set model.latent_rank, or model.{field}=None"
-                    )
-            return
-        for field, most in (
-            ("latent_rank", math.inf), ("query_rank", math.inf), ("rope_dim", self.head_dim - 1),
-            ("value_dim", self.head_dim),
-        ):
-            value = getattr(self, field)
-            if field == "query_rank" and value is None:
-                continue
-            if value is None or not 1 <= value <= most:
-                raise ValueError(
-                    f"model.{field}={value}: latent attention (model.latent_rank) needs at least 1 "
-                    f"and at most {most} (model.head_dim={self.head_dim})"
-                )
-        if self.rope_dim % 2:
-            raise ValueError(f"model.rope_dim={self.rope_dim} must be even: pairs are rotated")
-        for field, only in (
-            ("positions", "rope"), ("bias", "none"), ("qk_norm", False), ("attention_sinks", False),
-            ("num_kv_heads", self.num_heads),
-        ):
-            if getattr(self, field) != only:
-                raise ValueError(
-                    f"model.{field}={getattr(self, field)!r} is not known with latent attention: "
-                    f"set model.{field}={only!r}, or model.latent_rank=None"
-                )
-
-    def _validate_pattern(self) -> None:
-        if not self.layer_pattern:
-            raise ValueError("model.layer_pattern=(): expected at least one of 'global', 'local'")
-        for kind in self.layer_pattern:
-            _check_choice("layer_pattern", kind, LAYER_KINDS)
-        if "local" in self.layer_pattern and (self.window is None or self.window < 1):
-            raise ValueError(
-                f"model.window={self.window}: a 'local' layer in model.layer_pattern needs a "
-                "window of at least 1 token"
-            )
-        if "local" not in self.layer_pattern and self.window is not None:
-            raise ValueError(
-                f"model.window={self.window} has no effect: no layer of model.layer_pattern="
-                f"{self.layer_pattern} is 'local'; unset model.window or add one"
-            )
-        if self.local_rope_base is None:
-            return
-        if self.positions != "rope" or "local" not in self.layer_pattern:
-            raise ValueError(
-                f"model.local_rope_base={self.local_rope_base} has no effect: it needs "
-                "model.positions='rope' and a 'local' layer in model.layer_pattern"
-            )
-
-
-def _check_choice(field: str, value: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        near = difflib.get_close_matches(str(value), choices, n=1)
-        hint = f"; did you mean '{near[0]}'?" if near else ""
-        raise ValueError(f"model.{field}={value!r}: expected one of {', '.join(choices)}{hint}")
-
-
-def _divisors(number: int) -> list[int]:
-    return [n for n in range(1, number + 1) if number % n == 0]

@@ -54,6 +54,11 @@ class LatentAttention(nnx.Module):
         self.up_RNH = weight("RNH", "R", R=self.latent, H=self.own + value)
         self.out_NHD = weight("NHD", "NH", gain, H=value)
 
+    @staticmethod
+    def cache_sizes(config: TransformerConfig) -> tuple[int, int, int]:
+        """Latents and rotated keys for keys, and nothing for values."""
+        return 1, config.latent_rank + config.rope_dim, 0
+
     def __call__(
         self,
         x_BTD: jax.Array,

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec
 
 from batiste.models.config import TransformerConfig
 from batiste.models.parameter import matrix, vector
+from batiste.models.parts import ACTIVATIONS, NORMS
 from batiste.sharding import axes_of, constrain, gather, per_device, spec
 
 # The name of what leaves a product with weights: inside a custom gradient no policy of
@@ -160,14 +161,13 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
 
 
 class Norm(nnx.Module):
-    """RMSNorm (arXiv:1910.07467) or LayerNorm (arXiv:1607.06450) over the last dim, in fp32."""
+    """RMSNorm (arXiv:1910.07467), LayerNorm (arXiv:1607.06450) or your own over the last dim, in fp32."""
 
     def __init__(self, config: TransformerConfig, letter: str = "D", size: int | None = None):
         sizes = config.sizes if size is None else {letter: size}
-        self.centered = config.norm == "layer"
-        self.epsilon = config.norm_epsilon
+        self.normalize, self.epsilon = NORMS[config.norm], config.norm_epsilon
         self.plus_one = config.norm == "rms_plus_one"
-        has_bias = self.centered and config.bias == "all"
+        has_bias = config.norm == "layer" and config.bias == "all"
         start = 0.0 if self.plus_one else 1.0
         setattr(self, f"scale_{letter}", vector(letter, sizes, start))
         setattr(self, f"bias_{letter}", vector(letter, sizes, 0.0) if has_bias else None)
@@ -175,10 +175,7 @@ class Norm(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         scale, bias = getattr(self, f"scale_{self.letter}"), getattr(self, f"bias_{self.letter}")
-        y = x.astype(jnp.float32)
-        if self.centered:
-            y -= y.mean(axis=-1, keepdims=True)
-        y *= jax.lax.rsqrt(jnp.square(y).mean(axis=-1, keepdims=True) + self.epsilon)
+        y = self.normalize(x.astype(jnp.float32), self.epsilon)
         scale = 1 + scale[...] if self.plus_one else scale[...]
         y *= jnp.expand_dims(scale, range(x.ndim - 1))
         return add_bias(y, bias).astype(x.dtype)
@@ -234,16 +231,8 @@ class HeadTransform(nnx.Module):
 
 
 def activate(name: str, x: jax.Array) -> jax.Array:
-    """The nonlinearity of an activation by its config name, in fp32; "gelu" in its tanh form."""
-    y = x.astype(jnp.float32)
-    if name in ("gelu", "gelu_exact", "geglu"):
-        y = jax.nn.gelu(y, approximate=name != "gelu_exact")
-    elif name == "swiglu":
-        y = jax.nn.silu(y)
-    else:
-        y = jax.nn.relu(y)
-        y = jnp.square(y) if name == "relu2" else y
-    return y.astype(x.dtype)
+    """The nonlinearity of an activation by its config name, in fp32."""
+    return ACTIVATIONS[name].apply(x.astype(jnp.float32)).astype(x.dtype)
 
 
 def residual_gain(config: TransformerConfig) -> float:

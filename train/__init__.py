@@ -24,6 +24,7 @@ _MODULES = {
     "metrics": ("MetricsWriter",),
     "monitor": ("Monitor", "Watched"),
     "objectives": ("batch_loss",),
+    "optimizer": ("OWN_KINDS",),
     "progress": ("Progress", "mfu_formula_line"),
     "report": ("ReportFacts", "write_report"),
     "resume": ("RESUME_MODES", "arrays_of", "check_mode", "check_override", "check_same"),

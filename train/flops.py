@@ -45,10 +45,11 @@ def flops_per_token(
             math.prod(leaf.shape) for leaf, name in zip(
                 jax.tree.leaves(params["layers"]), jax.tree.leaves(letters["layers"]), strict=True)
             if parameter_group(name) in multiplied)
-    keys = 0.0
+    # What a mixer of one's own does besides products with its weights is not counted.
+    keys, attends = 0.0, config.mixer == "attention"
     for layer in range(config.num_layers):
         local = config.layer_pattern[layer % len(config.layer_pattern)] == "local"
-        keys += sides * (min(config.window, length / 2) if local else length / 2)
+        keys += attends * sides * (min(config.window, length / 2) if local else length / 2)
     if config.future_heads:  # Each makes all logits once more.
         weights += config.future_heads * config.model_dim * config.vocab_size
         keys += config.future_heads * keys / config.num_layers

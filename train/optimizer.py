@@ -17,6 +17,7 @@ leading E) are set aside and head dims are read as one group ("NH", "KH"):
 import dataclasses
 import math
 import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -27,6 +28,8 @@ from optax.contrib import MuonDimensionNumbers, scale_by_muon
 from batiste.train.schedule import check_choice
 
 KINDS = ("adamw", "sgd", "adafactor", "lion", "muon")
+# Optimizers of your own (docs/extend.md): OptimizerConfig -> what precondition gradients.
+OWN_KINDS: dict[str, Callable[["OptimizerConfig"], optax.GradientTransformation]] = {}
 
 # Adafactor factors the second moment over a parameter's two largest dims if both reach this size.
 FACTOR_MINIMUM = 128
@@ -62,7 +65,7 @@ class OptimizerConfig:
 
     def validate(self) -> None:
         """Raises ValueError, naming the field, if a field is out of its range."""
-        check_choice("train.optimizer.kind", self.kind, KINDS)
+        check_choice("train.optimizer.kind", self.kind, (*KINDS, *OWN_KINDS))
         for field in ("beta1", "beta2", "momentum"):
             if not 0 <= getattr(self, field) < 1:
                 raise ValueError(
@@ -147,6 +150,8 @@ def _with_standard_promotion(
 
 def _preconditioner(config: OptimizerConfig, letters_tree: Any) -> optax.GradientTransformation:
     adam = optax.scale_by_adam(config.beta1, config.beta2, config.epsilon)
+    if config.kind in OWN_KINDS:
+        return OWN_KINDS[config.kind](config)
     match config.kind:
         case "adamw":
             return adam

@@ -1,0 +1,26 @@
+"""Attention and two recurrences with as many parameters, by the same loop.
+
+    for mixer in attention GatedRecurrence LSTM; do
+      batiste train --config=docs/extend/compare.py:$mixer --workdir=runs/compare/$mixer
+    done
+
+Each takes some minutes on two cores; docs/extend.md has the results.
+"""
+
+import pathlib
+
+from batiste.configs.experiment import Experiment
+from batiste.configs.quickstart import get_config as quickstart
+
+# F that gives a layer 12 D² parameters: 4 D² + 2 D F, 6 D F, and 9 D² + 2 D F.
+WIDTHS = {"attention": 512, "GatedRecurrence": 256, "LSTM": 192}
+
+
+def get_config(mixer: str = "attention") -> Experiment:
+    """The quickstart, with what mixes tokens exchanged."""
+    config = quickstart()
+    config.model.mlp_dim = WIDTHS[mixer]
+    if mixer != "attention":
+        config.model.positions, config.model.qk_norm = "none", False
+        config.model.mixer = f"{pathlib.Path(__file__).with_name('recurrent.py')}:{mixer}"
+    return config
