@@ -15,10 +15,12 @@ from flax import nnx
 
 from batiste.assembly import Assembly
 from batiste.configs.experiment import Experiment, flatten
-from batiste.data import Tokenizer, load_tokenizer, pack_tokenizer
+from batiste.data import RecordObjective, Tokenizer, load_tokenizer, pack_tokenizer
 from batiste.interop import FAMILIES, Family, Tensors, WeightMap, family_of, fitting_family
 from batiste.interop import certificate as certificates
-from batiste.interop.directory import CONFIG, Written, bring, read_config, write_directory
+from batiste.interop.directory import (
+    CONFIG, Written, open_source, read_aside, read_config, write_aside, write_directory,
+)
 from batiste.interop.family import FREE_FIELDS
 from batiste.models import TransformerConfig
 from batiste.sharding import MeshConfig, is_first, make_mesh, restack
@@ -27,6 +29,7 @@ from batiste.train import (
 )
 
 FOLDER, META, FILES, TOKENIZER = "imported", "import.json", "files", "tokenizer.json"
+USUAL_OBJECTIVES = {"decoder": (), "encoder": ("masked",), "encoder_decoder": ("spans",)}
 
 
 class Imported(NamedTuple):
@@ -86,14 +89,15 @@ def beginning(assembly: Assembly) -> TrainState:
 
 
 def import_model(source: str, workdir: str, experiment: Experiment | None = None) -> Experiment:
-    """Makes a work directory of a model in Hugging Face's format; returns its experiment.
+    """Makes a work directory of a model in Hugging Face's format, or GGUF; returns its experiment.
 
     experiment: what it is to be trained on and how; the model's sizes become those of `source`.
     Reads one tensor at a time into its place on the devices. Raises ValueError for a model that is
     not known here, files that are damaged, or a work directory that is taken.
     """
     path, target = pathlib.Path(source), pathlib.Path(workdir)
-    theirs = read_config(path)
+    opened = open_source(path)
+    theirs = opened.theirs
     family = family_of(theirs, FAMILIES)
     model = family.model_of(theirs)
     if (target / "config.json").exists() or (target / FOLDER).exists():
@@ -101,15 +105,16 @@ def import_model(source: str, workdir: str, experiment: Experiment | None = None
     experiment = _with_model(experiment, model)
     unfinished = target / f"{FOLDER}.unfinished"
     shutil.rmtree(unfinished, ignore_errors=True)
-    if TOKENIZER in bring(path, unfinished / FILES):
-        _bring_tokenizer(unfinished, model.vocab_size)
+    if TOKENIZER in opened.bring(unfinished / FILES):
+        _bring_tokenizer(unfinished, model)
         experiment.data.tokenizer = str(target / FOLDER / TOKENIZER)
     experiment.validate()
     layout = experiment.mesh.plain(len(jax.devices()))
     program = make_program(experiment.model, experiment.train, make_mesh(layout), layout)
     abstract = program.abstract_state.params
     weights = WeightMap(family, model, theirs, abstract)
-    state = TrainState(np.int32(0), weights.parameters(Tensors(path), abstract), None, None)
+    state = TrainState(np.int32(0), weights.parameters(opened.tensors, abstract), None, None)
+    write_aside(unfinished / FILES, weights.aside(opened.tensors))
     with contextlib.closing(Checkpoints(unfinished, experiment.train.checkpoint)) as saved:
         saved.save(0, state, {})
         saved.finish(0, state, {})
@@ -120,14 +125,25 @@ def import_model(source: str, workdir: str, experiment: Experiment | None = None
     return experiment
 
 
-def _bring_tokenizer(folder: pathlib.Path, vocab_size: int) -> None:
-    """Makes of the tokenizer.json that came along what encodes text here."""
+def _bring_tokenizer(folder: pathlib.Path, model: TransformerConfig) -> None:
+    """Makes of the tokenizer.json that came along what encodes text here.
+
+    Where an encoder reads, one that loses text (BERT's) is no reason to refuse the weights: what
+    encodes text refuses it when it is asked to.
+    """
     (folder / TOKENIZER).write_bytes(pack_tokenizer(folder / FILES))
-    size = load_tokenizer(folder / TOKENIZER).vocab_size
-    if size > vocab_size:
+    try:
+        size = load_tokenizer(folder / TOKENIZER).vocab_size
+    except ValueError as error:
+        if model.form == "decoder":
+            raise
+        final = str(error).replace(".unfinished", "", 1)
+        print(f"weights only, their text is not encoded here: {final}", flush=True)
+        return
+    if size > model.vocab_size:
         raise ValueError(
-            f"{TOKENIZER} has {size} tokens, but config.json says vocab_size={vocab_size}: one of "
-            "the two is of another model"
+            f"{TOKENIZER} has {size} tokens, but config.json says vocab_size={model.vocab_size}: "
+            "one of the two is of another model"
         )
 
 
@@ -140,6 +156,7 @@ def _with_model(experiment: Experiment | None, model: TransformerConfig) -> Expe
         data.sequence_length = min(data.sequence_length, model.max_length)
         data.vocab_size = min(data.vocab_size, model.vocab_size)
         health.every = None if model.dense_layers else health.every
+        data.objectives = tuple(map(RecordObjective, USUAL_OBJECTIVES[model.form]))
     else:
         own = {name: getattr(experiment.model, name) for name in FREE_FIELDS if name != "dtype"}
         experiment.model = dataclasses.replace(model, **own)
@@ -178,7 +195,7 @@ def export_model(
         config, brought = _ids(given.tokenizer), None
     model = dataclasses.replace(given.model, dtype=dtype or given.model.dtype)
     theirs = family.config_of(model, config)
-    weights = WeightMap(family, model, theirs, given.params)
+    weights = WeightMap(family, model, theirs, given.params, read_aside(brought))
     file_dtype = jax.numpy.dtype(model.dtype)
     unfinished = target.with_name(f"{target.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)

@@ -270,8 +270,8 @@ def _generate(values: flags.FlagValues) -> int:
 
 def _define_import(values: flags.FlagValues, argv: list[str]) -> None:
     _define_prepare(values, argv)
-    flags.DEFINE_string("from", None, "Directory of a model in Hugging Face's format, or the "
-                        ".safetensors file in it.", flag_values=values)
+    flags.DEFINE_string("from", None, "Directory of a model in Hugging Face's format, the "
+                        ".safetensors file in it, or a .gguf file.", flag_values=values)
 
 
 def _import(values: flags.FlagValues) -> int:
@@ -279,8 +279,9 @@ def _import(values: flags.FlagValues) -> int:
 
     experiment = None if values.config is None else given_experiment(values)
     workdir = _required(values, "workdir")
-    main.import_weights(_required(values, "from"), workdir, experiment)
-    print(f"imported: batiste generate --workdir={workdir} continues text with it")
+    experiment = main.import_weights(_required(values, "from"), workdir, experiment)
+    verb = "evaluate" if experiment.model.form == "encoder" else "generate"
+    print(f"imported: next, batiste {verb} --workdir={workdir}")
     return 0
 
 

@@ -1,14 +1,16 @@
 """A model's directory as the Hugging Face hub has it: config, weights, tokenizer, card."""
 
+import functools
 import json
 import pathlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from batiste.interop import files
+from batiste.interop.gguf_files import SUFFIX, GGUFile
 from batiste.interop.weights import WeightMap
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
@@ -18,7 +20,35 @@ BROUGHT = (
     "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
     "chat_template.jinja", "chat_template.json",
 )
+# What a model has that ours lack, in a folder of its own.
+ASIDE = "aside"
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+# By the end of a class's name: what it is for, and which class finds it.
+TASKS = {
+    "ForMaskedLM": ("fill-mask", "AutoModelForMaskedLM"),
+    "ForPreTraining": ("fill-mask", "AutoModelForPreTraining"),
+    "LMHeadModel": ("text-generation", "AutoModelForCausalLM"),
+    "ForCausalLM": ("text-generation", "AutoModelForCausalLM"),
+    "ForConditionalGeneration": ("text2text-generation", "AutoModelForSeq2SeqLM"),
+    "Model": ("feature-extraction", "AutoModel"),
+}
+
+
+class Source(NamedTuple):
+    """A model's files: its config, its tensors, and what copies the others to a folder."""
+
+    theirs: dict[str, Any]
+    tensors: files.Tensors | GGUFile
+    bring: Callable[[pathlib.Path], list[str]]
+
+
+def open_source(path: pathlib.Path) -> Source:
+    """The files of a directory, of a .safetensors file in one, or of a .gguf file alone."""
+    if path.suffix == SUFFIX:
+        file = GGUFile(path)
+        return Source(file.theirs, file, file.bring)
+    theirs = read_config(path)
+    return Source(theirs, files.Tensors(path), functools.partial(bring, path))
 
 
 def read_config(source: pathlib.Path) -> dict[str, Any]:
@@ -27,7 +57,8 @@ def read_config(source: pathlib.Path) -> dict[str, Any]:
     if not source.exists():
         raise ValueError(f"from={source}: no such directory or file")
     if source.is_file() and source.suffix != ".safetensors":
-        raise ValueError(f"from={source}: expected a directory, or a .safetensors file in one")
+        raise ValueError(f"from={source}: expected a directory, a .safetensors file in one, "
+                         "or a .gguf file")
     path = folder / CONFIG
     if not path.is_file():
         raise ValueError(f"from={source}: {path} is missing; it says what model the weights are of")
@@ -45,6 +76,22 @@ def bring(source: pathlib.Path, folder: pathlib.Path) -> list[str]:
     for name in names:
         shutil.copyfile(origin / name, folder / name)
     return names
+
+
+def write_aside(folder: pathlib.Path, aside: Mapping[str, np.ndarray]) -> None:
+    """Keeps tensors that no parameter has, as they came; none leave no trace."""
+    if aside:
+        (folder / ASIDE).mkdir()
+        planned = [files.Planned(name, each.dtype, each.shape) for name, each in aside.items()]
+        files.write(folder / ASIDE, planned, aside.values())
+
+
+def read_aside(folder: pathlib.Path | None) -> dict[str, np.ndarray]:
+    """What `write_aside` kept there."""
+    if folder is None or not (folder / ASIDE).is_dir():
+        return {}
+    kept = files.Tensors(folder / ASIDE)
+    return {name: kept.read(name) for name in kept.entries}
 
 
 class Written(NamedTuple):
@@ -91,11 +138,12 @@ def _read_back(folder: pathlib.Path, planned: list[files.Planned], content: Writ
 def _card(name: str, planned: list[files.Planned], content: Written) -> str:
     count = sum(int(np.prod(each.shape)) for each in planned)
     kind = content.theirs["architectures"][0]
+    task, auto = next(each for end, each in TASKS.items() if kind.endswith(end))
     return (
-        "---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n\n"
+        f"---\nlibrary_name: transformers\npipeline_tag: {task}\n---\n\n"
         f"# {name}\n\nA `{kind}` with {count:,} parameters in {content.dtype.name}, exported by "
-        "Batiste.\n\n```python\nfrom transformers import AutoModelForCausalLM\n\n"
-        'model = AutoModelForCausalLM.from_pretrained("DIRECTORY")\n```\n\n'
+        f"Batiste.\n\n```python\nfrom transformers import {auto}\n\n"
+        f'model = {auto}.from_pretrained("DIRECTORY")\n```\n\n'
         "`certificate.json` holds a fingerprint of its logits and the hash of every file;\n"
         "`batiste export --verify=DIRECTORY` checks both.\n"
     )

@@ -3,30 +3,28 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from batiste.interop.encoder_decoders import ENCODER_DECODERS
+from batiste.interop.encoders import ENCODERS
 from batiste.interop.family import Family, Field, from_square, to_square
-from batiste.interop.layout import Row
+from batiste.interop.layout import Row, biased, row
 
 LAYER = "layers/"
-
-
-def _row(theirs: str, ours: str, layout: str, **options: Any) -> Row:
-    return Row(theirs, tuple(ours.split()), layout, **options)
 
 
 def _attention_rows(prefix: str, rotary: str | None = None) -> tuple[Row, ...]:
     """Queries, keys, values and output as four linear layers, with what may belong to them."""
     prefix, ours = prefix + "self_attn.", LAYER + "attention/"
     return (
-        _row(prefix + "q_proj.weight", ours + "query_DNH", "(NH)D", rotary=rotary),
-        _row(prefix + "k_proj.weight", ours + "key_DKH", "(KH)D", rotary=rotary),
-        _row(prefix + "v_proj.weight", ours + "value_DKH", "(KH)D"),
-        _row(prefix + "o_proj.weight", ours + "out_NHD", "D(NH)"),
-        _row(prefix + "q_proj.bias", ours + "query_bias_NH", "(NH)"),
-        _row(prefix + "k_proj.bias", ours + "key_bias_KH", "(KH)"),
-        _row(prefix + "v_proj.bias", ours + "value_bias_KH", "(KH)"),
-        _row(prefix + "o_proj.bias", ours + "out_bias_D", "D"),
-        _row(prefix + "q_norm.weight", ours + "query_norm/scale_H", "H"),
-        _row(prefix + "k_norm.weight", ours + "key_norm/scale_H", "H"),
+        row(prefix + "q_proj.weight", ours + "query_DNH", "(NH)D", rotary=rotary),
+        row(prefix + "k_proj.weight", ours + "key_DKH", "(KH)D", rotary=rotary),
+        row(prefix + "v_proj.weight", ours + "value_DKH", "(KH)D"),
+        row(prefix + "o_proj.weight", ours + "out_NHD", "D(NH)"),
+        row(prefix + "q_proj.bias", ours + "query_bias_NH", "(NH)"),
+        row(prefix + "k_proj.bias", ours + "key_bias_KH", "(KH)"),
+        row(prefix + "v_proj.bias", ours + "value_bias_KH", "(KH)"),
+        row(prefix + "o_proj.bias", ours + "out_bias_D", "D"),
+        row(prefix + "q_norm.weight", ours + "query_norm/scale_H", "H"),
+        row(prefix + "k_norm.weight", ours + "key_norm/scale_H", "H"),
     )
 
 
@@ -34,38 +32,38 @@ def _gated_rows(prefix: str, ours: str, names: Sequence[str], experts: str = "")
     gate, up, down = names
     E = "E" if experts else ""
     return (
-        _row(f"{prefix}{experts}{gate}.weight", f"{ours}gate_{E}DF", "FD"),
-        _row(f"{prefix}{experts}{up}.weight", f"{ours}up_{E}DF", "FD"),
-        _row(f"{prefix}{experts}{down}.weight", f"{ours}down_{E}FD", "DF"),
+        row(f"{prefix}{experts}{gate}.weight", f"{ours}gate_{E}DF", "FD"),
+        row(f"{prefix}{experts}{up}.weight", f"{ours}up_{E}DF", "FD"),
+        row(f"{prefix}{experts}{down}.weight", f"{ours}down_{E}FD", "DF"),
     )
 
 
 MODEL_LAYER = "model.layers.{layer}."
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 ENDS = (
-    _row("model.embed_tokens.weight", "embedding_VD", "VD"),
-    _row("model.norm.weight", "norm/scale_D", "D"),
-    _row("lm_head.weight", "head_DV", "VD"),
+    row("model.embed_tokens.weight", "embedding_VD", "VD"),
+    row("model.norm.weight", "norm/scale_D", "D"),
+    row("lm_head.weight", "head_DV", "VD"),
 )
 PRE_NORMS = (
-    _row(MODEL_LAYER + "input_layernorm.weight", LAYER + "attention_norm/scale_D", "D"),
-    _row(MODEL_LAYER + "post_attention_layernorm.weight", LAYER + "feed_forward_norm/scale_D", "D"),
+    row(MODEL_LAYER + "input_layernorm.weight", LAYER + "attention_norm/scale_D", "D"),
+    row(MODEL_LAYER + "post_attention_layernorm.weight", LAYER + "feed_forward_norm/scale_D", "D"),
 )
 DENSE = _gated_rows(MODEL_LAYER + "mlp.", LAYER + "feed_forward/", PROJECTIONS)
 LLAMA_ROWS = (*ENDS, *PRE_NORMS, *_attention_rows(MODEL_LAYER), *DENSE)
 MIXTRAL_ROWS = (
     *ENDS, *PRE_NORMS, *_attention_rows(MODEL_LAYER),
-    _row(MODEL_LAYER + "block_sparse_moe.gate.weight", LAYER + "mixture/router_DE", "ED"),
+    row(MODEL_LAYER + "block_sparse_moe.gate.weight", LAYER + "mixture/router_DE", "ED"),
     *_gated_rows(MODEL_LAYER + "block_sparse_moe.", LAYER + "mixture/", ("w1", "w3", "w2"),
                  "experts.{expert}."),
 )
 EXPERT_ROWS = (
-    _row(MODEL_LAYER + "mlp.gate.weight", LAYER + "mixture/router_DE", "ED"),
+    row(MODEL_LAYER + "mlp.gate.weight", LAYER + "mixture/router_DE", "ED"),
     *_gated_rows(MODEL_LAYER + "mlp.", LAYER + "mixture/", PROJECTIONS, "experts.{expert}."),
 )
 QWEN3_MOE_ROWS = (*ENDS, *PRE_NORMS, *_attention_rows(MODEL_LAYER), *EXPERT_ROWS)
 SANDWICH = tuple(
-    _row(f"{MODEL_LAYER}{theirs}_layernorm.weight", f"{LAYER}{ours}_norm/scale_D", "D")
+    row(f"{MODEL_LAYER}{theirs}_layernorm.weight", f"{LAYER}{ours}_norm/scale_D", "D")
     for theirs, ours in (
         ("input", "attention"), ("post_attention", "attention_post"),
         ("pre_feedforward", "feed_forward"), ("post_feedforward", "feed_forward_post"),
@@ -75,70 +73,58 @@ GEMMA_ROWS = (*ENDS, *SANDWICH, *_attention_rows(MODEL_LAYER), *DENSE)
 LATENT, LATENT_LAYER = LAYER + "attention/", MODEL_LAYER + "self_attn."
 LATENT_ROWS = (
     *PRE_NORMS,
-    _row(LATENT_LAYER + "q_proj.weight", LATENT + "query_DNH", "(NH)D", rotary="H"),
-    _row(LATENT_LAYER + "q_a_proj.weight", LATENT + "query_down_DR", "RD"),
-    _row(LATENT_LAYER + "q_a_layernorm.weight", LATENT + "query_norm/scale_R", "R"),
-    _row(LATENT_LAYER + "q_b_proj.weight", LATENT + "query_up_RNH", "(NH)R", rotary="H"),
-    _row(LATENT_LAYER + "kv_a_proj_with_mqa.weight", LATENT + "down_DR", "RD", rotary="R"),
-    _row(LATENT_LAYER + "kv_a_layernorm.weight", LATENT + "latent_norm/scale_R", "R"),
-    _row(LATENT_LAYER + "kv_b_proj.weight", LATENT + "up_RNH", "(NH)R"),
-    _row(LATENT_LAYER + "o_proj.weight", LATENT + "out_NHD", "D(NH)"),
+    row(LATENT_LAYER + "q_proj.weight", LATENT + "query_DNH", "(NH)D", rotary="H"),
+    row(LATENT_LAYER + "q_a_proj.weight", LATENT + "query_down_DR", "RD"),
+    row(LATENT_LAYER + "q_a_layernorm.weight", LATENT + "query_norm/scale_R", "R"),
+    row(LATENT_LAYER + "q_b_proj.weight", LATENT + "query_up_RNH", "(NH)R", rotary="H"),
+    row(LATENT_LAYER + "kv_a_proj_with_mqa.weight", LATENT + "down_DR", "RD", rotary="R"),
+    row(LATENT_LAYER + "kv_a_layernorm.weight", LATENT + "latent_norm/scale_R", "R"),
+    row(LATENT_LAYER + "kv_b_proj.weight", LATENT + "up_RNH", "(NH)R"),
+    row(LATENT_LAYER + "o_proj.weight", LATENT + "out_NHD", "D(NH)"),
 )
 DEEPSEEK_ROWS = (
     *ENDS, *LATENT_ROWS, *EXPERT_ROWS,
     *(row._replace(ours=("dense_" + row.ours[0],)) for row in (*LATENT_ROWS, *DENSE)),
-    _row(MODEL_LAYER + "mlp.gate.e_score_correction_bias", LAYER + "mixture/router_bias_E", "E",
+    row(MODEL_LAYER + "mlp.gate.e_score_correction_bias", LAYER + "mixture/router_bias_E", "E",
          always_float32=True),
     *_gated_rows(MODEL_LAYER + "mlp.shared_experts.", LAYER + "feed_forward/", PROJECTIONS),
 )
 # Cohere multiplies its logits; a power of two may as well be in the norm before the head.
 COHERE_ROWS = (
-    _row("model.embed_tokens.weight", "embedding_VD", "VD"),
-    _row("model.norm.weight", "norm/scale_D", "D", scaled_by="logit_scale"),
-    _row(MODEL_LAYER + "input_layernorm.weight", LAYER + "attention_norm/scale_D", "D"),
+    row("model.embed_tokens.weight", "embedding_VD", "VD"),
+    row("model.norm.weight", "norm/scale_D", "D", scaled_by="logit_scale"),
+    row(MODEL_LAYER + "input_layernorm.weight", LAYER + "attention_norm/scale_D", "D"),
     *_attention_rows(MODEL_LAYER, rotary="H"), *DENSE,
 )
-
-
-def _biased(theirs: str, ours: str, layout: str) -> tuple[Row, Row]:
-    """A linear layer or a norm, and its bias."""
-    *folders, name = ours.split("/")
-    path = "/".join([*folders, ""])
-    stem, letters = name.rsplit("_", 1)
-    bias = f"bias_{letters}" if stem == "scale" else f"{stem}_bias_{letters[-1]}"
-    return (
-        _row(theirs + ".weight", ours, layout), _row(theirs + ".bias", path + bias, letters[-1]))
-
-
 GPT2_LAYER, HEADS = "transformer.h.{layer}.", LAYER + "attention/"
 QKV = tuple(HEADS + name for name in ("query_DNH", "key_DKH", "value_DKH"))
 QKV_BIAS = tuple(HEADS + name for name in ("query_bias_NH", "key_bias_KH", "value_bias_KH"))
 # GPT-2 keeps its matrices inputs first.
 GPT2_ROWS = (
-    _row("transformer.wte.weight", "embedding_VD", "VD"),
-    _row("transformer.wpe.weight", "position_TD", "TD"),
-    *_biased("transformer.ln_f", "norm/scale_D", "D"),
-    _row("lm_head.weight", "head_DV", "VD"),
-    *_biased(GPT2_LAYER + "ln_1", LAYER + "attention_norm/scale_D", "D"),
-    *_biased(GPT2_LAYER + "ln_2", LAYER + "feed_forward_norm/scale_D", "D"),
+    row("transformer.wte.weight", "embedding_VD", "VD"),
+    row("transformer.wpe.weight", "position_TD", "TD"),
+    *biased("transformer.ln_f", "norm/scale_D", "D"),
+    row("lm_head.weight", "head_DV", "VD"),
+    *biased(GPT2_LAYER + "ln_1", LAYER + "attention_norm/scale_D", "D"),
+    *biased(GPT2_LAYER + "ln_2", LAYER + "feed_forward_norm/scale_D", "D"),
     Row(GPT2_LAYER + "attn.c_attn.weight", QKV, "D(3NH)"),
     Row(GPT2_LAYER + "attn.c_attn.bias", QKV_BIAS, "(3NH)"),
-    *_biased(GPT2_LAYER + "attn.c_proj", HEADS + "out_NHD", "(NH)D"),
-    *_biased(GPT2_LAYER + "mlp.c_fc", LAYER + "feed_forward/up_DF", "DF"),
-    *_biased(GPT2_LAYER + "mlp.c_proj", LAYER + "feed_forward/down_FD", "FD"),
+    *biased(GPT2_LAYER + "attn.c_proj", HEADS + "out_NHD", "(NH)D"),
+    *biased(GPT2_LAYER + "mlp.c_fc", LAYER + "feed_forward/up_DF", "DF"),
+    *biased(GPT2_LAYER + "mlp.c_proj", LAYER + "feed_forward/down_FD", "FD"),
 )
 BLOOM_ROWS = (
-    _row("transformer.word_embeddings.weight", "embedding_VD", "VD"),
-    *_biased("transformer.word_embeddings_layernorm", "embedding_norm/scale_D", "D"),
-    *_biased("transformer.ln_f", "norm/scale_D", "D"),
-    _row("lm_head.weight", "head_DV", "VD"),
-    *_biased(GPT2_LAYER + "input_layernorm", LAYER + "attention_norm/scale_D", "D"),
-    *_biased(GPT2_LAYER + "post_attention_layernorm", LAYER + "feed_forward_norm/scale_D", "D"),
+    row("transformer.word_embeddings.weight", "embedding_VD", "VD"),
+    *biased("transformer.word_embeddings_layernorm", "embedding_norm/scale_D", "D"),
+    *biased("transformer.ln_f", "norm/scale_D", "D"),
+    row("lm_head.weight", "head_DV", "VD"),
+    *biased(GPT2_LAYER + "input_layernorm", LAYER + "attention_norm/scale_D", "D"),
+    *biased(GPT2_LAYER + "post_attention_layernorm", LAYER + "feed_forward_norm/scale_D", "D"),
     Row(GPT2_LAYER + "self_attention.query_key_value.weight", QKV, "(N3H)D"),
     Row(GPT2_LAYER + "self_attention.query_key_value.bias", QKV_BIAS, "(N3H)"),
-    *_biased(GPT2_LAYER + "self_attention.dense", HEADS + "out_NHD", "D(NH)"),
-    *_biased(GPT2_LAYER + "mlp.dense_h_to_4h", LAYER + "feed_forward/up_DF", "FD"),
-    *_biased(GPT2_LAYER + "mlp.dense_4h_to_h", LAYER + "feed_forward/down_FD", "DF"),
+    *biased(GPT2_LAYER + "self_attention.dense", HEADS + "out_NHD", "D(NH)"),
+    *biased(GPT2_LAYER + "mlp.dense_h_to_4h", LAYER + "feed_forward/up_DF", "FD"),
+    *biased(GPT2_LAYER + "mlp.dense_4h_to_h", LAYER + "feed_forward/down_FD", "DF"),
 )
 
 
@@ -323,4 +309,5 @@ BLOOM = Family(
 # Of two that have the same model, the first is written: a Llama before its imitations.
 FAMILIES = (
     LLAMA, MISTRAL, QWEN2, QWEN3, QWEN3_MOE, MIXTRAL, GEMMA2, GEMMA3, DEEPSEEK, COHERE, GPT2, BLOOM,
+    *ENCODERS, *ENCODER_DECODERS,
 )

@@ -37,11 +37,13 @@ class Family:
     """What one `model_type` says of a model, as data.
 
     architecture: the class that `transformers` makes of it. fixed: our fields that all members
-    share. fields: the others. required: keys of theirs with the value that they must have, if they are
-    there; they are written. kinds: the kind of each layer, for a config without `layer_types`.
+    share. fields: the others. required: keys of theirs with the value that they must have, if they
+    are there; they are written. kinds: the kind of each layer, for a config without `layer_types`.
     switch: the key that must be true for a window to count.
     extra: keys that are written where an import has not brought them along. also: keys that are
-    written and follow from several of our fields.
+    written and follow from several of our fields. repeated: tensors that files may have twice.
+    aside: beginnings of names that our model has no parameters for; they are kept as they came.
+    zeros: of those, tensors that our model lacks without loss, as all of their values are 0.
     """
 
     model_type: str
@@ -56,6 +58,9 @@ class Family:
     rope_base: float | None = None
     local_rope_base: float | None = None
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    repeated: tuple[str, ...] = ("lm_head.weight",)
+    aside: tuple[str, ...] = ()
+    zeros: tuple[str, ...] = ()
     also: Callable[[TransformerConfig], Mapping[str, Any]] = lambda model: {}
 
     def model_of(self, theirs: Mapping[str, Any]) -> TransformerConfig:
@@ -87,8 +92,11 @@ class Family:
                    "dtype": model.dtype}
         theirs.pop("torch_dtype", None)
         for field in self.fields:
+            # What was brought stays where it says the same: one thing may have several names.
             if field.theirs is not None:
-                theirs[field.theirs] = field.write(getattr(model, field.ours))
+                value, given = getattr(model, field.ours), brought.get(field.theirs)
+                same = given is not None and field.read(given) == value
+                theirs[field.theirs] = given if same else field.write(value)
         theirs |= self.also(model)
         if self.rope_base is not None:
             theirs |= rope.write(model, self.local_rope_base is not None)

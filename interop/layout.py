@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -17,7 +17,7 @@ class Row(NamedTuple):
     "(NH)D" is heads times head dim by model, as `torch.nn.Linear` has it.
     rotary: the letter of which pairs that are rotated together are neighbours; ours are half a head
     apart. scaled_by: the key of their config by which the values are to be multiplied.
-    always_float32: whatever the dtype of the others.
+    always_float32: whatever the dtype of the others. skipped: first entries that no parameter has.
     """
 
     theirs: str
@@ -26,11 +26,33 @@ class Row(NamedTuple):
     rotary: str | None = None
     scaled_by: str | None = None
     always_float32: bool = False
+    skipped: int = 0
+
+    @property
+    def stack(self) -> str:
+        """Which stack of layers it is of, or what else."""
+        return self.ours[0].split("/")[0]
 
     @property
     def dense(self) -> bool:
         """Whether it is of the layers before those with experts."""
-        return self.ours[0].startswith("dense_layers/")
+        return self.stack == "dense_layers"
+
+
+def row(theirs: str, ours: str, layout: str, **options: Any) -> Row:
+    """A row of the parameters that `ours` names, separated by spaces."""
+    return Row(theirs, tuple(ours.split()), layout, **options)
+
+
+def biased(theirs: str, ours: str, layout: str) -> tuple[Row, Row]:
+    """A linear layer or a norm, and its bias."""
+    *folders, name = ours.split("/")
+    path = "/".join([*folders, ""])
+    stem, letters = name.rsplit("_", 1)
+    heads = letters[-2:] if stem in ("query", "key", "value") else letters[-1]
+    bias = f"bias_{letters}" if stem == "scale" else f"{stem}_bias_{heads}"
+    bias_layout = f"({heads})" if len(heads) > 1 else heads
+    return row(theirs + ".weight", ours, layout), row(theirs + ".bias", path + bias, bias_layout)
 
 
 class Sizes(NamedTuple):

@@ -16,7 +16,10 @@ from batiste.interop.layout import Row, Sizes, file_shape, letters_of, to_ours, 
 from batiste.models import TransformerConfig
 
 # What old files have besides weights: tables that follow from the config.
-NO_WEIGHTS = re.compile(r"rotary_emb\.inv_freq$|\.attn\.(masked_)?bias$")
+NO_WEIGHTS = re.compile(
+    r"rotary_emb\.inv_freq$|\.attn\.(masked_)?bias$|embeddings\.position_ids$")
+# As LayerNorms of the first BERTs have it.
+OLD_ENDINGS = {".LayerNorm.weight": ".LayerNorm.gamma", ".LayerNorm.bias": ".LayerNorm.beta"}
 
 
 def flat(tree: Any) -> dict[str, Any]:
@@ -29,13 +32,16 @@ class WeightMap:
     """Which tensors hold which parameters of one model.
 
     abstract: its parameters (shapes suffice). Raises ValueError where the family has no tensor for
-    a parameter. theirs: the config in the family's own words.
+    a parameter. theirs: the config in the family's own words. aside: what an import found that no
+    parameter has; it is written back as it was.
     """
 
     def __init__(
-        self, family: Family, model: TransformerConfig, theirs: Mapping[str, Any], abstract: Any
+        self, family: Family, model: TransformerConfig, theirs: Mapping[str, Any], abstract: Any,
+        aside: Mapping[str, np.ndarray] | None = None,
     ):
-        self.model, self._theirs = model, theirs
+        self.model, self._theirs, self._family = model, theirs, family
+        self._aside = {} if aside is None else dict(aside)
         self._shapes = {path: leaf.shape for path, leaf in flat(abstract).items()}
         self.rows = [row for row in family.rows if row.ours[0] in self._shapes]
         missing = set(self._shapes) - {path for row in self.rows for path in row.ours}
@@ -47,6 +53,8 @@ class WeightMap:
         """The name of each tensor of a row, and its place: layer and expert, where it has them."""
         dense = self.model.dense_layers
         layers = range(dense) if row.dense else range(self.model.num_layers - dense)
+        layers = range(1) if self.model.shared_layers else layers
+        layers = range(self.model.encoder_layers) if row.stack == "encoder_layers" else layers
         places = {"layer": layers, "expert": range(self.model.num_experts or 0)}
         axes = [axis for axis in places if f"{{{axis}}}" in row.theirs]
         for place in itertools.product(*(places[axis] for axis in axes)):
@@ -74,25 +82,47 @@ class WeightMap:
 
     def planned(self, dtype: np.dtype) -> list[Planned]:
         """All tensors, in the order in which `tensors` gives them."""
-        return [
-            Planned(name, _dtype(row, dtype), file_shape(row, self.sizes(row)))
+        of_rows = [
+            Planned(name, _dtype(row, dtype), self._shape(row))
             for row in self.rows for name, _ in self.names(row)
         ]
+        return of_rows + [
+            Planned(name, tensor.dtype, tensor.shape) for name, tensor in self._whole_aside()]
+
+    def aside(self, tensors: Tensors) -> dict[str, np.ndarray]:
+        """What of files no parameter has: tensors, and the first entries of others."""
+        found = {name: tensors.read(name) for name, entry in sorted(tensors.entries.items())
+                 if name.startswith(self._family.aside) and entry.dtype is not None}
+        for row in self.rows:
+            for name, _ in self.names(row) if row.skipped else ():
+                found[name] = tensors.read(_name_in(tensors, name))[: row.skipped]
+        return found
+
+    def _whole_aside(self) -> list[tuple[str, np.ndarray]]:
+        parts = {name for row in self.rows if row.skipped for name, _ in self.names(row)}
+        return [each for each in self._aside.items() if each[0] not in parts]
+
+    def _shape(self, row: Row) -> tuple[int, ...]:
+        first, *others = file_shape(row, self.sizes(row))
+        return (first + row.skipped, *others)
 
     def check(self, tensors: Tensors) -> None:
         """Raises ValueError where files have other tensors, shapes or dtypes than this model."""
         planned = {each.name: each for each in self.planned(np.dtype(np.float32))}
-        ignored = {"lm_head.weight"} if self.model.tied_embeddings else set()
         names = {name: _name_in(tensors, name) for name in planned}
         for name, found in names.items():
             if found not in tensors.entries:
                 raise ValueError(
                     f"the files have no tensor {name}, which their config.json implies")
-        for name in sorted(tensors.entries.keys() - set(names.values()) - ignored):
-            if NO_WEIGHTS.search(name) is None:
+        known = set(names.values()) | set(self._family.repeated)
+        for name in sorted(tensors.entries.keys() - known):
+            if NO_WEIGHTS.search(name) is None and not name.startswith(self._family.aside):
                 raise ValueError(
                     f"the files have a tensor {name}, for which this model has no parameter"
                 )
+        for name in self._family.zeros:
+            if name in tensors.entries and np.any(tensors.read(name)):
+                raise ValueError(f"{name} is not 0 everywhere: this model has no parameter for it")
         for name, each in planned.items():
             entry = tensors.entries[names[name]]
             if entry.dtype is None:
@@ -110,7 +140,8 @@ class WeightMap:
             sizes = self.sizes(row)
             placed = [_Placed(leaves[path]) for path in row.ours]
             for name, place in self.names(row):
-                parts = to_ours(row, tensors.read(_name_in(tensors, name)), sizes)
+                tensor = tensors.read(_name_in(tensors, name))[row.skipped:]
+                parts = to_ours(row, tensor, sizes)
                 for target, part in zip(placed, parts, strict=True):
                     target.put(part, place)
             found |= dict(zip(row.ours, (each.array() for each in placed), strict=True))
@@ -122,10 +153,18 @@ class WeightMap:
         leaves = flat(params)
         for row in self.rows:
             sizes = self.sizes(row)
-            for _, place in self.names(row):
+            for name, place in self.names(row):
                 parts = [np.asarray(leaves[path][place] if place else leaves[path])
                          for path in row.ours]
-                yield to_theirs(row, parts, sizes).astype(_dtype(row, dtype))
+                tensor = to_theirs(row, parts, sizes).astype(_dtype(row, dtype))
+                yield self._with_skipped(row, name, tensor) if row.skipped else tensor
+        for _, tensor in self._whole_aside():
+            yield tensor
+
+    def _with_skipped(self, row: Row, name: str, tensor: np.ndarray) -> np.ndarray:
+        """With the entries that no parameter has: those that were there, or zeros."""
+        zeros = np.zeros((row.skipped, *tensor.shape[1:]), tensor.dtype)
+        return np.concatenate([self._aside.get(name, zeros).astype(tensor.dtype), tensor])
 
 
 def _dtype(row: Row, dtype: np.dtype) -> np.dtype:
@@ -135,8 +174,10 @@ def _dtype(row: Row, dtype: np.dtype) -> np.dtype:
 def _name_in(tensors: Tensors, name: str) -> str:
     """A tensor's name in files: some are of a model without its head, and lack the first part."""
     body, _, rest = name.partition(".")
-    whole = name in tensors.entries or body == "lm_head"
-    return name if whole or rest not in tensors.entries else rest
+    names = [name] if body in ("lm_head", "cls", "shared", "encoder", "decoder") else [name, rest]
+    for ending, old in OLD_ENDINGS.items():
+        names += [each.removesuffix(ending) + old for each in names if each.endswith(ending)]
+    return next((each for each in names if each in tensors.entries), name)
 
 
 class _Placed:

@@ -59,8 +59,8 @@ def check(config: Any) -> None:
                 f"model.{field}={getattr(config, field)} has no effect with model.remat="
                 f"{config.remat!r}: set model.remat='names'"
             )
-    if config.token_types is not None and config.token_types < 2:
-        raise ValueError(f"model.token_types={config.token_types}: expected at least 2, or None")
+    if config.token_types is not None and config.token_types < 1:
+        raise ValueError(f"model.token_types={config.token_types}: expected at least 1, or None")
     both = set(config.saved) & set(config.offloaded)
     if both:
         raise ValueError(f"model.saved and model.offloaded both name {', '.join(sorted(both))}")

@@ -30,6 +30,10 @@ def _tanh_gelu(x: jax.Array) -> jax.Array:
     return jax.nn.gelu(x, approximate=True)
 
 
+def _exact_gelu(x: jax.Array) -> jax.Array:
+    return jax.nn.gelu(x, approximate=False)
+
+
 def _root_mean_square(y: jax.Array, epsilon: float) -> jax.Array:
     return y * jax.lax.rsqrt(jnp.square(y).mean(axis=-1, keepdims=True) + epsilon)
 
@@ -42,6 +46,7 @@ ACTIVATIONS: dict[str, Activation] = {
     "relu": Activation(jax.nn.relu),
     "relu2": Activation(lambda x: jnp.square(jax.nn.relu(x))),
     "gelu": Activation(_tanh_gelu),
+    "gelu_exact": Activation(_exact_gelu),
     "swiglu": Activation(jax.nn.silu, gated=True),
     "geglu": Activation(_tanh_gelu, gated=True),
 }

@@ -14,8 +14,8 @@ from batiste.models.attention_choice import OneOf, fused_losses
 from batiste.models.block import LayerOutput, mixer_of, split_time, whole_time
 from batiste.models.chunked_loss import Head, Rows, chunked_loss
 from batiste.models.config import TransformerConfig
-from batiste.models.layers import HeadTransform, Norm, dropout, lookup, project
-from batiste.models.parameter import gathered, matrix
+from batiste.models.layers import HeadTransform, Norm, add_bias, dropout, lookup, project
+from batiste.models.parameter import gathered, matrix, vector
 from batiste.models.parts import LAYER_KINDS
 from batiste.models.pipeline import LAYER_INPUT, Layers, pipelined
 from batiste.models.positions import RELATIVE_BUCKETS, relative_bias, sinusoids
@@ -66,17 +66,23 @@ class Transformer(nnx.Module):
         self.config = config
         sizes, stddev = config.sizes, config.init_stddev
         self.width = "D" if config.embedding_dim is None else "R"
+        two, learned = config.form == "encoder_decoder", config.positions == "learned"
         for name, rows, wanted in (
-            ("embedding", "V", True), ("position", "T", config.positions == "learned"),
+            ("embedding", "V", True), ("position", "T", learned),
+            ("encoder_position", "T", two and learned),
             ("type", "P", config.token_types is not None),
         ):
             table = functools.partial(matrix, inputs=self.width, stddev=stddev)
             letters = rows + self.width
             setattr(self, f"{name}_{letters}", table(rngs, letters, sizes) if wanted else None)
-        self.embedding_norm = Norm(config, self.width) if config.embedding_norm else None
+        normed = config.embedding_norm
+        self.embedding_norm = Norm(config, self.width) if normed else None
+        self.encoder_embedding_norm = Norm(config, self.width) if normed and two else None
         factored = self.width == "R"
         self.widening_RD = (
             matrix(rngs, "RD", sizes, inputs="R", stddev=stddev) if factored else None)
+        has_bias = factored and config.bias == "all"
+        self.widening_bias_D = vector("D", sizes, 0.0) if has_bias else None
         relative = config.positions == "relative"
         buckets = sizes | {"P": RELATIVE_BUCKETS}
         bias = functools.partial(matrix, rngs, "PN", buckets, inputs="P", stddev=stddev)
@@ -88,7 +94,6 @@ class Transformer(nnx.Module):
         self.norm = Norm(config) if config.norm_placement != "post" else None
         heads = dataclasses.replace(config, num_layers=config.future_heads, shared_layers=False)
         self.future_heads = stacked(heads, config.future_heads, rngs) if config.future_heads else None
-        two = config.form == "encoder_decoder"
         self.encoder_layers = stacked(config.encoder, config.encoder_layers, rngs) if two else None
         self.encoder_norm = Norm(config) if two and config.norm_placement != "post" else None
         self.encoder_relative_PN = bias() if two and relative else None
@@ -157,7 +162,8 @@ class Transformer(nnx.Module):
         if dropout_key is not None and self.config.dropout > 0:
             embed_key, layers_key = jax.random.split(dropout_key)
         positions_BS = _places(tokens_BS) if positions_BS is None else positions_BS
-        x_BSD = dropout(self._embed(tokens_BS, positions_BS), self.config.dropout, embed_key)
+        x_BSD = self._embed(tokens_BS, positions_BS, side="encoder_")
+        x_BSD = dropout(x_BSD, self.config.dropout, embed_key)
         config, (graphdef, weights) = self.config.encoder, nnx.split(self.encoder_layers)
         mask = AttentionMask(
             causal=False, query_segments_BT=segments_BS, key_segments_BS=segments_BS)
@@ -367,25 +373,27 @@ class Transformer(nnx.Module):
         )
         return {kind: LAYER_KINDS[kind](mask, self.config) for kind in self.config.layer_pattern}
 
-    def _embed(self, tokens_BT: jax.Array, positions_BT: jax.Array, types_BT=None) -> jax.Array:
+    def _embed(self, tokens_BT: jax.Array, positions_BT: jax.Array, types_BT=None, side: str = ""):
+        """What enters a stack, x_BTD; side: "encoder_" for the one that reads the source."""
         config = self.config
         x_BTD = self._rows_of("embedding", "V", tokens_BT)
         if config.scale_embeddings:
             # In the compute dtype, as Gemma was trained: 55.5 and not 55.43 in bf16.
             x_BTD *= jnp.sqrt(float(config.model_dim)).astype(config.dtype).astype(jnp.float32)
         if config.positions == "learned":
-            x_BTD += self._rows_of("position", "T", positions_BT)
+            x_BTD += self._rows_of(f"{side}position", "T", positions_BT)
         elif config.positions == "sinusoidal":
             x_BTD += sinusoids(positions_BT, config.sizes[self.width])
         if config.token_types is not None:
             types_BT = jnp.zeros_like(tokens_BT) if types_BT is None else types_BT
             x_BTD += self._rows_of("type", "P", types_BT)
-        if self.embedding_norm is not None:
-            x_BTD = self.embedding_norm(x_BTD)
+        if config.embedding_norm:
+            x_BTD = getattr(self, f"{side}embedding_norm")(x_BTD)
         x_BTD = x_BTD.astype(config.dtype)
         if self.widening_RD is None:
             return x_BTD
-        return project(x_BTD, gather(self.widening_RD[...], "RD"))
+        x_BTD = project(x_BTD, gather(self.widening_RD[...], "RD"))
+        return add_bias(x_BTD, self.widening_bias_D)
 
     def _rows_of(self, name: str, rows: str, places_BT: jax.Array) -> jax.Array:
         """The rows of a table at these places, as wide as what is embedded."""

@@ -111,7 +111,8 @@ def goldens() -> dict[str, str]:
 
 
 def test_the_presets_are_the_configs_of_more_than_a_laptop():
-    assert set(NAMES) - set(PRESETS) == {"objectives", "quickstart", "shakespeare"}
+    assert set(NAMES) - set(PRESETS) == {
+        "objectives", "quickstart", "shakespeare", "smollm2_135m"}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -129,9 +130,12 @@ def test_the_docstring_holds_the_command_that_launches_it(name, monkeypatch):
         raise Launched(experiment, workdir)
 
     monkeypatch.setattr(main, "train", launched)
+    monkeypatch.setattr(main, "import_weights", lambda source, workdir, experiment: launched(
+        experiment, workdir))
     docstring = importlib.import_module(f"batiste.configs.{name}").__doc__
-    command = re.search(r"^ {4}(batiste train .*)$", docstring, re.M)[1]
-    assert f"--config=configs/{name}.py " in command
+    docstring = docstring.replace("\\\n", "") + "\n"
+    command = re.search(r"^ {4}(batiste (?:import|train) .*)$", docstring, re.M)[1]
+    assert f"--config=configs/{name}.py " in command + " "
     with pytest.raises(Launched) as caught:
         command_line.run(shlex.split(command))
     assert caught.value.args == (load(name), f"runs/{name}")

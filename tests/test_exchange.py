@@ -203,7 +203,7 @@ def cut_short(folder):
 
 
 REFUSED = {
-    "type": (changed("model_type", "t5"), "model_type='t5': expected one of llama, mistral"),
+    "type": (changed("model_type", "xlm"), "model_type='xlm': expected one of llama, mistral"),
     "activation": (changed("hidden_act", "gelu"), "hidden_act='gelu', but of llama only"),
     "rope": (changed("rope_parameters", {"rope_type": "yarn", "rope_theta": 1e4}),
              "rope_type='yarn': expected one of default, linear, llama3"),

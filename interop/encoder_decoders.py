@@ -1,0 +1,139 @@
+"""Encoder-decoders: T5 of version 1.1, and BART."""
+
+from collections.abc import Mapping
+
+from batiste.interop.family import Family, Field
+from batiste.interop.layout import Row, biased, row
+from batiste.models import TransformerConfig
+
+SIDES = {"encoder": "encoder_layers/", "decoder": "layers/"}
+
+
+def _untied(theirs: Mapping) -> bool:
+    """Never tied: a T5 that ties its tables also scales its logits, which ours does not.
+
+    `scale_decoder_outputs` is what newer files have in place of the flag as it was meant.
+    """
+    if theirs.get("scale_decoder_outputs", theirs.get("tie_word_embeddings", True)):
+        raise ValueError(
+            "config.json: tie_word_embeddings=True, but of t5 only those of version 1.1 are known "
+            "here, whose logits have weights of their own (tie_word_embeddings=False)"
+        )
+    return False
+
+
+def _t5_layers(side: str) -> tuple[Row, ...]:
+    prefix, ours = f"{side}.block.{{layer}}.layer.", SIDES[side]
+    kinds = [("0.SelfAttention", "attention"), ("1.EncDecAttention", "cross_attention")]
+    last = 1 if side == "encoder" else 2
+    rows = []
+    for theirs, name in kinds[:last]:
+        norm = "cross_norm" if name == "cross_attention" else "attention_norm"
+        rows += [
+            row(f"{prefix}{theirs}.q.weight", f"{ours}{name}/query_DNH", "(NH)D"),
+            row(f"{prefix}{theirs}.k.weight", f"{ours}{name}/key_DKH", "(KH)D"),
+            row(f"{prefix}{theirs}.v.weight", f"{ours}{name}/value_DKH", "(KH)D"),
+            row(f"{prefix}{theirs}.o.weight", f"{ours}{name}/out_NHD", "D(NH)"),
+            row(f"{prefix}{theirs[0]}.layer_norm.weight", f"{ours}{norm}/scale_D", "D"),
+        ]
+    feed = f"{prefix}{last}.DenseReluDense."
+    return (
+        *rows,
+        row(feed + "wi_0.weight", ours + "feed_forward/gate_DF", "FD"),
+        row(feed + "wi_1.weight", ours + "feed_forward/up_DF", "FD"),
+        row(feed + "wo.weight", ours + "feed_forward/down_FD", "DF"),
+        row(f"{prefix}{last}.layer_norm.weight", ours + "feed_forward_norm/scale_D", "D"),
+    )
+
+
+BIAS = "block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+T5 = Family(
+    "t5", "T5ForConditionalGeneration",
+    (row("shared.weight", "embedding_VD", "VD"), row("lm_head.weight", "head_DV", "VD"),
+     row("encoder." + BIAS, "encoder_relative_PN", "PN"),
+     row("decoder." + BIAS, "relative_PN", "PN"),
+     row("encoder.final_layer_norm.weight", "encoder_norm/scale_D", "D"),
+     row("decoder.final_layer_norm.weight", "norm/scale_D", "D"),
+     *_t5_layers("encoder"), *_t5_layers("decoder")),
+    (Field("vocab_size", "vocab_size"), Field("num_layers", "encoder_layers"),
+     Field("num_decoder_layers", "num_layers", lambda theirs: theirs["num_layers"]),
+     Field("d_model", "model_dim"), Field("num_heads", "num_heads"),
+     Field(None, "num_kv_heads", lambda theirs: theirs["num_heads"]),
+     Field("d_kv", "head_dim"), Field("d_ff", "mlp_dim"),
+     # Its distances have no end; this many tokens it was trained on.
+     Field("n_positions", "max_length", 512),
+     Field("layer_norm_epsilon", "norm_epsilon", 1e-6), Field(None, "tied_embeddings", _untied)),
+    fixed={"form": "encoder_decoder", "positions": "relative", "attention_scale": 1.0,
+           "activation": "geglu"},
+    required={"feed_forward_proj": "gated-gelu", "relative_attention_num_buckets": 32,
+              "relative_attention_max_distance": 128},
+    repeated=("encoder.embed_tokens.weight", "decoder.embed_tokens.weight"),
+    also=lambda model: {"tie_word_embeddings": False, "scale_decoder_outputs": False,
+                        "is_encoder_decoder": True},
+)
+
+
+def _bart_attention(theirs: str, ours: str, norm: str) -> tuple[Row, ...]:
+    return (
+        *biased(theirs + ".q_proj", ours + "query_DNH", "(NH)D"),
+        *biased(theirs + ".k_proj", ours + "key_DKH", "(KH)D"),
+        *biased(theirs + ".v_proj", ours + "value_DKH", "(KH)D"),
+        *biased(theirs + ".out_proj", ours + "out_NHD", "D(NH)"),
+        *biased(theirs + "_layer_norm", norm + "/scale_D", "D"),
+    )
+
+
+def _bart_side(side: str) -> tuple[Row, ...]:
+    top, ours = f"model.{side}.", SIDES[side]
+    table = "encoder_" if side == "encoder" else ""
+    layer = top + "layers.{layer}."
+    cross = _bart_attention(
+        layer + "encoder_attn", ours + "cross_attention/", ours + "cross_post_norm")
+    return (
+        # Its places begin at 2: the first two rows are never a token's.
+        row(top + "embed_positions.weight", table + "position_TD", "TD", skipped=2),
+        *biased(top + "layernorm_embedding", table + "embedding_norm/scale_D", "D"),
+        *_bart_attention(layer + "self_attn", ours + "attention/", ours + "attention_post_norm"),
+        *(cross if side == "decoder" else ()),
+        *biased(layer + "fc1", ours + "feed_forward/up_DF", "FD"),
+        *biased(layer + "fc2", ours + "feed_forward/down_FD", "DF"),
+        *biased(layer + "final_layer_norm", ours + "feed_forward_post_norm/scale_D", "D"),
+    )
+
+
+def _of_both_sides(theirs: Mapping) -> int:
+    """The heads of the decoder, which must be the encoder's, like the feed-forwards' sizes."""
+    for name in ("attention_heads", "ffn_dim"):
+        sizes = theirs[f"encoder_{name}"], theirs[f"decoder_{name}"]
+        if sizes[0] != sizes[1]:
+            raise ValueError(
+                f"config.json: encoder_{name}={sizes[0]}, decoder_{name}={sizes[1]}: expected the "
+                "same of both, as model.form='encoder_decoder' has it"
+            )
+    return theirs["decoder_attention_heads"]
+
+
+def _bart_sides(model: TransformerConfig) -> dict[str, int | bool]:
+    return {"encoder_attention_heads": model.num_heads, "encoder_ffn_dim": model.mlp_dim,
+            "is_encoder_decoder": True}
+
+
+BART = Family(
+    "bart", "BartForConditionalGeneration",
+    (row("model.shared.weight", "embedding_VD", "VD"),
+     *_bart_side("encoder"), *_bart_side("decoder")),
+    (Field("vocab_size", "vocab_size"), Field("encoder_layers", "encoder_layers"),
+     Field("decoder_layers", "num_layers"), Field("d_model", "model_dim"),
+     Field("decoder_attention_heads", "num_heads"), Field(None, "num_kv_heads", _of_both_sides),
+     Field(None, "head_dim", lambda theirs: theirs["d_model"] // theirs["decoder_attention_heads"]),
+     Field("decoder_ffn_dim", "mlp_dim"), Field("max_position_embeddings", "max_length", 1024)),
+    fixed={"form": "encoder_decoder", "norm": "layer", "norm_placement": "post", "bias": "all",
+           "positions": "learned", "embedding_norm": True, "activation": "gelu_exact",
+           "norm_epsilon": 1e-5},
+    required={"activation_function": "gelu", "scale_embedding": False,
+              "tie_word_embeddings": True},
+    repeated=("lm_head.weight", "model.encoder.embed_tokens.weight",
+              "model.decoder.embed_tokens.weight"),
+    aside=("final_logits_bias",), zeros=("final_logits_bias",), also=_bart_sides,
+)
+ENCODER_DECODERS = (T5, BART)

