@@ -64,6 +64,7 @@ def test_a_check_notices_wrong_numbers_nans_and_missing_results(modules):
     assert not check.error(want[:1], want)[1]
 
 
+@pytest.mark.slow
 def test_one_check_one_timing_and_one_candidate_run_interpreted(modules):
     main, checks, timing, tune = modules
     check = checks.make_checks("hopper", rehearse=True)[0]

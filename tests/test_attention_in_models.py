@@ -67,6 +67,7 @@ def test_kernels_on_a_mesh_equal_the_reference_on_one_device(models, batch, inte
     assert_near(actual, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("devices", [1, 2])
 def test_the_fused_loss_is_the_loss_of_the_logits(model_config, batch, interpreted, tied, devices):

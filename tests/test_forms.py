@@ -225,6 +225,7 @@ def records():
     return np.stack(list(concatenate(documents, LENGTH, BOS, PAD)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", MIXTURES)
 def test_each_objective_is_learned_beyond_its_unigram_loss(form, records):
     """One run learns all objectives of a form; each then beats the best guess without a context."""
@@ -261,7 +262,7 @@ def test_each_objective_is_learned_beyond_its_unigram_loss(form, records):
 
 @pytest.mark.parametrize("form,zero,accumulation,more", (
     ("decoder", 1, 2, {}), ("decoder", 2, 1, {"future_heads": 2}),
-    ("encoder", 3, 1, {"shared_layers": True, "embedding_dim": 10}), ("encoder_decoder", 3, 2, {}),
+    ("encoder", 3, 1, {"shared_layers": True, "embedding_dim": 10}), pytest.param("encoder_decoder", 3, 2, {}, marks=pytest.mark.slow),
 ))
 def test_a_mesh_has_the_numbers_of_one_device(form, zero, accumulation, more, records):
     objectives, change = MIXTURES[form]
@@ -276,6 +277,7 @@ def test_a_mesh_has_the_numbers_of_one_device(form, zero, accumulation, more, re
         step_checks.alone(train, model, batch))
 
 
+@pytest.mark.slow
 def test_future_heads_learn_what_comes_later_in_the_same_document(records):
     """Their loss is their formula; what they predict is so many tokens on; each beats unigrams."""
     model = model_of("decoder", future_heads=2, num_layers=1)

@@ -267,6 +267,7 @@ def test_slices_drop_different_entries():
     assert one != other
 
 
+@pytest.mark.slow
 def test_bfloat16_and_float16_run_in_slices():
     for dtype, fields in (("bfloat16", {}), ("float16", {}), ("float16", dict(steps=2))):
         model = dataclasses.replace(SMALL, dtype=dtype, num_kv_heads=2)

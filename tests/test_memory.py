@@ -64,6 +64,7 @@ def test_dots_computes_no_product_with_weights_again(change, weights):
     assert dots == none + attention and full == none + attention + weights
 
 
+@pytest.mark.slow
 def test_an_offloaded_optimizer_is_on_the_host_and_changes_no_bit():
     for zero in (0, 3):
         layout = MeshConfig(data=4, tensor=2, zero=zero)

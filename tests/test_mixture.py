@@ -186,7 +186,10 @@ def config_of(kind: str, accumulation: int = 1):
     return config
 
 
-@pytest.mark.parametrize("mesh_config", MESHES, ids=name_of)
+@pytest.mark.parametrize("mesh_config", [
+    mesh if index % 2 else pytest.param(mesh, marks=pytest.mark.slow)
+    for index, mesh in enumerate(MESHES)
+], ids=name_of)
 def test_sharded_equals_unsharded_and_takes_the_bytes_of_the_arithmetic(mesh_config):
     run = three_steps(config_of("sgd"), mesh_config, MODEL)
     check_equal(run, alone(config_of("sgd"), MODEL))
@@ -194,6 +197,7 @@ def test_sharded_equals_unsharded_and_takes_the_bytes_of_the_arithmetic(mesh_con
     check_bytes_per_device(run.mesh, run.program, run.state, moments=1)
 
 
+@pytest.mark.slow
 def test_muon_shards():
     run = three_steps(config_of("muon"), MESHES[4], MODEL)
     for name, expected in alone(config_of("muon"), MODEL).history.items():

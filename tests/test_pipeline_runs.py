@@ -34,6 +34,7 @@ def test_layers_are_stored_stage_by_stage():
     assert layer_order(12, 2, 3).tolist() == [0, 1, 4, 5, 8, 9, 2, 3, 6, 7, 10, 11]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind,others", [
     ("adamw", [MeshConfig(tensor=2), MeshConfig(stage=4, tensor=2, micro_batches=4, zero=1)]),
     ("adafactor", [MeshConfig(stage=2, micro_batches=2, interleave=2, zero=3)]),
