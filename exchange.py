@@ -22,6 +22,7 @@ from batiste.interop.directory import (
     CONFIG, Written, open_source, read_aside, read_config, write_aside, write_directory,
 )
 from batiste.interop.family import FREE_FIELDS
+from batiste.interop.stablehlo import write_stablehlo
 from batiste.models import TransformerConfig
 from batiste.sharding import MeshConfig, is_first, make_mesh, restack
 from batiste.train import (
@@ -185,8 +186,7 @@ def export_model(
     of the files, None for the model's compute dtype. Raises ValueError where no family has it.
     """
     target = pathlib.Path(to)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"to={to}: is there already; choose another --to, or remove it")
+    _check_free(target)
     begun = imported(given.workdir)
     brought = None if begun is None else begun.folder / FILES
     family = _family(given.model, family_name, begun)
@@ -208,6 +208,23 @@ def export_model(
     os.replace(unfinished, target)
     planned = weights.planned(file_dtype)
     return {"tensors": len(planned), "bytes": sum(each.bytes for each in planned)}
+
+
+def export_stablehlo(given: Export, to: str) -> int:
+    """Writes a directory of programs and weights that run without Batiste; bytes of the weights."""
+    target = pathlib.Path(to)
+    _check_free(target)
+    unfinished = target.with_name(f"{target.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    size = write_stablehlo(unfinished, given.model, given.params, given.workdir.resolve().name)
+    os.replace(unfinished, target)
+    return size
+
+
+def _check_free(target: pathlib.Path) -> None:
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"to={target}: is there already; choose another --to, or remove it")
 
 
 def verify_export(folder: str) -> float:

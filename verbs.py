@@ -293,12 +293,16 @@ def _define_export(values: flags.FlagValues, argv: list[str]) -> None:
                         "certificate, instead of --workdir and --to.", flag_values=values)
     flags.DEFINE_string("family", None, "The model_type to write; left out: the one it was imported "
                         "as, or the first that fits.", flag_values=values)
+    flags.DEFINE_enum("format", "transformers", ("transformers", "stablehlo"), "Weights that "
+                      "transformers loads, or weights and programs that JAX runs without Batiste.",
+                      flag_values=values)
     flags.DEFINE_enum("dtype", None, ("float32", "bfloat16", "float16"), "Of the files; left out: "
                       "the model's compute dtype.", flag_values=values)
 
 
 def _export(values: flags.FlagValues) -> int:
     from batiste import exchange, main
+    from batiste.interop.stablehlo import PLATFORMS
 
     if values.verify is not None:
         if values.workdir is not None or values.to is not None:
@@ -308,6 +312,13 @@ def _export(values: flags.FlagValues) -> int:
               "of the largest")
         return 0
     workdir, target = _required(values, "workdir"), _required(values, "to")
+    if values.format == "stablehlo":
+        for flag in ("family", "dtype"):
+            if getattr(values, flag) is not None:
+                raise ValueError(f"--{flag} is of --format=transformers: leave it out")
+        size = main.export_program(workdir, target)
+        print(f"{target}: programs for {', '.join(PLATFORMS)}, and {size:,} bytes of weights")
+        return 0
     done = main.export_weights(workdir, target, values.family, values.dtype)
     print(f"{target}: {done['tensors']:,} tensors, {done['bytes']:,} bytes, read back and the same")
     return 0
