@@ -237,10 +237,10 @@ def test_what_cannot_be_imported_is_refused_in_one_line(name, published, tmp_pat
 
 
 def test_the_commands_of_the_page_do_what_it_says(published, tmp_path, capsys, monkeypatch):
-    first, second = re.findall(r"```bash\n(.*?)```", PAGE, re.S)
+    first, second, third = re.findall(r"```bash\n(.*?)```", PAGE, re.S)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "SmolLM2-135M").symlink_to(published)
-    for command in first.strip().split("\n"):
+    for command in (first + third).strip().split("\n"):
         with pytest.raises(SystemExit) as stopped:
             command_line.run(shlex.split(command))
         assert not stopped.value.code, stopped.value.code
