@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterator, Sequence
 from absl import flags
 
 from batiste import exit_codes
-from batiste.verbs import VERBS, given_experiment
+from batiste.verb_flags import given_experiment
+from batiste.verbs import VERBS
 
 ROOT = pathlib.Path(__file__).resolve().parent
 USAGE = """usage: batiste VERB [--flags]

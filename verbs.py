@@ -1,7 +1,6 @@
 """The verbs of the command line: what flags each has, and what each does with them."""
 
 import functools
-import os
 import pathlib
 import re
 import signal
@@ -10,12 +9,12 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from absl import flags
-from ml_collections import config_flags
 
 from batiste import exit_codes
-
-# Where a launcher says how many processes it has started.
-LAUNCHER_COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
+from batiste.exchange_verbs import define_export, define_import, export, import_
+from batiste.verb_flags import (
+    connect_processes, define_config, define_processes, define_workdir, given_experiment, required,
+)
 
 
 class Verb(NamedTuple):
@@ -27,57 +26,15 @@ class Verb(NamedTuple):
     call: Callable[[flags.FlagValues], int]
 
 
-def _define_config(values: flags.FlagValues, argv: list[str]) -> None:
-    config_flags.DEFINE_config_file(
-        "config", None, "Python file with get_config; FILE:ARG passes it ARG.", flag_values=values,
-        sys_argv=argv)
-
-
-def _define_workdir(values: flags.FlagValues) -> None:
-    flags.DEFINE_string("workdir", None, "Directory of the run.", flag_values=values)
-
-
-def _define_processes(values: flags.FlagValues) -> None:
-    flags.DEFINE_bool(
-        "distributed", None, "This is one of several processes; take which, and where the others "
-        "are, from SLURM, Open MPI, Kubernetes or Cloud TPU.", flag_values=values)
-    flags.DEFINE_string("coordinator_address", None, "Where process 0 listens, HOST:PORT, instead "
-                        "of --distributed.", flag_values=values)
-    flags.DEFINE_integer("num_processes", None, "Processes of this run.", 1, flag_values=values)
-    flags.DEFINE_integer("process_id", None, "Which one this is, from 0.", 0, flag_values=values)
-
-
-def _connect(values: flags.FlagValues) -> bool:
-    """Joins the other processes, if this is one of several; whether this one is to print."""
-    from batiste.sharding import connect, is_first
-
-    by_hand = {name: values[name].value
-               for name in ("coordinator_address", "num_processes", "process_id")}
-    given = [f"--{name}" for name, value in by_hand.items() if value is not None]
-    if given and values.distributed is not None:
-        flag = "--distributed" if values.distributed else "--nodistributed"
-        raise ValueError(f"{flag} and {given[0]} exclude each other: leave one of them out")
-    if given or values.distributed:
-        connect(**by_hand, lost_code=exit_codes.LOST_PEER)
-    elif values.distributed is None:
-        for name in LAUNCHER_COUNTS:
-            if int(os.environ.get(name, 1)) > 1:
-                raise ValueError(
-                    f"{name}={os.environ[name]}: a launcher has started several of these; say "
-                    "--distributed if they are one run, --nodistributed if each is its own"
-                )
-    return is_first()
-
-
 def _define_prepare(values: flags.FlagValues, argv: list[str]) -> None:
-    _define_config(values, argv)
-    _define_workdir(values)
+    define_config(values, argv)
+    define_workdir(values)
 
 
 def _prepare(values: flags.FlagValues) -> int:
     from batiste import main
 
-    prepared = main.prepare(given_experiment(values), _required(values, "workdir"))
+    prepared = main.prepare(given_experiment(values), required(values, "workdir"))
     for split in ("train", "validation"):
         print(f"{split}: {prepared.num_records(split):,} records, {prepared.num_bytes(split):,} bytes")
     print(prepared.directory)
@@ -86,7 +43,7 @@ def _prepare(values: flags.FlagValues) -> int:
 
 def _define_train(values: flags.FlagValues, argv: list[str]) -> None:
     _define_prepare(values, argv)
-    _define_processes(values)
+    define_processes(values)
     flags.DEFINE_string(
         "resume", "auto", "auto: continue if there is a checkpoint; must: demand one; never: "
         "refuse to find one.", flag_values=values)
@@ -101,12 +58,12 @@ def _train(values: flags.FlagValues) -> int:
     from batiste import main
     from batiste.train.ledger import process_started
 
-    workdir = _required(values, "workdir")
+    workdir = required(values, "workdir")
     if values.config is None:
         experiment = main.load_experiment(workdir)
     else:
         experiment = given_experiment(values)
-    prints = _connect(values)
+    prints = connect_processes(values)
     result = main.train(experiment, workdir, values.resume, values.resume_override, values.force,
                         process_started())
     if result.validation is None:
@@ -127,20 +84,20 @@ def _train(values: flags.FlagValues) -> int:
 
 def _define_reading(values: flags.FlagValues, argv: list[str]) -> None:
     del argv
-    _define_workdir(values)
+    define_workdir(values)
 
 
 def _doctor(values: flags.FlagValues) -> int:
     from batiste.train.diagnosis import write_diagnosis
 
-    print(write_diagnosis(_required(values, "workdir")), end="")
+    print(write_diagnosis(required(values, "workdir")), end="")
     return 0
 
 
 def _doctor_checkpoints(values: flags.FlagValues) -> int:
     from batiste.train.manifest import verify_all
 
-    found = verify_all(_required(values, "workdir"))
+    found = verify_all(required(values, "workdir"))
     for step, problem in found.items():
         print(f"step {step}: {problem or 'every file is what was written'}")
     return exit_codes.FAILED if any(found.values()) else exit_codes.DONE
@@ -149,7 +106,7 @@ def _doctor_checkpoints(values: flags.FlagValues) -> int:
 def _report(values: flags.FlagValues) -> int:
     from batiste.train.page import report
 
-    text, page = report(_required(values, "workdir"))
+    text, page = report(required(values, "workdir"))
     print(f"{text}\n\n{page}")
     return 0
 
@@ -183,7 +140,7 @@ def _supervise(values: flags.FlagValues) -> int:
 
 
 def _define_plan(values: flags.FlagValues, argv: list[str]) -> None:
-    _define_config(values, argv)
+    define_config(values, argv)
     flags.DEFINE_string("topology", None, "TPUs, such as v5p:4x4x4.", flag_values=values)
     flags.DEFINE_string("gpu", None, "GPUs, such as h200:8.", flag_values=values)
     flags.DEFINE_bool(
@@ -219,15 +176,15 @@ def _plan(values: flags.FlagValues) -> int:
 
 def _define_evaluate(values: flags.FlagValues, argv: list[str]) -> None:
     del argv
-    _define_workdir(values)
-    _define_processes(values)
+    define_workdir(values)
+    define_processes(values)
 
 
 def _evaluate(values: flags.FlagValues) -> int:
     from batiste import main
 
-    workdir = _required(values, "workdir")
-    prints = _connect(values)
+    workdir = required(values, "workdir")
+    prints = connect_processes(values)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # jax takes it, for training alone to ask about.
     result = main.evaluate(workdir)
     if prints:
@@ -250,13 +207,13 @@ def _generate(values: flags.FlagValues) -> int:
 
     from batiste import main
 
-    workdir = _required(values, "workdir")
+    workdir = required(values, "workdir")
     config = main.load_experiment(workdir).sample
     given = {name: values[name].value for name in
              ("temperature", "top_k", "top_p", "seed", "max_tokens") if values[name].present}
     config = dataclasses.replace(config, **given)
     prompts = values.prompt if values.prompt else list(config.prompts)
-    say = functools.partial(print, end="", flush=True) if _connect(values) else lambda text: None
+    say = functools.partial(print, end="", flush=True) if connect_processes(values) else lambda text: None
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # As for `evaluate`.
     if len(prompts) == 1:
         say(prompts[0])
@@ -268,82 +225,10 @@ def _generate(values: flags.FlagValues) -> int:
     return 0
 
 
-def _define_import(values: flags.FlagValues, argv: list[str]) -> None:
-    _define_prepare(values, argv)
-    flags.DEFINE_string("from", None, "Directory of a model in Hugging Face's format, the "
-                        ".safetensors file in it, or a .gguf file.", flag_values=values)
-
-
-def _import(values: flags.FlagValues) -> int:
-    from batiste import main
-
-    experiment = None if values.config is None else given_experiment(values)
-    workdir = _required(values, "workdir")
-    experiment = main.import_weights(_required(values, "from"), workdir, experiment)
-    verb = "evaluate" if experiment.model.form == "encoder" else "generate"
-    print(f"imported: next, batiste {verb} --workdir={workdir}")
-    return 0
-
-
-def _define_export(values: flags.FlagValues, argv: list[str]) -> None:
-    del argv
-    _define_workdir(values)
-    flags.DEFINE_string("to", None, "Directory to write.", flag_values=values)
-    flags.DEFINE_string("verify", None, "Directory that an export wrote, to check against its "
-                        "certificate, instead of --workdir and --to.", flag_values=values)
-    flags.DEFINE_string("family", None, "The model_type to write; left out: the one it was imported "
-                        "as, or the first that fits.", flag_values=values)
-    flags.DEFINE_enum("format", "transformers", ("transformers", "stablehlo"), "Weights that "
-                      "transformers loads, or weights and programs that JAX runs without Batiste.",
-                      flag_values=values)
-    flags.DEFINE_enum("dtype", None, ("float32", "bfloat16", "float16"), "Of the files; left out: "
-                      "the model's compute dtype.", flag_values=values)
-
-
-def _export(values: flags.FlagValues) -> int:
-    from batiste import exchange, main
-    from batiste.interop.stablehlo import PLATFORMS
-
-    if values.verify is not None:
-        if values.workdir is not None or values.to is not None:
-            raise ValueError("--verify checks a directory by itself: leave --workdir and --to out")
-        error = exchange.verify_export(values.verify)
-        print(f"{values.verify}: every file is what was written, and logits differ by {error:.1e} "
-              "of the largest")
-        return 0
-    workdir, target = _required(values, "workdir"), _required(values, "to")
-    if values.format == "stablehlo":
-        for flag in ("family", "dtype"):
-            if getattr(values, flag) is not None:
-                raise ValueError(f"--{flag} is of --format=transformers: leave it out")
-        size = main.export_program(workdir, target)
-        print(f"{target}: programs for {', '.join(PLATFORMS)}, and {size:,} bytes of weights")
-        return 0
-    done = main.export_weights(workdir, target, values.family, values.dtype)
-    print(f"{target}: {done['tensors']:,} tensors, {done['bytes']:,} bytes, read back and the same")
-    return 0
-
-
 def _print_perplexity(result) -> None:
     error = "" if result.standard_error is None else f" ± {result.standard_error:.4f}"
     print(f"validation: loss {result.loss:.4f} nats per token, perplexity {result.perplexity:.2f}, "
           f"{result.bits_per_byte:.4f}{error} bits per byte, {result.tokens:,} tokens")
-
-
-def given_experiment(values: flags.FlagValues):
-    from batiste.configs.experiment import Experiment
-
-    _required(values, "config")
-    if not isinstance(values.config, Experiment):
-        raise ValueError(f"config: get_config must return an Experiment, got {type(values.config)}")
-    return values.config
-
-
-def _required(values: flags.FlagValues, name: str):
-    value = values[name].value
-    if value is None:
-        raise ValueError(f"--{name} is needed (batiste --help shows how)")
-    return value
 
 
 VERBS = {
@@ -366,8 +251,8 @@ VERBS = {
         "--workdir=DIR", "read every byte of every checkpoint", _define_reading,
         _doctor_checkpoints),
     "import": Verb("--from=DIR --workdir=DIR", "a model in Hugging Face's format to a work directory",
-                   _define_import, _import),
+                   define_import, import_),
     "export": Verb("--workdir=DIR --to=DIR", "and back; --verify=DIR checks what was written",
-                   _define_export, _export),
+                   define_export, export),
     "generate": Verb("--workdir=DIR --prompt=TEXT", "stream text", _define_generate, _generate),
 }

@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 from jax import export
 
-from batiste.interop.files import SINGLE, Planned, write
+from batiste.interop.files import Planned, write
 from batiste.models import Cache, Transformer, TransformerConfig
 
 PROGRAM, FORWARD, DECODE, CARD = "program.json", "forward.bin", "decode.bin", "README.md"

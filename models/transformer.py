@@ -287,7 +287,7 @@ class Transformer(nnx.Module):
     def _stack(self, tokens_BT, rows, memory, dropout_key, measured=False):
         """rows: positions_BT, the segments of queries and of keys, and what is beside.
         memory: the cache, and what the encoder made; each may be None."""
-        config, (cache, source_BSD) = self.config, memory
+        config, cache = self.config, memory[0]
         embed_key = layers_key = None
         if dropout_key is not None and config.dropout > 0:
             embed_key, layers_key = jax.random.split(dropout_key)
@@ -340,8 +340,8 @@ class Transformer(nnx.Module):
                     mask, turn = masks[kind], turns[kind]
                 x_BTD = checkpoint_name(x_BTD, LAYER_INPUT)
                 own = layer.weights if shared is None else shared
-                block = nnx.merge(graphdef, gathered(own))
-                return block(x_BTD, mask, given._replace(rotation=turn), layer.cache, layer.keys, measured)
+                block, turned = nnx.merge(graphdef, gathered(own)), given._replace(rotation=turn)
+                return block(x_BTD, mask, turned, layer.cache, layer.keys, measured)
 
             return scan_pattern(config, pattern, apply, x_BTD, layers)
 
@@ -399,7 +399,6 @@ class Transformer(nnx.Module):
         """The rows of a table at these places, as wide as what is embedded."""
         letters = rows + self.width
         return lookup(gather(getattr(self, f"{name}_{letters}")[...], letters), places_BT, letters)
-
 
 
 def _places(tokens_BT: jax.Array) -> jax.Array:

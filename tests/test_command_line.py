@@ -9,7 +9,8 @@ import pytest
 
 from batiste import command_line, fitting, main
 from batiste.configs.experiment import Experiment
-from batiste.verbs import LAUNCHER_COUNTS, VERBS
+from batiste.verb_flags import LAUNCHER_COUNTS
+from batiste.verbs import VERBS
 
 CONFIG = "--config=configs/quickstart.py"
 ROOT = pathlib.Path(__file__).parents[1]
