@@ -4,7 +4,7 @@
       batiste train --config=docs/extend/compare.py:$mixer --workdir=runs/compare/$mixer
     done
 
-Each takes some minutes on two cores; docs/extend.md has the results.
+Each takes some minutes on two cores; docs/extend.md has the results of a tenth of the steps.
 """
 
 import pathlib
