@@ -131,6 +131,7 @@ def test_every_feature_and_dtype_compiles(entry):
         compiled(entry.chip, (2, 1000, 8, 2, 128), dtype, features(*entry.features))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("entry", CERTIFIED, ids=lambda entry: entry.chip)
 def test_every_view_compiles_without_a_copy_of_the_cache(entry):
     others = [(8, 1, 128), (1, 1, 64), (8, 4, 192), (entry.queries_per_head, 1, 64)]

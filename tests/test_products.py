@@ -60,6 +60,7 @@ PARALLEL = dataclasses.replace(
     local_rope_base=50.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model,layout", [
     (LATENT, MeshConfig(context=2, tensor=2, zero=3)),
     (LATENT, MeshConfig(stage=2, tensor=4, micro_batches=2)),
