@@ -27,7 +27,7 @@ for tokens in (np.arange(5)[None].astype(np.int32), np.arange(12).reshape(3, 4).
         assert np.abs(found - logits[:, place]).max() < 1e-5
     np.save(f"logits_{{len(tokens)}}.npy", logits)
 import sys
-assert not any("batiste" in name or "flax" in name for name in sys.modules)
+assert not {{"batiste", "flax"}} & {{name.split(".")[0] for name in sys.modules}}
 """
 
 
