@@ -108,6 +108,7 @@ def events(workdir: pathlib.Path, name: str) -> list[dict]:
 GARBAGE = f"garbage:step={POISON}"
 
 
+@pytest.mark.slow
 def test_rolling_back_ends_as_good_as_if_it_had_never_been(run):
     _, unharmed = run("unharmed")
     workdir, healed = run("healed", "roll_back", GARBAGE)
