@@ -25,12 +25,16 @@ NAMES = {
     "masked": (RecordObjective("masked"),),
     "words": (RecordObjective("masked", whole_words=True),),
     "order": (RecordObjective("order"),),
+    "replaced": (RecordObjective("replaced"),),
     "spans": (RecordObjective("spans"),),
     "ul2": UL2,
     "denoise": (RecordObjective("denoise", rate=0.3, shuffled=True),),
 }
 MODELS = {
     "masked": {"form": "encoder", "head_transform": True},
+    # A generator of half the widths: ELECTRA's are from a quarter to a half.
+    "replaced": {
+        "form": "encoder", "discriminator": True, "generator_heads": 1, "tied_embeddings": True},
     "spans": {"form": "encoder_decoder", "encoder_layers": 4, "positions": "relative"},
     "denoise": {"form": "encoder_decoder", "encoder_layers": 4, "positions": "learned"},
 }

@@ -8,7 +8,7 @@ from collections.abc import Callable
 # Which kinds there are, by the form of model that learns them.
 FORMS = {
     "decoder": ("causal", "prefix", "middle"),
-    "encoder": ("masked", "order"),
+    "encoder": ("masked", "order", "replaced"),
     "encoder_decoder": ("spans", "denoise", "prefix"),
 }
 KINDS = tuple(dict.fromkeys(kind for kinds in FORMS.values() for kind in kinds))
@@ -17,9 +17,9 @@ KINDS = tuple(dict.fromkeys(kind for kinds in FORMS.values() for kind in kinds))
 OWN_KINDS: dict[str, Callable] = {}
 # Which kinds read a field; the others leave it as it is.
 READ_BY = {
-    "rate": ("middle", "masked", "order", "spans", "denoise"),
+    "rate": ("middle", "masked", "order", "replaced", "spans", "denoise"),
     "mean_span": ("spans", "denoise"),
-    "whole_words": ("masked", "order"),
+    "whole_words": ("masked", "order", "replaced"),
     "suffix_first": ("middle",),
     "shuffled": ("denoise",),
 }
@@ -36,8 +36,9 @@ class RecordObjective:
 
     kind: "causal", next tokens; "prefix", next tokens after a part that is seen whole; "middle",
         next tokens with the middle of a document moved to its end; "masked", hidden tokens;
-        "order", those and whether the halves of a document are swapped; "spans", what spans left out; or
-        "denoise", the document from a damaged copy.
+        "order", those and whether the halves of a document are swapped; "replaced", which tokens a
+        generator replaced; "spans", what spans left out; or "denoise", the document from a damaged
+        copy.
     weight: the share of the records that it is applied to, relative to the others.
     rate: the share of tokens that are hidden, or for "middle" of documents that are rearranged.
     mean_span: tokens of a hidden span, on average.

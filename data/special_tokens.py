@@ -17,6 +17,7 @@ NAMES = {
     "middle": ("<prefix>", "<suffix>", "<middle>"),
     "masked": ("<mask>",),
     "order": ("<mask>", "<separator>", "<in_order>", "<swapped>"),
+    "replaced": ("<mask>",),
     "denoise": ("<mask>",),
 }
 

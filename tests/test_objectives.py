@@ -66,10 +66,11 @@ TWO_STACKS = {
     "prefix": RecordObjective("prefix"),
     "denoise": RecordObjective("denoise", rate=0.3, shuffled=True),
 }
+REPLACED = RecordObjective("replaced", rate=0.25)
 OBJECTIVES = [
     (form, each) for form, kinds in (
         ("decoder", DECODERS), ("encoder", ENCODERS), ("encoder_decoder", TWO_STACKS))
-    for each in kinds.values()]
+    for each in kinds.values()] + [("encoder", REPLACED)]
 
 
 @pytest.mark.parametrize("form,objective", OBJECTIVES, ids=lambda value: getattr(value, "kind", ""))
@@ -160,11 +161,11 @@ def test_a_prefix_is_seen_and_not_predicted(records):
             assert (np.diff(now[count - 1:]) > 0).all() and (np.diff(now[:count]) > 0).all()
 
 
-@pytest.mark.parametrize("name", ("masked", "words"))
+@pytest.mark.parametrize("name", ("masked", "words", "replaced"))
 @given(records=packed())
 @many
 def test_hidden_tokens_are_targets_and_nothing_else_changes(name, records):
-    data = config(ENCODERS[name])
+    data = config(ENCODERS.get(name, REPLACED))
     before, after = unpack(records, BOS, PAD), transformed(records, data, "encoder")
     mask = special_ids(data, TOKENIZER)["<mask>"]
     hidden = after.weights_BT == 1
@@ -174,6 +175,8 @@ def test_hidden_tokens_are_targets_and_nothing_else_changes(name, records):
     assert not (hidden & (before.segments_BT == 0)).any()
     assert TOKENIZER.byte_lengths_V[after.targets_BT[hidden]].all()
     assert not (after.tokens_BT[~hidden] == mask).any()
+    if name == "replaced":
+        assert (after.tokens_BT[hidden] == mask).all()
     if name == "words":
         for row, places in ((row, places) for row in range(len(records))
                             for places in documents_of(after, row)):
