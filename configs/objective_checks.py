@@ -23,6 +23,12 @@ def check_objectives(
             "document apart: set model.token_types=2"
         )
     _check_replaced(model, kinds)
+    for index, objective in enumerate(data.objectives):
+        if objective.mode is not None and model.form != "encoder_decoder":
+            raise ValueError(
+                f"data.objectives[{index}].mode={objective.mode!r} is read by an encoder before "
+                f"what is written, but model.form={model.form!r}: set it to None"
+            )
     prefixed = model.form == "decoder" and "prefix" in kinds
     if model.future_heads and prefixed:
         raise ValueError(

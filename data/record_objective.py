@@ -22,7 +22,10 @@ READ_BY = {
     "whole_words": ("masked", "order", "replaced"),
     "suffix_first": ("middle",),
     "shuffled": ("denoise",),
+    "mode": ("spans", "prefix", "denoise"),
 }
+# UL2's denoisers: regular, sequential, extreme (arXiv:2205.05131).
+MODES = ("[R]", "[S]", "[X]")
 
 
 def kinds_of(form: str) -> tuple[str, ...]:
@@ -45,6 +48,8 @@ class RecordObjective:
     whole_words: words are hidden whole.
     suffix_first: of the rearranged documents, the share whose suffix comes before the prefix.
     shuffled: sentences come in random order.
+    mode: the token, of MODES, that an encoder reads before each document, so that it can be asked
+        for this objective later; None puts none.
     """
 
     kind: str = "causal"
@@ -54,6 +59,7 @@ class RecordObjective:
     whole_words: bool = False
     suffix_first: float = 0.5
     shuffled: bool = False
+    mode: str | None = None
 
     def validate(self, name: str) -> None:
         """Raises ValueError, calling this entry `name`, for the first field that cannot work."""
@@ -79,6 +85,9 @@ class RecordObjective:
                 f"{name}.rate={self.rate}: expected a number above 0 and at most {most}")
         if not (math.isfinite(self.mean_span) and self.mean_span >= 1):
             raise ValueError(f"{name}.mean_span={self.mean_span}: expected at least 1 token")
+        if self.mode is not None and self.mode not in MODES:
+            raise ValueError(
+                f"{name}.mode={self.mode!r}: expected one of {', '.join(MODES)}, or None")
         if not 0 <= self.suffix_first <= 1:
             raise ValueError(
                 f"{name}.suffix_first={self.suffix_first}: expected a number from 0 to 1")
