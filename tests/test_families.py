@@ -86,8 +86,11 @@ class Pair(NamedTuple):
 
 @pytest.fixture(scope="module", params=CASES)
 def pair(request, tmp_path_factory) -> Pair:
-    folder = tmp_path_factory.mktemp(request.param)
-    torch_model = torch_twin(*CASES[request.param])
+    return paired(tmp_path_factory.mktemp(request.param), torch_twin(*CASES[request.param]))
+
+
+def paired(folder: pathlib.Path, torch_model: Any) -> Pair:
+    """A model of `transformers`, and ours made of its files."""
     torch_model.save_pretrained(folder)
     theirs = json.loads((folder / "config.json").read_text())
     family = interop.family_of(theirs, FAMILIES)
