@@ -158,6 +158,20 @@ def test_logits_beside_padding_are_those_of_transformers(pair):
     np.testing.assert_allclose(logits_BTV[:, :9], expected_BTV[:, :9], atol=1e-4)
 
 
+def test_logits_beside_padding_on_the_left_are_those_of_transformers(pair):
+    """As it pads to generate: each row begins later, and its places count from there."""
+    tokens_BT, padding = tokens(4), np.array([[0], [5], [2]])
+    real_BT = np.arange(LENGTH)[None] >= padding
+    positions_BT = np.maximum(np.arange(LENGTH)[None] - padding, 0).astype(np.int32)
+    logits_BTV = pair.forward(pair.params, tokens_BT, positions_BT, real_BT.astype(np.int32))
+    arguments = {"attention_mask": torch.tensor(real_BT).long()}
+    if pair.family.model_type != "bloom":  # It counts places by the mask, and takes no others.
+        arguments["position_ids"] = torch.tensor(positions_BT).long()
+    expected_BTV = torch_logits(pair, tokens_BT, **arguments)
+    np.testing.assert_allclose(
+        np.asarray(logits_BTV)[real_BT], expected_BTV[real_BT], atol=1e-4)
+
+
 def test_packed_documents_have_the_logits_of_each_alone(pair):
     tokens_BT = tokens(2)
     logits_BTV = pair.forward(pair.params, tokens_BT, *places(7, 5))

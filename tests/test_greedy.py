@@ -79,6 +79,7 @@ def ours(pair, prompts: list[list[int]], stop: int) -> list[list[int]]:
 def test_a_decoder_writes_what_transformers_does(name, tmp_path):
     kind, fields = CASES[name]
     torch_model = torch_twin(kind, {key: LONG.get(key, value) for key, value in fields.items()})
+    torch_model.set_experts_implementation("eager")  # Its fast one wants other sizes in bfloat16.
     text_BT, start = texts(), min(PROMPTS)
     learned_by_heart(
         lambda: torch_model(text_BT[:, :-1]).logits[:, start - 1:], torch_model.parameters(),
