@@ -184,14 +184,17 @@ def import_weights(
 
 def export_weights(
     workdir: str | os.PathLike, to: str | os.PathLike, family: str | None = None,
-    dtype: str | None = None,
+    dtype: str | None = None, part: str | None = None,
 ) -> dict[str, int]:
-    """Writes the newest checkpoint as a directory that `transformers` loads: `export_model`."""
+    """Writes the newest checkpoint as a directory that `transformers` loads: `export_model`.
+
+    part: "generator" or "discriminator" of a run that trains both.
+    """
     assembly, params = _load(workdir)
     begun = imported(pathlib.Path(workdir))
     tokenizer = None if begun is not None else assembly.prepared.tokenizer
     given = Export(assembly.experiment.model, params, pathlib.Path(workdir), tokenizer)
-    return export_model(given, str(to), family, dtype)
+    return export_model(given.part(part), str(to), family, dtype)
 
 
 def export_program(workdir: str | os.PathLike, to: str | os.PathLike) -> int:

@@ -75,7 +75,7 @@ def _train(values: flags.FlagValues) -> int:
         return 0
     if result.reason == "patience":
         print(f"stopped early after step {result.step}: the validation loss no longer falls")
-    _print_perplexity(result.validation)
+    print_perplexity(result.validation)
     report = pathlib.Path(workdir, "report.md")
     samples = re.search(r"^## Samples\n.*?(?=^## )", report.read_text(), re.S | re.M)
     print(f"\n{samples[0]}" if samples else "", f"report: {report}", sep="\n")
@@ -188,7 +188,7 @@ def _evaluate(values: flags.FlagValues) -> int:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # jax takes it, for training alone to ask about.
     result = main.evaluate(workdir)
     if prints:
-        _print_perplexity(result)
+        print_perplexity(result)
     return 0
 
 
@@ -225,10 +225,15 @@ def _generate(values: flags.FlagValues) -> int:
     return 0
 
 
-def _print_perplexity(result) -> None:
+def print_perplexity(result) -> None:
+    """One line; of a discriminator another one."""
     error = "" if result.standard_error is None else f" ± {result.standard_error:.4f}"
     print(f"validation: loss {result.loss:.4f} nats per token, perplexity {result.perplexity:.2f}, "
           f"{result.bits_per_byte:.4f}{error} bits per byte, {result.tokens:,} tokens")
+    if result.detection is not None:
+        loss, accuracy, trivial = result.detection
+        print(f"discriminator: loss {loss:.4f} nats per token, accuracy {accuracy:.4f}, always "
+              f"'original' {trivial:.4f}; the line before is of its generator")
 
 
 VERBS = {

@@ -3,6 +3,7 @@
 from batiste.models.attention_choice import resolve_attention
 from batiste.models.chunked_loss import Rows
 from batiste.models.config import TransformerConfig
+from batiste.models.generator import PARTS, alone
 from batiste.models.layer_sums import AttentionSums, LayerSums
 from batiste.models.mixture import rebalanced
 from batiste.models.parameter import letters_tree
@@ -15,8 +16,8 @@ from batiste.models.token_loss import LossRules, token_losses, vocabulary_sums
 from batiste.models.transformer import Beside, Cache, Transformer
 
 __all__ = [
-    "ACTIVATIONS", "LAYER_KINDS", "LLAMA3_FACTORS", "MIXERS", "NORMS", "TURNS", "Activation",
+    "ACTIVATIONS", "LAYER_KINDS", "LLAMA3_FACTORS", "MIXERS", "NORMS", "PARTS", "TURNS", "Activation",
     "AttentionSums", "Beside", "Cache", "LayerSums", "LossRules", "RouterSums", "Rows",
-    "Transformer", "TransformerConfig", "Turn", "letters_tree", "rebalanced", "resolve_attention",
+    "Transformer", "TransformerConfig", "Turn", "alone", "letters_tree", "rebalanced", "resolve_attention",
     "token_losses", "vocabulary_sums",
 ]

@@ -32,6 +32,9 @@ class TransformerConfig:
     segments).
     `head_transform`: a product, an activation and a norm before the logits, which get a bias
     (BERT).
+    `discriminator`: its head says of each token whether it was replaced, and there are no logits
+    (ELECTRA, arXiv:2003.10555). `generator_heads`: beside it is a `generator` with so many heads,
+    narrower than it in the same proportion, which replaces hidden tokens while it is trained.
     `shared_layers`: all layers are one, applied `num_layers` times (ALBERT, arXiv:1909.11942).
     `future_heads`: layers beside each other after the last, which predict the second next token
     and so on by the same logits (arXiv:2404.19737).
@@ -98,6 +101,8 @@ class TransformerConfig:
     embedding_dim: int | None = None
     tied_embeddings: bool = True
     head_transform: bool = False
+    discriminator: bool = False
+    generator_heads: int | None = None
     future_heads: int = 0
     scale_embeddings: bool = False
     dropout: float = 0.0
@@ -142,3 +147,15 @@ class TransformerConfig:
         """The config of the stack that reads the source."""
         return dataclasses.replace(
             self, form="encoder", num_layers=self.encoder_layers, encoder_layers=None)
+
+    @property
+    def generator(self) -> "TransformerConfig":
+        """The config of what replaces tokens: as deep, its widths by the share of heads."""
+        def share(size: int) -> int:
+            return size * self.generator_heads // self.num_heads
+
+        width, dim = self.sizes["R"], share(self.model_dim)
+        return dataclasses.replace(
+            self, discriminator=False, generator_heads=None, head_transform=True, model_dim=dim,
+            num_heads=self.generator_heads, num_kv_heads=share(self.num_kv_heads),
+            mlp_dim=share(self.mlp_dim), embedding_dim=None if width == dim else width)

@@ -69,6 +69,7 @@ def check(config: Any) -> None:
     _check_pattern(config)
     _check_experts(config)
     _check_latent(config)
+    _check_discriminator(config)
     _check_form(config)
     _check_mixer(config)
 
@@ -108,12 +109,55 @@ def _check_form(config: Any) -> None:
             f"{config.num_experts}: leave one of them out"
         )
     if config.embedding_dim is not None and not (
-        config.embedding_dim > 0 and config.head_transform and config.tied_embeddings
+        config.embedding_dim > 0 and (config.head_transform or config.discriminator)
+        and config.tied_embeddings
     ):
         raise ValueError(
             f"model.embedding_dim={config.embedding_dim}: expected at least 1, and "
-            "model.head_transform=True with model.tied_embeddings=True, which lead back to it"
+            "model.head_transform=True with model.tied_embeddings=True, which lead back to it, or "
+            "model.discriminator=True, which has no logits"
         )
+
+
+def _check_discriminator(config: Any) -> None:
+    heads = config.generator_heads
+    if not config.discriminator:
+        if heads is not None:
+            raise ValueError(
+                f"model.generator_heads={heads} has no effect without model.discriminator=True: "
+                "set it, or leave it None"
+            )
+        return
+    known = [("form", "encoder"), ("head_transform", False), ("tied_embeddings", True),
+             ("logit_soft_cap", None)]
+    if heads is not None:
+        known += [("num_experts", None), ("latent_rank", None), ("shared_layers", False)]
+    for field, only in known:
+        if getattr(config, field) != only:
+            with_generator = "" if heads is None else f" and model.generator_heads={heads}"
+            raise ValueError(
+                f"model.{field}={getattr(config, field)!r} does not know model.discriminator=True"
+                f"{with_generator}: set model.{field}={only!r}"
+            )
+    if heads is None:
+        return
+    if config.positions == "relative":
+        raise ValueError(
+            f"model.positions='relative' does not know model.generator_heads={heads}: choose "
+            "another of the two"
+        )
+    if not 1 <= heads < config.num_heads:
+        raise ValueError(
+            f"model.generator_heads={heads}: expected 1 to model.num_heads - 1="
+            f"{config.num_heads - 1}; a third or a quarter of them is usual"
+        )
+    for field in ("model_dim", "mlp_dim", "num_kv_heads"):
+        if getattr(config, field) * heads % config.num_heads:
+            raise ValueError(
+                f"model.{field}={getattr(config, field)} * model.generator_heads={heads} / "
+                f"model.num_heads={config.num_heads} is the generator's, and no whole number: "
+                "choose sizes that divide"
+            )
 
 
 def _check_mixer(config: Any) -> None:

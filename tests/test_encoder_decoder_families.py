@@ -1,6 +1,7 @@
 """The certificate of encoder-decoders: logits of `transformers`, also decoded, and its bytes."""
 
 import json
+import pathlib
 from typing import Any, NamedTuple
 
 import jax
@@ -45,17 +46,25 @@ class Pair(NamedTuple):
 
 @pytest.fixture(scope="module", params=CASES)
 def pair(request, tmp_path_factory) -> Pair:
-    folder = tmp_path_factory.mktemp("two")
-    name, fields = CASES[request.param]
+    return paired(tmp_path_factory.mktemp("two"), torch_twin(*CASES[request.param]))
+
+
+def torch_twin(name: str, fields: dict[str, Any]):
+    """A model of `transformers` of which all parameters are random."""
     torch.manual_seed(0)
     kind = getattr(transformers, name)
     torch_model = kind(kind.config_class(**fields)).eval()
-    if request.param == "t5":
+    if name.startswith("T5"):
         torch_model.lm_head.weight = torch.nn.Parameter(torch.randn(37, 24))
     with torch.no_grad():
         for parameter in torch_model.parameters():
             if parameter.requires_grad:  # Not a table of sinusoids.
                 parameter += 0.15 * torch.randn_like(parameter)
+    return torch_model
+
+
+def paired(folder: pathlib.Path, torch_model: Any) -> Pair:
+    """A model of `transformers`, and ours made of its files."""
     torch_model.save_pretrained(folder)
     theirs = json.loads((folder / "config.json").read_text())
     family = interop.family_of(theirs, FAMILIES)

@@ -164,10 +164,10 @@ def test_a_model_that_was_not_imported_finds_its_family(tmp_path):
     exchange.export_model(given, str(tmp_path / "exported"))
     torch_model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "exported")
     assert type(torch_model).__name__ == "Qwen2ForCausalLM"
-    tokens_BT = certificates.probe(37, 16)[0]
+    tokens_BT = certificates.probe(37, 16, 37)[0]
     logits_BTV = torch_model(torch.tensor(tokens_BT, dtype=torch.long)).logits.detach().numpy()
     certificate = json.loads((tmp_path / "exported/certificate.json").read_text())
-    found = certificates.fingerprint(lambda _: logits_BTV, 37, 16)
+    found = certificates.fingerprint(lambda _: logits_BTV, 37, 16, 37)
     assert certificates.check(certificate, found) < 1e-5
     with pytest.raises(ValueError, match="a llama has no place for model.bias='qkv'"):
         exchange.export_model(given, str(tmp_path / "other"), "llama")

@@ -86,8 +86,11 @@ class Pair(NamedTuple):
 
 @pytest.fixture(scope="module", params=CASES)
 def pair(request, tmp_path_factory) -> Pair:
-    folder = tmp_path_factory.mktemp(request.param)
-    torch_model = torch_twin(*CASES[request.param])
+    return paired(tmp_path_factory.mktemp(request.param), torch_twin(*CASES[request.param]))
+
+
+def paired(folder: pathlib.Path, torch_model: Any) -> Pair:
+    """A model of `transformers`, and ours made of its files."""
     torch_model.save_pretrained(folder)
     theirs = json.loads((folder / "config.json").read_text())
     family = interop.family_of(theirs, FAMILIES)
@@ -153,6 +156,20 @@ def test_logits_beside_padding_are_those_of_transformers(pair):
     mask = torch.tensor(places(9)[1]).bool().long()
     expected_BTV = torch_logits(pair, tokens_BT, attention_mask=mask)
     np.testing.assert_allclose(logits_BTV[:, :9], expected_BTV[:, :9], atol=1e-4)
+
+
+def test_logits_beside_padding_on_the_left_are_those_of_transformers(pair):
+    """As it pads to generate: each row begins later, and its places count from there."""
+    tokens_BT, padding = tokens(4), np.array([[0], [5], [2]])
+    real_BT = np.arange(LENGTH)[None] >= padding
+    positions_BT = np.maximum(np.arange(LENGTH)[None] - padding, 0).astype(np.int32)
+    logits_BTV = pair.forward(pair.params, tokens_BT, positions_BT, real_BT.astype(np.int32))
+    arguments = {"attention_mask": torch.tensor(real_BT).long()}
+    if pair.family.model_type != "bloom":  # It counts places by the mask, and takes no others.
+        arguments["position_ids"] = torch.tensor(positions_BT).long()
+    expected_BTV = torch_logits(pair, tokens_BT, **arguments)
+    np.testing.assert_allclose(
+        np.asarray(logits_BTV)[real_BT], expected_BTV[real_BT], atol=1e-4)
 
 
 def test_packed_documents_have_the_logits_of_each_alone(pair):
