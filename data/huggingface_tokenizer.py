@@ -85,6 +85,7 @@ def pack(folder: pathlib.Path) -> bytes:
 
     begin_ids = tokenizer.encode("").ids
     bos_id, end_id, pad_id = of("bos"), of("eos"), of("pad")
+    pad_id = tokenizer.token_to_id("[PAD]") if pad_id is None else pad_id  # BERT's.
     bos_id = next((each for each in (*begin_ids, bos_id, end_id) if each is not None), None)
     if bos_id is None:
         raise ValueError(f"from={folder}: neither tokenizer_config.json nor config.json has a "

@@ -119,6 +119,7 @@ def test_the_batch_is_split_over_data():
     assert weight.sharding.shard_shape(weight.shape) == (3, 3)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_stopped_goes_on_bit_for_bit(tmp_path, monkeypatch):
     config = task_config(heads=HEADS[:1], num_steps=6, dropout=0.2, mesh=MeshConfig(data=8))
     config.schedule.warmup_steps, config.evaluation.every = 2, 3
