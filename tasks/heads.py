@@ -43,14 +43,6 @@ class TaskModel(nnx.Module):
             own = None if head.kind == "similarity" else Head(config, outputs, rngs=rngs)
             setattr(self, f"head_{head.name}", own)
 
-    def hidden(self, rows: Rows, dropout_key: jax.Array | None = None) -> jax.Array:
-        """The encoder's last states, normed as it norms them, x_BTD."""
-        tokens_BT, segments_BT, types_BT = (constrain(x_BT, "BS") for x_BT in rows[:3])
-        types_BT = None if self.encoder.config.token_types is None else types_BT
-        x_BTD, _ = self.encoder.features(
-            tokens_BT, None, segments_BT, dropout_key, False, Beside(types_BT=types_BT))
-        return x_BTD if self.encoder.norm is None else self.encoder.norm(x_BTD)
-
     def __call__(
         self, batch: TaskBatch, dropout_key: jax.Array | None = None
     ) -> dict[str, jax.Array]:
@@ -63,11 +55,12 @@ class TaskModel(nnx.Module):
         first = second = last = None
         if dropout_key is not None and rate > 0:
             first, second, last = jax.random.split(dropout_key, 3)
-        x_BTD, said = self.hidden(batch.rows, first), {}
+        x_BTD, said = hidden(self.encoder, batch.rows, first), {}
         dropped_BTD = dropout(x_BTD, rate, last)
         for head in self.head_configs:
             if head.kind == "similarity":
-                pair = (batch.rows, x_BTD), (batch.second, self.hidden(batch.second, second))
+                pair = (batch.rows, x_BTD), (
+                    batch.second, hidden(self.encoder, batch.second, second))
                 said[head.name] = jnp.stack([
                     unit(pooled(states_BTD, rows, head.given("pool"))) for rows, states_BTD in pair
                 ], axis=1)
@@ -80,6 +73,16 @@ class TaskModel(nnx.Module):
                 logits = jnp.where(batch.rows.context_BT[:, :, None] > 0, logits, IMPOSSIBLE)
             said[head.name] = logits
         return said
+
+
+def hidden(
+    encoder: Transformer, rows: Rows, dropout_key: jax.Array | None = None
+) -> jax.Array:
+    """The last states of an encoder, normed as it norms them, x_BTD."""
+    tokens_BT, segments_BT, types_BT = (constrain(x_BT, "BS") for x_BT in rows[:3])
+    beside = Beside(types_BT=None if encoder.config.token_types is None else types_BT)
+    x_BTD, _ = encoder.features(tokens_BT, None, segments_BT, dropout_key, False, beside)
+    return x_BTD if encoder.norm is None else encoder.norm(x_BTD)
 
 
 def pooled(x_BTD: jax.Array, rows: Rows, how: str) -> jax.Array:

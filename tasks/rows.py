@@ -75,14 +75,15 @@ def encode(config: TaskConfig, examples: Sequence[Example], reader: TextReader) 
         reads = [reader.read(each.text, None, length, False) for each in examples]
         others = [Read([], [], [], []) if each.text_pair is None
                   else reader.read(each.text_pair, None, length, False) for each in examples]
-        second = _rows(others, length, reader.pad_id)
+        second = padded_rows(others, length, reader.pad_id)
     else:
         reads = [reader.read(each.text, each.text_pair, length, keep_first) for each in examples]
     labels = {head.name: _labels(head, examples, reads, length) for head in config.heads}
-    return Encoded(TaskBatch(_rows(reads, length, reader.pad_id), second, labels), reads)
+    return Encoded(TaskBatch(padded_rows(reads, length, reader.pad_id), second, labels), reads)
 
 
-def _rows(reads: Sequence[Read], length: int, pad_id: int) -> Rows:
+def padded_rows(reads: Sequence[Read], length: int, pad_id: int) -> Rows:
+    """Reads of at most `length` tokens, padded to it."""
     tokens_BT = np.full((len(reads), length), pad_id, np.int32)
     segments_BT, types_BT, context_BT = np.zeros((3, len(reads), length), np.int32)
     for row, read in enumerate(reads):

@@ -23,7 +23,7 @@ from batiste.tasks.metrics import measure
 from batiste.tasks.rows import Encoded, TaskBatch, encode
 from batiste.tasks.step import Answers, joined, make_answers, make_task_step, weighted
 from batiste.train import (
-    Checkpoints, Ledger, MetricsWriter, Program, Progress, Records, Run, TrainState, arrays_of,
+    Checkpoints, Ledger, MetricsWriter, Progress, Records, Run, TrainState, arrays_of,
     check_mode, check_same, fit, last_saved, make_program,
 )
 
@@ -33,13 +33,13 @@ FREE_TO_CHANGE = ("mesh.", "checkpoint.", "evaluation.", "patience")
 
 class Given(NamedTuple):
     """What a task begins with: the encoder's config, and what reads texts for it; the examples of
-    both splits; weights: the encoder's parameters, for a program whose state is of them alone."""
+    both splits; weights: the encoder's parameters, when they are asked for."""
 
     model: TransformerConfig
     reader: TextReader
     train: Sequence[Example]
     validation: Sequence[Example]
-    weights: Callable[[Program], Any]
+    weights: Callable[[], Any]
 
 
 class Tuned(NamedTuple):
@@ -97,11 +97,9 @@ class Task:
     def begin(self) -> TrainState:
         """The state before the first step: the encoder's weights under new heads."""
         drawn = self.program.initialize()
-        abstract = self.program.abstract_state
-        inner_params = abstract.params["encoder"]
-        inner = self.program._replace(abstract_state=abstract._replace(params=inner_params))
-        encoder = jax.device_put(
-            self.given.weights(inner), jax.tree.map(lambda leaf: leaf.sharding, inner_params))
+        places = jax.tree.map(
+            lambda leaf: leaf.sharding, self.program.abstract_state.params["encoder"])
+        encoder = jax.device_put(self.given.weights(), places)
         return self.program.begin(drawn.params | {"encoder": encoder})
 
     def indices(self, start: int) -> Iterator[np.ndarray]:

@@ -5,9 +5,10 @@ import random
 
 import jax
 import numpy as np
+from flax import nnx
 
 from batiste.data import load_tokenizer, text_reader
-from batiste.models import TransformerConfig
+from batiste.models import Transformer, TransformerConfig
 from batiste.sharding import MeshConfig
 from batiste.tasks import Example, Given, HeadConfig, Task, TaskConfig
 
@@ -78,11 +79,12 @@ def task_config(**changes) -> TaskConfig:
 
 
 def given(train: list[Example], validation: list[Example]) -> Given:
-    """What `tune` is given; the encoder's weights are those that its program draws."""
-    def weights(program):
-        return jax.device_get(program.initialize().params["encoder"])
+    """What `tune` is given: an encoder that has learned nothing yet."""
+    def weights():
+        drawn = nnx.state(Transformer(ENCODER, rngs=nnx.Rngs(5)), nnx.Param)
+        return jax.device_get(nnx.to_pure_dict(drawn))
 
-    return Given(dataclasses.replace(ENCODER), READER, train, validation, weights)
+    return Given(ENCODER, READER, train, validation, weights)
 
 
 def make_task(config: TaskConfig, train=None, validation=None, devices=1) -> Task:
