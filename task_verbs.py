@@ -43,8 +43,8 @@ def define_embed(values: flags.FlagValues, argv: list[str]) -> None:
     """The flags of `batiste embed`."""
     del argv
     define_workdir(values)
-    flags.DEFINE_string("to", None, "A .npy file for the vectors, instead of a line of JSON for each "
-                        "text on the standard output.", flag_values=values)
+    flags.DEFINE_string("to", None, "A .npy file for the vectors, instead of a line of JSON for "
+                        "each text on the standard output.", flag_values=values)
     flags.DEFINE_integer("max_length", 256, "Tokens of a text; the rest is cut.", 4,
                          flag_values=values)
 

@@ -14,8 +14,8 @@ from batiste.configs.experiment import flatten
 from batiste.configs.own_parts import load_module
 from batiste.data import TextReader, text_reader
 from batiste.exchange import imported
-from batiste.models import TransformerConfig, resolve_attention
-from batiste.sharding import is_first, make_mesh
+from batiste.models import TransformerConfig
+from batiste.sharding import agree, check_connected, is_first, together
 from batiste.tasks import Embedder, Example, Given, TaskConfig, Tuned, read_examples
 from batiste.tasks import tune as tune_task
 from batiste.tasks.baselines import bag_of_words, majority
@@ -32,14 +32,18 @@ def tune(config: TaskConfig, workdir: str | os.PathLike, resume: str = "auto") -
     The same call continues where it stopped. Raises ValueError for a task that cannot be.
     """
     config.validate_on(len(jax.devices()))
+    check_connected()
+    fields, folder = flatten(config), pathlib.Path(workdir)
+    agree({"workdir": str(workdir), "resume": resume, **fields})
     given = given_of(config)
-    folder = pathlib.Path(workdir)
     if is_first():
         folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps(dataclasses.asdict(config), indent=1) + "\n"
         (folder / f"{TASK_FILE}.tmp").write_text(text)
         os.replace(folder / f"{TASK_FILE}.tmp", folder / TASK_FILE)
-    return tune_task(config, given, folder, flatten(config), resume)
+    tuned = tune_task(config, given, folder, fields, resume)
+    together("finish the run")
+    return tuned
 
 
 def given_of(config: TaskConfig) -> Given:
@@ -49,9 +53,6 @@ def given_of(config: TaskConfig) -> Given:
                          "--workdir=ENCODER` for instance")
     model = main.load_experiment(config.encoder).model
     check_encoder(config, model)
-    model = dataclasses.replace(model, dropout=config.dropout, dtype=config.dtype)
-    mesh = make_mesh(config.mesh)
-    model, _ = resolve_attention(model, mesh.devices.flat[0].device_kind, mesh.shape)
     splits = (examples_of(config, field) for field in ("train_data", "validation_data"))
     return Given(model, reader_of(config.encoder), *splits,
                  weights=lambda: main.load_model(config.encoder)[1])
@@ -92,7 +93,7 @@ def reader_of(workdir: str | os.PathLike) -> TextReader:
 
 
 def table(config: TaskConfig, tuned: Tuned) -> str:
-    """Every metric of every head, beside the baselines of those that have some, as lines of text."""
+    """Every metric of every head as lines of text, beside the baselines of those that have some."""
     splits = (examples_of(config, field) for field in ("train_data", "validation_data"))
     train, validation = splits
     rows: list[tuple[str, dict[str, float]]] = []

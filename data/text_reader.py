@@ -53,8 +53,8 @@ class PackedReader(TextReader):
 
     def read(self, text, pair, max_length, keep_first):
         if pair is not None and not self._separates:
-            raise ValueError(f"text_pair={pair[:40]!r}: this model's tokenizer puts nothing between "
-                             "two texts: write both into text")
+            raise ValueError(f"text_pair={pair[:40]!r}: this model's tokenizer puts nothing "
+                             "between two texts: write both into text")
         strategy = "only_second" if keep_first and pair is not None else "longest_first"
         self._tokenizer.enable_truncation(max_length, strategy=strategy)
         try:

@@ -11,8 +11,8 @@ LONGEST_WORD = 100  # Characters; a longer word is unknown, as in BERT's own cod
 def wordpiece_json(folder: pathlib.Path, tokenizers) -> str:
     """The tokenizer.json of a directory that has a vocab.txt, one token a line.
 
-    How text is normalized is taken from tokenizer_config.json, as `transformers` names it. tokenizers:
-    the package. Raises ValueError where the vocabulary lacks one of the tokens that BERT needs.
+    How text is normalized is taken from tokenizer_config.json, as `transformers` names it.
+    tokenizers: the package. Raises ValueError where the vocabulary lacks a token that BERT needs.
     """
     path = folder / "tokenizer_config.json"
     settings = json.loads(path.read_text()) if path.is_file() else {}

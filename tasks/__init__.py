@@ -6,5 +6,6 @@ from batiste.tasks.examples import Example, read_examples
 from batiste.tasks.tune import Given, Task, Tuned, tune
 
 __all__ = [
-    "Embedder", "Example", "Given", "HeadConfig", "Task", "TaskConfig", "Tuned", "read_examples", "tune",
+    "Embedder", "Example", "Given", "HeadConfig", "Task", "TaskConfig", "Tuned",
+    "read_examples", "tune",
 ]

@@ -39,9 +39,9 @@ def bag_of_words(
         raise ValueError(
             "the bag of words needs scikit-learn: pip install 'batiste[eval]'") from None
     told = _told(head, train)
-    weights = head.class_weights
-    if isinstance(weights, tuple):
-        weights = dict(enumerate(weights))
+    weights = "balanced" if head.balanced_loss else None
+    if head.class_weights is not None:
+        weights = dict(enumerate(head.class_weights))
     words = TfidfVectorizer(sublinear_tf=True, token_pattern=r"\w+", min_df=2)
     regression = LogisticRegression(max_iter=1000, class_weight=weights)
     grid = {"logisticregression__C": STRENGTHS}

@@ -16,6 +16,7 @@ POOLS = ("mean", "first", "last")
 READ_BY = {
     "pool": ("sequence", "multilabel", "similarity"),
     "class_weights": ("sequence", "tags"),
+    "balanced_loss": ("sequence", "tags"),
     "focal": ("sequence", "multilabel", "tags"),
     "temperature": ("similarity",),
     "longest": ("span",),
@@ -32,9 +33,9 @@ class HeadConfig:
     classes: their names, in the order of the logits.
     pool: which vector stands for a text: the mean over its tokens, its first or its last token's
     (None: the mean). class_weights: what each class's losses are multiplied by, in the order of
-    `classes`; "balanced" is n / (classes * count). focal: gamma of the focal loss (Lin et al. 2017,
-    arXiv:1708.02002), 0 is cross-entropy. temperature: cosines are divided by it before the softmax
-    over the batch (None: 0.05). longest: tokens of the longest answer (None: 30).
+    `classes`; balanced_loss makes them n / (classes * count). focal: gamma of the focal loss (Lin
+    et al. 2017, arXiv:1708.02002), 0 is cross-entropy. temperature: cosines are divided by it
+    before the softmax over the batch (None: 0.05). longest: tokens of the longest answer (None: 30).
     """
 
     name: str = "label"
@@ -42,7 +43,8 @@ class HeadConfig:
     classes: tuple[str, ...] = ()
     weight: float = 1.0
     pool: str | None = None
-    class_weights: str | tuple[float, ...] | None = None
+    class_weights: tuple[float, ...] | None = None
+    balanced_loss: bool = False
     focal: float = 0.0
     temperature: float | None = None
     longest: int | None = None
@@ -81,12 +83,14 @@ class HeadConfig:
         if len(set(self.classes)) != len(self.classes):
             raise ValueError(f"{place}.classes: expected names that differ, got {self.classes}")
         weights = self.class_weights
-        if isinstance(weights, str):
-            check_choice(f"{place}.class_weights", weights, ("balanced",))
-        elif weights is not None and (
-                len(weights) != len(self.classes) or not all(0 <= each for each in weights)):
+        if weights is None:
+            return
+        if self.balanced_loss:
+            raise ValueError(f"{place}.class_weights={weights}: balanced_loss=True makes them: "
+                             "leave one of the two out")
+        if len(weights) != len(self.classes) or not all(0 <= each for each in weights):
             raise ValueError(f"{place}.class_weights: expected {len(self.classes)} numbers >= 0, "
-                             f"one for each class, or 'balanced', got {weights}")
+                             f"one for each class, got {weights}")
 
 
 @dataclasses.dataclass
@@ -96,8 +100,8 @@ class TaskConfig:
     encoder: work directory that `batiste import` or `batiste train` made. train_data,
     validation_data: a .jsonl file of examples, or FILE.py:NAME, a function without arguments that
     gives them. max_length: tokens of an example; what is longer is cut. balanced: name of the
-    "sequence" head of whose classes all are drawn equally often; None draws by frequency. dropout: of
-    the encoder, and of what its heads read. dtype: of the computation. patience: evaluations
+    "sequence" head of whose classes all are drawn equally often; None draws by frequency. dropout:
+    of the encoder, and of what its heads read. dtype: of the computation. patience: evaluations
     without a better validation loss, None for all steps.
     """
 
@@ -167,8 +171,8 @@ class TaskConfig:
                              "them as two tasks")
         if "similarity" in kinds and self.accumulation > 1:
             raise ValueError(
-                f"accumulation={self.accumulation}: the loss of 'similarity' is over all examples of "
-                "a batch together, which micro-batches are not: set accumulation=1")
+                f"accumulation={self.accumulation}: the loss of 'similarity' is over all examples "
+                "of a batch together, which micro-batches are not: set accumulation=1")
         for axis in ("stage", "context"):
             if getattr(self.mesh, axis) > 1:
                 raise ValueError(f"mesh.{axis}={getattr(self.mesh, axis)}: tasks are split over "

@@ -19,8 +19,8 @@ SHORTEST = 16  # Rows are 16, 32, 64, ... tokens long, so that few programs are 
 class Embedder:
     """An encoder as a function from texts to unit vectors.
 
-    graphdef, params: the encoder's, on `mesh`. pool: as in HeadConfig; the mean is what sentence-transformers
-    (arXiv:1908.10084) takes. max_length: a longer text is cut.
+    graphdef, params: the encoder's, on `mesh`. pool: as in HeadConfig; the mean is what
+    sentence-transformers (arXiv:1908.10084) takes. max_length: a longer text is cut.
     """
 
     def __init__(

@@ -107,15 +107,15 @@ def class_counts(head: HeadConfig, examples: Iterable[Example]) -> list[int]:
 def class_weights(head: HeadConfig, examples: Sequence[Example]) -> tuple[float, ...] | None:
     """What losses of each class are multiplied by, None for 1.
 
-    "balanced" is n / (classes * count), as in scikit-learn: the mean over examples is 1. Raises
-    ValueError for a class that no example has.
+    With balanced_loss n / (classes * count), as in scikit-learn: the mean over examples is 1.
+    Raises ValueError for a class that no example has.
     """
-    if head.class_weights != "balanced":
+    if not head.balanced_loss:
         return head.class_weights
     counts = class_counts(head, examples)
     for name, count in zip(head.classes, counts, strict=True):
         if count == 0:
-            raise ValueError(f"heads.{head.name}.class_weights='balanced': no training example of "
-                             f"class {name!r}: leave it out of classes, or give numbers")
+            raise ValueError(f"heads.{head.name}.balanced_loss=True: no training example of class "
+                             f"{name!r}: leave it out of classes, or give class_weights")
     total = sum(counts)
     return tuple(total / (len(counts) * count) for count in counts)

@@ -1,4 +1,4 @@
-"""The losses of heads, as sums over what is labelled; the step divides, once for the whole batch."""
+"""The losses of heads, as sums over what is labelled; the step divides, once for a whole batch."""
 
 from collections.abc import Sequence
 

@@ -69,7 +69,7 @@ def class_metrics(told: np.ndarray, logits_BY: np.ndarray) -> dict[str, float]:
 
 
 def multilabel_metrics(told_BY: np.ndarray, logits_BY: np.ndarray) -> dict[str, float]:
-    """Of any number of classes each: said is what has a logit above 0; all right is an exact match."""
+    """Of any number of classes each; said is what has a logit above 0, all right an exact match."""
     metrics, said_BY = _scikit_learn(), logits_BY > 0
     found = {"examples": len(told_BY), "exact_match": metrics.accuracy_score(told_BY, said_BY)}
     found |= _precision_recall_f1(metrics, told_BY, said_BY, labels=None)
@@ -103,7 +103,7 @@ def similarity_metrics(x_B2D: np.ndarray, told: np.ndarray) -> dict[str, float]:
 
 
 def best_span(logits_TY: np.ndarray, longest: int) -> tuple[int, int]:
-    """The first and last token, first <= last < first + longest, of the largest sum of logits [T, 2]."""
+    """The first and last token of the largest sum of logits; first <= last < first + longest."""
     starts, ends = logits_TY[:, 0].astype(np.float64), logits_TY[:, 1].astype(np.float64)
     sums = starts[:, None] + ends[None]
     apart = np.arange(len(ends))[None] - np.arange(len(starts))[:, None]

@@ -1,4 +1,4 @@
-"""Examples as arrays: rows of tokens, and the labels of each head, with weight 0 where one is absent."""
+"""Examples as arrays: rows of tokens, and the labels of each head, of weight 0 where absent."""
 
 import re
 from collections.abc import Sequence

@@ -1,6 +1,7 @@
 """Trains a task from an encoder's weights, or goes on, and says how good it is."""
 
 import contextlib
+import dataclasses
 import functools
 import itertools
 import os
@@ -14,7 +15,7 @@ import numpy as np
 import xxhash
 
 from batiste.data import Order, TextReader
-from batiste.models import TransformerConfig
+from batiste.models import TransformerConfig, resolve_attention
 from batiste.sharding import RULES, Share, is_first, make_mesh
 from batiste.tasks.config import TaskConfig
 from batiste.tasks.examples import Example, check_examples, class_weights
@@ -24,7 +25,7 @@ from batiste.tasks.rows import Encoded, TaskBatch, encode
 from batiste.tasks.step import Answers, joined, make_answers, make_task_step, weighted
 from batiste.train import (
     Checkpoints, Ledger, MetricsWriter, Progress, Records, Run, TrainState, arrays_of,
-    check_mode, check_same, fit, last_saved, make_program,
+    check_mode, check_same, compilation_booked, fit, last_saved, make_program,
 )
 
 # These change where a step is computed and what is recorded, not what it computes.
@@ -71,7 +72,10 @@ class Task:
         self.config, self.given = config, given
         self.mesh = make_mesh(config.mesh, devices)
         module = functools.partial(TaskModel, heads=config.heads)
-        self.program = make_program(given.model, config.train, self.mesh, config.mesh, module)
+        model = dataclasses.replace(given.model, dropout=config.dropout, dtype=config.dtype)
+        kind = self.mesh.devices.flat[0].device_kind
+        model, _ = resolve_attention(model, kind, self.mesh.shape)
+        self.program = make_program(model, config.train, self.mesh, config.mesh, module)
         weights = {head.name: class_weights(head, given.train) for head in config.heads}
         self.train_step = make_task_step(self.program, config, weights, self.mesh)
         self._answers = make_answers(self.program, config, weights, self.mesh)
@@ -123,7 +127,8 @@ class Task:
         """The batch of each step from `start` on, on the mesh."""
         share = Share(self.mesh, self.config.batch_size)
         for indices in self.indices(start):
-            yield share.place(self.train.take(indices if share.rows is None else indices[share.rows]))
+            own = indices if share.rows is None else indices[share.rows]
+            yield share.place(self.train.take(own))
 
     def answers(self, params: Any, max_batches: int | None = None) -> Answers:
         """What the model says of the validation examples, or of those of the first batches."""
@@ -158,7 +163,7 @@ def tune(
     task, workdir = Task(config, given), pathlib.Path(workdir)
     arrays = arrays_of(task.program.abstract_state)
     identity = {"config": fields, "data": {"examples": task.fingerprint}, "arrays": arrays}
-    with (Ledger(workdir if is_first() else None) as ledger,
+    with (Ledger(workdir if is_first() else None) as ledger, compilation_booked(ledger),
           contextlib.closing(Checkpoints(workdir, config.checkpoint, ledger.write)) as checkpoints):
         found = checkpoints.newest_verified()
         check_mode(resume, found, last_saved(workdir), str(workdir))

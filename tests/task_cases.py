@@ -19,7 +19,7 @@ ENCODER = TransformerConfig(
     head_dim=4, mlp_dim=40, max_length=40, token_types=2, norm="layer", bias="all",
 )
 HEADS = (
-    HeadConfig("letter", "sequence", ("a", "e", "o"), pool="first", class_weights="balanced",
+    HeadConfig("letter", "sequence", ("a", "e", "o"), pool="first", balanced_loss=True,
                focal=1.0),
     HeadConfig("has", "multilabel", ("a_or_e", "e_or_o"), weight=0.5),
     HeadConfig("case", "tags", ("lower", "number"), weight=2.0),

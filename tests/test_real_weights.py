@@ -129,7 +129,8 @@ def test_a_vocab_txt_reads_what_minilms_tokenizer_json_reads(minilm, tmp_path):
 def test_what_the_page_about_tasks_says_of_sentences_is_so(minilm, monkeypatch, capsys):
     monkeypatch.chdir(minilm[0])
     page = (ROOT / "docs/tasks.md").read_text()
-    (code, said), = re.findall(r"```python\n(from batiste.tuning.*?)```\n+```text\n(.*?)```", page, re.S)
+    (code, said), = re.findall(
+        r"```python\n(from batiste.tuning.*?)```\n+```text\n(.*?)```", page, re.S)
     capsys.readouterr()
     exec(code, {})
     printed, shown = (re.findall(r"-?\d\.\d*", text) for text in (capsys.readouterr().out, said))

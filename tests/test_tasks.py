@@ -2,7 +2,10 @@
 
 import dataclasses
 import itertools
+import json
 import os
+import pathlib
+import re
 import signal
 
 import jax
@@ -17,7 +20,8 @@ from task_cases import (
 from batiste.sharding import MeshConfig
 from batiste.tasks import Example, HeadConfig, Task, read_examples, tune
 from batiste.tasks.baselines import bag_of_words, majority
-from batiste.tasks.examples import class_weights
+from batiste.tasks.config import KINDS
+from batiste.tasks.examples import check_examples, class_weights
 from batiste.tasks.heads import pooled
 from batiste.tasks.losses import class_losses, contrastive, multilabel_losses, span_losses
 from batiste.tasks.metrics import (
@@ -93,6 +97,8 @@ def test_micro_batches_are_one_batch_with_labels_here_and_there(accumulation):
     (whole, losses), (split, again) = once(1), once(accumulation)
     assert_close(whole, split, 1e-5)
     assert_close(losses, again, 1e-5)
+    parts = [head.weight * losses[f"loss_{head.name}"] for head in HEADS]
+    assert losses["loss"] == pytest.approx(sum(parts), rel=1e-5)
 
 
 @pytest.mark.slow
@@ -194,12 +200,28 @@ def test_losses_are_what_their_formulas_say():
 
 
 def test_a_text_is_looked_for_among_the_second_texts_that_there_are():
-    x_B2D = jnp.array([[[1.0, 0.0], [0.6, 0.8]], [[0.0, 1.0], [0.0, 1.0]], [[0.6, 0.8], [0.0, 0.0]]])
+    x_B2D = jnp.array(
+        [[[1.0, 0.0], [0.6, 0.8]], [[0.0, 1.0], [0.0, 1.0]], [[0.6, 0.8], [0.0, 0.0]]])
     there = jnp.array([True, True, False])
     losses = contrastive(x_B2D, there, 0.5)
     logits = np.array([[0.6, 0.0], [0.8, 1.0]]) / 0.5
     expected = [np.log(np.exp(row).sum()) - row[index] for index, row in enumerate(logits)]
     np.testing.assert_allclose(losses[:2], expected, rtol=1e-5)
+
+
+def test_dropout_is_of_training_alone_and_bfloat16_of_the_computation():
+    alone = make_task(task_config(heads=HEADS[:1]), letters(16, 1), letters(16, 1))
+    state = alone.begin()
+    exact = alone.answers(state.params)
+    noisy = make_task(task_config(heads=HEADS[:1], dropout=0.5, dtype="bfloat16"),
+                      letters(16, 1), letters(16, 1))
+    said = noisy.answers(state.params)
+    gap = np.abs(said.said["letter"] - exact.said["letter"]).max()
+    assert said.said["letter"].dtype == np.float32 and 1e-5 < gap < 0.05
+    batch = next(noisy.batches(0))  # All sixteen, in another order.
+    _, trained = noisy.train_step(noisy.begin(), batch)
+    assert said.losses["letter"] == pytest.approx(exact.losses["letter"], abs=2e-3)
+    assert abs(float(trained["loss"]) - exact.losses["letter"]) > 4e-3
 
 
 def test_what_has_no_label_counts_nothing(learned):
@@ -222,7 +244,7 @@ def test_a_row_is_its_first_its_last_or_the_mean_of_its_real_tokens():
 
 
 def test_class_weights_balance():
-    head = HeadConfig("x", classes=("p", "q"), class_weights="balanced")
+    head = HeadConfig("x", classes=("p", "q"), balanced_loss=True)
     toys = [Example("", None, {"x": name}) for name in "pppq"]
     assert class_weights(head, toys) == (4 / (2 * 3), 4 / (2 * 1))
     with pytest.raises(ValueError, match="no training example of class 'q'"):
@@ -240,7 +262,7 @@ def test_metrics_are_what_hand_and_paper_say():
     assert found["recall_macro"] == pytest.approx((2 / 3 + 1 / 2 + 0) / 3)
     assert found["f1_macro"] == pytest.approx((4 / 7 + 1 / 2 + 0) / 3)
     # Of pairs of one told and one not told, the share in which the first has the larger score.
-    areas = [(2 * 1 + 1 * 1 / 2 + 2 * 0 / 2 + 2 * 2 / 2) / 9, (1 * 3 + 1 * 1 / 2 + 3 * 1 / 2) / 8, 0.5]
+    areas = [4.5 / 9, 5 / 8, 2.5 / 5]
     assert found["roc_auc"] == pytest.approx(np.mean(areas))
     logits_BY[0] = np.nan
     assert class_metrics(told, logits_BY)["accuracy"] == pytest.approx(2 / 6)
@@ -259,7 +281,8 @@ def test_the_best_span_is_the_best_of_all_that_may_be():
     draw = np.random.default_rng(0)
     for longest in (1, 3, 9):
         logits_TY = draw.normal(size=(9, 2))
-        may = [(first, last) for first in range(9) for last in range(first, min(9, first + longest))]
+        may = [(first, last) for first in range(9)
+               for last in range(first, min(9, first + longest))]
         best = max(may, key=lambda span: logits_TY[span[0], 0] + logits_TY[span[1], 1])
         assert best_span(logits_TY, longest) == best
 
@@ -281,7 +304,8 @@ REFUSED = [
     ({"heads": HEADS[:1] * 2}, "heads: expected names that differ, got letter, letter"),
     ({"heads": (dataclasses.replace(HEADS[0], weight=0.0),)}, r"heads\[0\].weight=0.0"),
     ({"heads": (dataclasses.replace(HEADS[0], focal=-1.0),)}, "focal=-1.0: expected gamma >= 0"),
-    ({"heads": (dataclasses.replace(HEADS[0], class_weights=(1.0,)),)}, "expected 3 numbers"),
+    ({"heads": (dataclasses.replace(HEADS[0], class_weights=(1.0,) * 3),)}, "leave one of the two"),
+    ({"heads": (HeadConfig(classes=("a", "b"), class_weights=(1.0,)),)}, "expected 2 numbers"),
     ({"heads": (dataclasses.replace(HEADS[3], focal=2.0),)}, "only kind sequence or multilabel"),
     ({"heads": (HEADS[3], PAIRS[0])}, "reads two texts apart"),
     ({"heads": PAIRS, "accumulation": 2}, "accumulation=2: the loss of 'similarity'"),
@@ -289,7 +313,8 @@ REFUSED = [
     ({"dropout": 1.0}, "dropout=1.0"), ({"dtype": "float16"}, "dtype: expected one of"),
     ({"mesh": MeshConfig(data=1, stage=2)}, "mesh.stage=2"),
     ({"num_steps": 5}, "schedule.warmup_steps: expected at most the run's 5"),
-    ({"batch_size": 0}, "^batch_size=0: expected a positive number"), ({"max_length": 2}, "max_length=2"),
+    ({"batch_size": 0}, "^batch_size=0: expected a positive number"),
+    ({"max_length": 2}, "max_length=2"),
     ({"max_length": 64}, "max_length=64: .* at most 40"),
 ]
 
@@ -312,6 +337,14 @@ def test_a_label_that_its_head_cannot_read_is_refused(label, message):
         make_task(task_config(), [Example("ba 12", None, label), *examples(20, 0)])
 
 
+def test_a_task_has_the_loop_of_all_training():
+    config = task_config(patience=3, seed=7, accumulation=2)
+    config.evaluation.max_batches = 5
+    train = config.train
+    assert (train.stop.patience, train.seed, train.accumulation) == (3, 7, 2)
+    assert train.evaluation.max_batches == 5 and not train.measures
+
+
 def test_examples_come_from_lines(tmp_path):
     path = tmp_path / "x.jsonl"
     path.write_text('{"text": "a", "labels": {"x": "p"}}\n\n{"text": "b", "text_pair": "c"}\n')
@@ -319,6 +352,24 @@ def test_examples_come_from_lines(tmp_path):
     path.write_text('{"text": "a"}\n{"texts": "a"}\n')
     with pytest.raises(ValueError, match="x.jsonl:2: expected"):
         read_examples(path)
+
+
+def test_what_the_page_shows_is_accepted():
+    page = (pathlib.Path(__file__).parents[1] / "docs/tasks.md").read_text()
+    code = next(each for each in re.findall(r"```python\n(.*?)```", page, re.S)
+                if "get_config" in each)
+    made = {}
+    exec(code, made)
+    config = made["get_config"]()
+    config.validate_on(1)
+    answer = HeadConfig("answer", "span")
+    lines = re.findall(r"```json\n(.*?)```", page, re.S)[0].splitlines()
+    shown = [Example(**json.loads(line)) for line in lines]
+    whole = dataclasses.replace(config, heads=(*config.heads, answer), balanced=None)
+    check_examples(whole, shown, "train_data")
+    (start, end), = shown[1].labels["answer"]
+    assert shown[1].context[start:end] == "Ada Lovelace"
+    assert set(re.findall(r"^\| `(\w+)` ", page, re.M)) == set(KINDS)
 
 
 def test_rows_point_back_into_the_text():
@@ -331,11 +382,12 @@ def test_rows_point_back_into_the_text():
     assert len(cut.tokens) == 10 and cut.tokens[:7] == read.tokens[:7]
     with pytest.raises(ValueError, match="max_length=7 has no room beside the first text"):
         READER.read(text, pair, 7, True)
-    answers = (Example(text, pair, {"number": [[3, 5]]}), Example(text, pair, {"number": [[6, 7]]}))
+    answers = (Example(text, pair, {"number": [[3, 5]]}), Example(text, pair, {"number": [[6, 7]]}),
+               Example(text, pair, {"number": [[3, 7]]}))
     config = task_config(heads=(HEADS[3],), max_length=15)
     encoded = encode(config, answers, READER)
     labels = encoded.batch.labels["number"]
-    assert labels.weights.tolist() == [1, 0]  # The second was cut off.
+    assert labels.weights.tolist() == [1, 0, 0]  # The second was cut off, the third in part.
     first, last = labels.values[0]
     spans = encoded.reads[0].spans
     assert pair[spans[first][0]:spans[last][1]] == "34"
