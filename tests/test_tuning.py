@@ -111,6 +111,9 @@ def test_what_a_task_lacks_is_said_in_one_line(encoder, monkeypatch):
     ):
         with pytest.raises(ValueError, match=message):
             tuning.given_of(dataclasses.replace(config, **change))
+    example = ("tune", "--config=examples/which_package.py", "--workdir=x")
+    assert "did you mean --config.num_steps?" in run(*example, "--config.num_step=3")
+    assert "encoder=None: expected" in run(*example, "--config.encoder=None")
     assert "must return a TaskConfig" in run(
         "tune", "--config=configs/quickstart.py", "--workdir=x")
     assert "must return an Experiment" in run(
