@@ -4,16 +4,13 @@ import sys
 
 from absl import flags
 
-from batiste.verb_flags import (
-    connect_processes, define_config, define_processes, define_workdir, required,
-)
+from batiste.verb_flags import define_config, define_workdir, required
 
 
 def define_tune(values: flags.FlagValues, argv: list[str]) -> None:
     """The flags of `batiste tune`."""
     define_config(values, argv)
     define_workdir(values)
-    define_processes(values)
     flags.DEFINE_enum("resume", "auto", ("auto", "must", "never"), "Continue if there is a "
                       "checkpoint, or only then, or refuse to.", flag_values=values)
 
@@ -27,15 +24,12 @@ def tune(values: flags.FlagValues) -> int:
     if not isinstance(values.config, TaskConfig):
         raise ValueError(f"config: get_config must return a TaskConfig, got {type(values.config)}")
     workdir = required(values, "workdir")
-    prints = connect_processes(values)
     tuned = tuning.tune(values.config, workdir, values.resume)
     if tuned.reason.startswith("SIG"):
-        if prints:
-            print(f"stopped by {tuned.reason} after step {tuned.step}, saved; the same command "
-                  "continues")
+        print(f"stopped by {tuned.reason} after step {tuned.step}, saved; the same command "
+              "continues")
         return exit_codes.BY_REASON[tuned.reason]
-    if prints:
-        print(tuning.table(values.config, tuned))
+    print(tuning.table(values.config, tuned))
     return 0
 
 

@@ -15,7 +15,6 @@ from batiste.configs.own_parts import load_module
 from batiste.data import TextReader, text_reader
 from batiste.exchange import imported
 from batiste.models import TransformerConfig
-from batiste.sharding import agree, check_connected, is_first, together
 from batiste.tasks import Embedder, Example, Given, TaskConfig, Tuned, read_examples
 from batiste.tasks import tune as tune_task
 from batiste.tasks.baselines import bag_of_words, majority
@@ -32,17 +31,11 @@ def tune(config: TaskConfig, workdir: str | os.PathLike, resume: str = "auto") -
     The same call continues where it stopped. Raises ValueError for a task that cannot be.
     """
     config.validate_on(len(jax.devices()))
-    check_connected()
-    fields, folder = flatten(config), pathlib.Path(workdir)
-    agree({"workdir": str(workdir), "resume": resume, **fields})
-    given = given_of(config)
-    if is_first():
-        folder.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(dataclasses.asdict(config), indent=1) + "\n"
-        (folder / f"{TASK_FILE}.tmp").write_text(text)
-        os.replace(folder / f"{TASK_FILE}.tmp", folder / TASK_FILE)
-    tuned = tune_task(config, given, folder, fields, resume)
-    together("finish the run")
+    folder = pathlib.Path(workdir)
+    tuned = tune_task(config, given_of(config), folder, flatten(config), resume)
+    text = json.dumps(dataclasses.asdict(config), indent=1) + "\n"
+    (folder / f"{TASK_FILE}.tmp").write_text(text)
+    os.replace(folder / f"{TASK_FILE}.tmp", folder / TASK_FILE)
     return tuned
 
 

@@ -53,7 +53,5 @@ class Embedder:
             length = min(1 << (longest - 1).bit_length(), self._longest)
             rows = padded_rows(reads, length, self._reader.pad_id)
             filled = type(rows)(*(np.pad(x_BT, ((0, size - len(reads)), (0, 0))) for x_BT in rows))
-            kept = slice(None) if share.rows is None else share.rows
-            placed = share.place(jax.tree.map(lambda x_BT: x_BT[kept], filled))
             with jax.set_mesh(self._mesh):
-                yield np.asarray(self._vectors(self._params, placed))[: len(reads)]
+                yield np.asarray(self._vectors(self._params, share.place(filled)))[: len(reads)]

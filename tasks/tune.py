@@ -6,7 +6,6 @@ import functools
 import itertools
 import os
 import pathlib
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -16,7 +15,7 @@ import xxhash
 
 from batiste.data import Order, TextReader
 from batiste.models import TransformerConfig, resolve_attention
-from batiste.sharding import RULES, Share, is_first, make_mesh
+from batiste.sharding import RULES, Share, make_mesh
 from batiste.tasks.config import TaskConfig
 from batiste.tasks.examples import Example, check_examples, class_weights
 from batiste.tasks.heads import TaskModel
@@ -62,6 +61,9 @@ class Task:
     def __init__(
         self, config: TaskConfig, given: Given, devices: Sequence[jax.Device] | None = None
     ):
+        if jax.process_count() > 1:
+            raise ValueError(f"{jax.process_count()} processes: a task is tuned by one, on all of "
+                             "its devices: start one")
         devices = jax.devices() if devices is None else devices
         config.validate_on(len(devices))
         for field, examples in (("train_data", given.train), ("validation_data", given.validation)):
@@ -127,8 +129,7 @@ class Task:
         """The batch of each step from `start` on, on the mesh."""
         share = Share(self.mesh, self.config.batch_size)
         for indices in self.indices(start):
-            own = indices if share.rows is None else indices[share.rows]
-            yield share.place(self.train.take(own))
+            yield share.place(self.train.take(indices))
 
     def answers(self, params: Any, max_batches: int | None = None) -> Answers:
         """What the model says of the validation examples, or of those of the first batches."""
@@ -138,9 +139,7 @@ class Task:
         starts = list(range(0, count, size))[:max_batches]
         parts = []
         for start in starts:
-            indices = np.arange(start, start + size)
-            batch = self.validation.batch.take(
-                indices if share.rows is None else indices[share.rows])
+            batch = self.validation.batch.take(np.arange(start, start + size))
             parts.append(jax.device_get(self._answers(params, share.place(batch))))
         return joined(self.config, parts, min(count, len(starts) * size))
 
@@ -163,7 +162,7 @@ def tune(
     task, workdir = Task(config, given), pathlib.Path(workdir)
     arrays = arrays_of(task.program.abstract_state)
     identity = {"config": fields, "data": {"examples": task.fingerprint}, "arrays": arrays}
-    with (Ledger(workdir if is_first() else None) as ledger, compilation_booked(ledger),
+    with (Ledger(workdir) as ledger, compilation_booked(ledger),
           contextlib.closing(Checkpoints(workdir, config.checkpoint, ledger.write)) as checkpoints):
         found = checkpoints.newest_verified()
         check_mode(resume, found, last_saved(workdir), str(workdir))
@@ -175,8 +174,7 @@ def tune(
             for name, values in identity.items():
                 check_same(meta[name], values, FREE_TO_CHANGE if name == "config" else ())
             state = checkpoints.restore(found.step, task.program.abstract_state)
-            if is_first():
-                print(f"continuing from step {found.step} of {workdir}", flush=True)
+            print(f"continuing from step {found.step} of {workdir}", flush=True)
         ledger.begin(devices=task.mesh.size, examples=len(given.train))
         state, reason = _fit(task, state, (checkpoints, ledger, workdir), meta | identity)
         ledger.enter("evaluation")
@@ -193,11 +191,10 @@ def _fit(
     """Trains with the loop of all training, which knows nothing of tasks."""
     config, (checkpoints, ledger, workdir) = task.config, places
     step = int(state.step)
-    metrics = MetricsWriter(workdir if is_first() else None, step)
+    metrics = MetricsWriter(workdir, step)
     progress = Progress(
         config.num_steps, tokens_per_step=config.batch_size * config.max_length,
-        flops_per_token=0.0, peak_flops=None,
-        stream=sys.stderr if is_first() else open(os.devnull, "w", encoding="utf-8"))
+        flops_per_token=0.0, peak_flops=None)
     run = Run(
         train_step=task.train_step, batches=task.batches(step),
         evaluate=lambda state: weighted(
