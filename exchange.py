@@ -20,6 +20,7 @@ from batiste.data import (
 )
 from batiste.interop import FAMILIES, Family, Tensors, WeightMap, family_of, fitting_family
 from batiste.interop import certificate as certificates
+from batiste.interop.chat import chat_tokens
 from batiste.interop.directory import (
     CONFIG, Written, open_source, read_aside, read_config, write_aside, write_directory,
 )
@@ -88,6 +89,15 @@ def imported(workdir: pathlib.Path) -> Imported | None:
     folder = pathlib.Path(workdir, FOLDER)
     path = folder / META
     return Imported(folder, json.loads(path.read_text())) if path.is_file() else None
+
+
+def chat_prompt(workdir: pathlib.Path, message: str) -> list[int]:
+    """The tokens of what a user says to an imported model; ValueError where it has no template."""
+    begun = imported(workdir)
+    if begun is None:
+        raise ValueError(
+            f"{workdir} was not imported, so it has no chat template: leave --chat out")
+    return chat_tokens(begun.folder / FILES, [{"role": "user", "content": message}])
 
 
 def beginning(assembly: Assembly) -> TrainState:

@@ -196,6 +196,8 @@ def _evaluate(values: flags.FlagValues) -> int:
 def _define_generate(values: flags.FlagValues, argv: list[str]) -> None:
     _define_evaluate(values, argv)
     flags.DEFINE_multi_string("prompt", None, "Text to continue; may be repeated.", flag_values=values)
+    flags.DEFINE_bool(
+        "chat", False, "Answer each prompt, by the chat template that was imported.", flag_values=values)
     flags.DEFINE_float("temperature", None, "0 is greedy.", 0.0, flag_values=values)
     flags.DEFINE_integer("top_k", None, "Keep the k likeliest tokens.", 1, flag_values=values)
     flags.DEFINE_float("top_p", None, "Keep the likeliest tokens up to p.", flag_values=values)
@@ -217,12 +219,13 @@ def _generate(values: flags.FlagValues) -> int:
     say = functools.partial(print, end="", flush=True) if connect_processes(values) else lambda text: None
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # As for `evaluate`.
     if len(prompts) == 1:
-        say(prompts[0])
-        main.generate(workdir, prompts, config, lambda text: say(text[0]))
+        say("" if values.chat else prompts[0])
+        main.generate(workdir, prompts, config, lambda text: say(text[0]), values.chat)
         say("\n")
         return 0
-    for prompt, text in zip(prompts, main.generate(workdir, prompts, config), strict=True):
-        say(f"=== {prompt!r}\n{prompt}{text}\n")
+    texts = main.generate(workdir, prompts, config, chat=values.chat)
+    for prompt, text in zip(prompts, texts, strict=True):
+        say(f"=== {prompt!r}\n{'' if values.chat else prompt}{text}\n")
     return 0
 
 
