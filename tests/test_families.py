@@ -16,6 +16,7 @@ from safetensors import safe_open
 
 from batiste import interop
 from batiste.interop import FAMILIES, Family, Tensors, WeightMap
+from batiste.interop import weights as weights_module
 from batiste.interop.files import write
 from batiste.models import Transformer, TransformerConfig
 
@@ -213,6 +214,14 @@ def test_the_bytes_come_back(pair, tmp_path):
         assert sorted(file.keys()) == sorted(written)
         for name in file.keys():
             assert file.get_tensor(name).tobytes() == written[name].tobytes(), name
+
+
+@pytest.mark.parametrize("pair", ("qwen3_moe",), indirect=True)
+def test_tensors_that_come_in_pieces_are_the_same(pair, monkeypatch):
+    """Pieces that do not divide a tensor, of whole parameters, of a layer's and of an expert's."""
+    monkeypatch.setattr(weights_module, "MOST_AT_ONCE", 700)
+    again = pair.weights.parameters(Tensors(pair.folder), pair.params)
+    jax.tree.map(np.testing.assert_array_equal, again, pair.params)
 
 
 def test_files_of_a_model_without_its_head_are_read(pair, tmp_path):
