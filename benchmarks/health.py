@@ -38,7 +38,7 @@ def contestant(every: int | None, not_finite: str) -> Callable[[], None]:
     experiment = get_config()
     experiment.model.attention = "reference"
     config = experiment.train
-    config.health.every, config.health.policies.not_finite = every, not_finite
+    config.health.every, config.health.policies = every, f"not_finite={not_finite}"
     mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
     program = make_program(experiment.model, config, mesh, MeshConfig(data=1))
     train_step = make_train_step(program, config, mesh)

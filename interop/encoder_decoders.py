@@ -1,7 +1,9 @@
-"""Encoder-decoders: T5 of version 1.1, and BART."""
+"""Encoder-decoders: T5 of version 1.1, BART, and the 2017 Transformer, which is Marian's."""
 
+import dataclasses
 from collections.abc import Mapping
 
+from batiste.interop.encoders import activation_field
 from batiste.interop.family import Family, Field
 from batiste.interop.layout import Row, biased, row
 from batiste.models import TransformerConfig
@@ -85,19 +87,24 @@ def _bart_attention(theirs: str, ours: str, norm: str) -> tuple[Row, ...]:
 
 def _bart_side(side: str) -> tuple[Row, ...]:
     top, ours = f"model.{side}.", SIDES[side]
-    table = "encoder_" if side == "encoder" else ""
     layer = top + "layers.{layer}."
     cross = _bart_attention(
         layer + "encoder_attn", ours + "cross_attention/", ours + "cross_post_norm")
     return (
-        # Its places begin at 2: the first two rows are never a token's.
-        row(top + "embed_positions.weight", table + "position_TD", "TD", skipped=2),
-        *biased(top + "layernorm_embedding", table + "embedding_norm/scale_D", "D"),
         *_bart_attention(layer + "self_attn", ours + "attention/", ours + "attention_post_norm"),
         *(cross if side == "decoder" else ()),
         *biased(layer + "fc1", ours + "feed_forward/up_DF", "FD"),
         *biased(layer + "fc2", ours + "feed_forward/down_FD", "DF"),
         *biased(layer + "final_layer_norm", ours + "feed_forward_post_norm/scale_D", "D"),
+    )
+
+
+def _bart_tables(side: str) -> tuple[Row, ...]:
+    top, table = f"model.{side}.", "encoder_" if side == "encoder" else ""
+    return (
+        # Its places begin at 2: the first two rows are never a token's.
+        row(top + "embed_positions.weight", table + "position_TD", "TD", skipped=2),
+        *biased(top + "layernorm_embedding", table + "embedding_norm/scale_D", "D"),
     )
 
 
@@ -121,19 +128,30 @@ def _bart_sides(model: TransformerConfig) -> dict[str, int | bool]:
 BART = Family(
     "bart", "BartForConditionalGeneration",
     (row("model.shared.weight", "embedding_VD", "VD"),
+     *_bart_tables("encoder"), *_bart_tables("decoder"),
      *_bart_side("encoder"), *_bart_side("decoder")),
     (Field("vocab_size", "vocab_size"), Field("encoder_layers", "encoder_layers"),
      Field("decoder_layers", "num_layers"), Field("d_model", "model_dim"),
      Field("decoder_attention_heads", "num_heads"), Field(None, "num_kv_heads", _of_both_sides),
      Field(None, "head_dim", lambda theirs: theirs["d_model"] // theirs["decoder_attention_heads"]),
-     Field("decoder_ffn_dim", "mlp_dim"), Field("max_position_embeddings", "max_length", 1024)),
+     Field("decoder_ffn_dim", "mlp_dim"), Field("max_position_embeddings", "max_length", 1024),
+     activation_field("activation_function")),
     fixed={"form": "encoder_decoder", "norm": "layer", "norm_placement": "post", "bias": "all",
-           "positions": "learned", "embedding_norm": True, "activation": "gelu_exact",
-           "norm_epsilon": 1e-5},
-    required={"activation_function": "gelu", "scale_embedding": False,
-              "tie_word_embeddings": True},
+           "positions": "learned", "embedding_norm": True, "norm_epsilon": 1e-5},
+    required={"scale_embedding": False, "tie_word_embeddings": True},
     repeated=("lm_head.weight", "model.encoder.embed_tokens.weight",
               "model.decoder.embed_tokens.weight"),
     aside=("final_logits_bias",), zeros=("final_logits_bias",), also=_bart_sides,
 )
-ENCODER_DECODERS = (T5, BART)
+MARIAN = dataclasses.replace(
+    BART, model_type="marian", architecture="MarianMTModel",
+    rows=(row("model.shared.weight", "embedding_VD", "VD"),
+          *_bart_side("encoder"), *_bart_side("decoder")),
+    fields=(*BART.fields, Field("scale_embedding", "scale_embeddings", False)),
+    fixed=BART.fixed | {"positions": "sinusoidal", "embedding_norm": False},
+    required={"tie_word_embeddings": True, "share_encoder_decoder_embeddings": True},
+    repeated=(*BART.repeated, "model.encoder.embed_positions.weight",
+              "model.decoder.embed_positions.weight"),
+    also=lambda model: _bart_sides(model) | {"decoder_vocab_size": model.vocab_size},
+)
+ENCODER_DECODERS = (T5, BART, MARIAN)

@@ -9,8 +9,9 @@ from batiste.interop.layout import Row, biased, row
 
 ACTIVATIONS = {
     "gelu": "gelu_exact", "gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "relu": "relu",
+    "silu": "silu", "swish": "silu",
 }
-NAMES = {"gelu_exact": "gelu", "gelu": "gelu_new", "relu": "relu"}
+NAMES = {"gelu_exact": "gelu", "gelu": "gelu_new"}
 LAYER = "layers/"
 FIXED = {
     "form": "encoder", "norm": "layer", "norm_placement": "post", "bias": "all",
@@ -25,6 +26,12 @@ def _activation(name: str) -> str:
         raise ValueError(
             f"config.json: activation {name!r}: expected one of {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[name]
+
+
+def activation_field(theirs: str) -> Field:
+    """The key that names the activation of all layers."""
+    return Field(theirs, "activation", "gelu_exact", _activation,
+                 lambda name: NAMES.get(name, name))
 
 
 def _has_head(stem: str, *others: str) -> Field:
@@ -53,8 +60,7 @@ def _fields(length: Field, **names: str) -> tuple[Field, ...]:
         Field(None, "num_kv_heads", lambda theirs: theirs[heads]),
         Field(None, "head_dim", lambda theirs: theirs[width] // theirs[heads]),
         Field(named("intermediate_size"), "mlp_dim"),
-        Field(named("hidden_act"), "activation", "gelu_exact", _activation,
-              lambda name: NAMES.get(name, name)),
+        activation_field(named("hidden_act")),
     )
 
 

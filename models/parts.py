@@ -47,6 +47,7 @@ ACTIVATIONS: dict[str, Activation] = {
     "relu2": Activation(lambda x: jnp.square(jax.nn.relu(x))),
     "gelu": Activation(_tanh_gelu),
     "gelu_exact": Activation(_exact_gelu),
+    "silu": Activation(jax.nn.silu),
     "swiglu": Activation(jax.nn.silu, gated=True),
     "geglu": Activation(_tanh_gelu, gated=True),
 }

@@ -1,6 +1,6 @@
 """Meshes, the alphabet, and the one table that turns letters into shardings."""
 
-from batiste.sharding.agreed import Agreed
+from batiste.sharding.agreed import Agreed, AskedElsewhere
 from batiste.sharding.alphabet import ALPHABET, check_letters
 from batiste.sharding.config import AXES, CONTEXT_EXCHANGES, MeshConfig
 from batiste.sharding.connect import connect, leave
@@ -19,10 +19,10 @@ from batiste.sharding.share import Share, replicate
 from batiste.sharding.stages import layer_order, restack, restacked
 
 __all__ = [
-    "ALPHABET", "AXES", "CONTEXT_EXCHANGES", "HOST_MEMORY", "RULES", "Agreed", "MeshConfig", "Share",
-    "agree", "axes_of", "check_connected", "check_divisible", "check_host_memory", "check_letters",
-    "check_shared", "chunk_place", "compiler_options", "connect", "constrain", "context_size",
-    "gather", "in_row_order", "in_time_order", "is_first", "laid_out", "layer_order", "layout", "leave",
-    "make_mesh", "make_mesh_like", "per_device", "place", "replicate", "restack", "restacked",
-    "shardings", "spec", "time_order", "together",
+    "ALPHABET", "AXES", "CONTEXT_EXCHANGES", "HOST_MEMORY", "RULES", "Agreed", "AskedElsewhere",
+    "MeshConfig", "Share", "agree", "axes_of", "check_connected", "check_divisible",
+    "check_host_memory", "check_letters", "check_shared", "chunk_place", "compiler_options",
+    "connect", "constrain", "context_size", "gather", "in_row_order", "in_time_order", "is_first",
+    "laid_out", "layer_order", "layout", "leave", "make_mesh", "make_mesh_like", "per_device",
+    "place", "replicate", "restack", "restacked", "shardings", "spec", "time_order", "together",
 ]

@@ -46,7 +46,7 @@ def batch(number: int) -> Batch:
 @functools.cache
 def _program(fault: str | None):
     config = TrainConfig(num_steps=STEPS, batch_size=ROWS, faults=fault)
-    config.health.policies.not_finite = "skip"
+    config.health.policies = "not_finite=skip"
     config.schedule.warmup_steps, config.schedule.learning_rate = 5, 0.01
     mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
     program = make_program(MODEL, config, mesh, MeshConfig(data=1))

@@ -43,6 +43,7 @@ def test_block_sizes_change_nothing_not_even_dropout(blocks):
     check(("causal",), ("dropout",), shape=(136, 136, 16), options=kernel(blocks))
 
 
+@pytest.mark.slow
 def test_sequences_that_do_not_fit_into_vmem_are_taken_in_chunks(monkeypatch):
     small = tpu_plan.CHIPS["v6e"]._replace(vmem_bytes=2 * 2**17)
     monkeypatch.setitem(tpu_plan.CHIPS, "v6e", small)

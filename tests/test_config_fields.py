@@ -141,9 +141,7 @@ CASES = {
     **cases(probes.start, "train.", {"seed": 1}),
     **cases(probes.watched, "train.", {
         "health.every": (2, {"train.health.every": 1}), "health.window": 16, "health.roll_back": 3,
-        **{f"health.policies.{kind}": "stop" for kind in CLASSES
-           if kind not in ("not_finite", "slow_input")},
-        "health.policies.not_finite": "log",
+        "health.policies": "loss_spike=stop",
     }),
     **cases(probes.layout, "mesh.", {
         "slice": 2, "stage": 2, "context": 2, "expert": (2, EXPERTS), "data": (8, {"mesh.tensor": 2}),

@@ -64,7 +64,8 @@ def check(name, mesh_config, config=None):
 
 
 @pytest.mark.parametrize("name,mesh", [
-    ("plain", dict(context=8)), ("gemma", dict(context=4, tensor=2)),
+    pytest.param("plain", dict(context=8), marks=pytest.mark.slow),
+    pytest.param("gemma", dict(context=4, tensor=2), marks=pytest.mark.slow),
     ("alibi", dict(data=2, context=2, tensor=2)), ("learned", dict(data=2, context=4, zero=3)),
     ("gemma", dict(exchange="all_to_all", context=4, tensor=2)),
     ("learned", dict(exchange="all_to_all", data=2, context=4, zero=3)),
@@ -73,6 +74,7 @@ def test_shared_rows_equal_whole_rows(name, mesh):
     check(name, context_mesh(**mesh))
 
 
+@pytest.mark.slow
 def test_micro_batches_and_chunks_of_the_loss():
     config = train_config("sgd", accumulation=2)
     config.objective = ObjectiveConfig(loss_chunk=12)
@@ -123,6 +125,7 @@ def test_heads_for_time_sends_heads_there_and_back_and_nothing_else():
     assert moved == {}
 
 
+@pytest.mark.slow
 def test_local_layers_send_keys_to_neighbours_alone():
     """A window of 5 reaches two chunks of 2: four of seven steps, whose keys come by themselves."""
     _, text = compiled_text(context_mesh(data=1, context=8), "gemma")

@@ -227,6 +227,7 @@ def test_a_killed_preparation_leaves_nothing_that_looks_finished(tmp_path, corpu
     assert finished(tmp_path) == [prepared.directory]
 
 
+@pytest.mark.slow
 def test_a_preparation_waits_for_the_one_under_way(tmp_path, corpus):
     """And does not take its work for something left over."""
     process = start_preparing(tmp_path)

@@ -14,7 +14,7 @@ from batiste.train.decisions import (
     Decision, learning_rate_factor, lower, roll_back, skipped, start_of,
 )
 from batiste.train.findings import CAUSES, Finding
-from batiste.train.health import CLASSES
+from batiste.train.health import CLASSES, parse_policies
 from batiste.train.loss_rules import LossRules
 
 # fault: class, layer, parameter, looks until it is found, what the remedy names.
@@ -184,6 +184,23 @@ def test_a_slow_host_is_late():
 def test_a_fault_that_is_not_known_is_refused(text, names):
     with pytest.raises(ValueError, match=names):
         parse_fault(text)
+
+
+def test_policies_are_of_the_classes_that_are_named():
+    policies = parse_policies("loss_spike=roll_back, plateau=lower")
+    assert tuple(policies) == CLASSES and policies["not_finite"] == "stop"
+    assert {kind for kind in CLASSES if policies[kind] == "log"} == {
+        *CLASSES} - {"not_finite", "loss_spike", "plateau"}
+
+
+@pytest.mark.parametrize("text,says", [
+    ("loss_spkie=stop", "did you mean 'loss_spike'"), ("plateau=lowr", "plateau.*mean 'lower'"),
+    ("plateau", "plateau: expected one of log"), ("plateau=lower,", "got ''"),
+    ("dead_units=skip", "after the update"), ("slow_input=stop", "clock"),
+])
+def test_a_policy_that_cannot_be_is_refused(text, says):
+    with pytest.raises(ValueError, match=f"^train.health.policies=.*{says}"):
+        parse_policies(text)
 
 
 def test_positions_pass_by_what_is_skipped_and_nothing_else():

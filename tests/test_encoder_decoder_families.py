@@ -24,7 +24,10 @@ T5 = dict(vocab_size=37, d_model=24, d_kv=10, d_ff=40, num_layers=3, num_decoder
 BART = dict(vocab_size=37, d_model=24, encoder_layers=3, decoder_layers=2,
             encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=40,
             decoder_ffn_dim=40, max_position_embeddings=48, init_std=0.2)
-CASES = {"t5": ("T5ForConditionalGeneration", T5), "bart": ("BartForConditionalGeneration", BART)}
+MARIAN = BART | dict(vocab_size=37, decoder_vocab_size=37, activation_function="relu",
+                     scale_embedding=True, pad_token_id=36, decoder_start_token_id=36)
+CASES = {"t5": ("T5ForConditionalGeneration", T5), "bart": ("BartForConditionalGeneration", BART),
+         "marian": ("MarianMTModel", MARIAN)}
 # The source is longer than 32, where T5's buckets begin to be wider than one.
 ROWS, LENGTH, SOURCE, FILLED = 3, 7, 41, 36
 
@@ -55,7 +58,8 @@ def torch_twin(name: str, fields: dict[str, Any]):
         torch_model.lm_head.weight = torch.nn.Parameter(torch.randn(37, 24))
     with torch.no_grad():
         for parameter in torch_model.parameters():
-            parameter += 0.15 * torch.randn_like(parameter)
+            if parameter.requires_grad:  # Not a table of sinusoids.
+                parameter += 0.15 * torch.randn_like(parameter)
     return torch_model
 
 

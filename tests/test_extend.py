@@ -97,6 +97,7 @@ def usual(corpus, tmp_path_factory) -> dict:
     return losses(workdir)
 
 
+@pytest.mark.slow
 def test_a_run_remembers_its_parts_and_refuses_to_go_on_with_others(corpus, tmp_path):
     code = (OWN / "recurrent.py").read_text()
     path = tmp_path / "mine.py"

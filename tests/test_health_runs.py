@@ -64,7 +64,8 @@ def run(corpus, tmp_path_factory):
         if not workdir.exists() and any(folder.iterdir()):
             shutil.copytree(next(folder.glob("*/data")), workdir / "data")
         experiment = _experiment(corpus)
-        experiment.train.health.policies.data_fault, experiment.train.faults = policy, faults
+        experiment.train.health.policies = f"data_fault={policy}"
+        experiment.train.faults = faults
         patch.setattr(loop, "_record", recorded)
         try:
             return workdir, main.train(experiment, workdir)
@@ -107,6 +108,7 @@ def events(workdir: pathlib.Path, name: str) -> list[dict]:
 GARBAGE = f"garbage:step={POISON}"
 
 
+@pytest.mark.slow
 def test_rolling_back_ends_as_good_as_if_it_had_never_been(run):
     _, unharmed = run("unharmed")
     workdir, healed = run("healed", "roll_back", GARBAGE)

@@ -65,7 +65,11 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+SLOW = ("the same pattern in every chunk", "a longer pattern across chunks of two rounds")
+
+
+@pytest.mark.parametrize("case", [
+    pytest.param(case, marks=pytest.mark.slow) if case in SLOW else case for case in CASES])
 def test_a_pipeline_equals_one_device_and_takes_the_bytes_of_the_arithmetic(case):
     mesh, changes = CASES[case]
     run = check(MeshConfig(**mesh), **changes)
@@ -176,6 +180,7 @@ def test_stages_send_a_micro_batch_a_tick_and_no_weights(micro_batches, interlea
     assert moved == {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remat", ["none", "full"])
 def test_rounds_keep_no_copies_of_their_weights(remat):
     """Memory of twice the ticks grows by less than the weights of one chunk."""

@@ -123,6 +123,7 @@ def test_the_fused_loss_refuses_stages():
         experiment.validate()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh,pattern", [
     (dict(stage=4, tensor=2, micro_batches=4), ("local", "global", "global")),
     (dict(stage=2, data=2, tensor=2, micro_batches=4, interleave=2, zero=2), ("global",)),

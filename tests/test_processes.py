@@ -8,6 +8,7 @@ import json
 import os
 import pathlib
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -300,7 +301,7 @@ def test_a_checkpoint_of_two_processes_continues_in_two_bit_for_bit_and_in_one(f
     assert outputs[1] == "", "only the first process prints"
     shutil.copytree(folder / "half", folder / "half_alone")
     outputs = ended(launch("train", *flags, "--resume=must"))
-    assert "continuing from step 5" in outputs[0] and outputs[1] == ""
+    assert "continuing from step 5" in outputs[0] and outputs[1] == "", outputs
     assert losses(folder / "half") == losses(program[0])
     assert samples(folder / "half") == samples(program[0])
 
@@ -424,6 +425,26 @@ def test_a_failed_save_is_tried_again_by_both_processes_at_one_step(folder):
     assert len(again) == 1 and 10 < min(again) < 40, saved
     assert saved | {10} >= {5, 40} and newest(workdir) == 40
     assert sorted(losses(workdir))[0][1] == 1 and len(losses(workdir)) == 41
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_what_one_process_cannot_write_keeps_none_waiting(folder, index):
+    workdir, steps = folder / f"no_room_{index}", 60
+    processes = launch(
+        "train", *train_flags(folder, "zero", workdir.name), f"--config.train.num_steps={steps}",
+        f"--config.train.evaluation.every={steps}", "--config.train.checkpoint.max_failures=None")
+    wait_for_step(workdir, 11, processes)
+    room = resource.prlimit(processes[index].pid, resource.RLIMIT_FSIZE)
+    resource.prlimit(processes[index].pid, resource.RLIMIT_FSIZE, (0, room[1]))
+    seen = set()
+    while len(seen) < 3:  # One may be of before; a next one begins when one has failed.
+        seen |= {path.name for path in (workdir / "checkpoints").glob("*.unfinished")}
+        assert all(process.poll() is None for process in processes), ended(processes)
+    resource.prlimit(processes[index].pid, resource.RLIMIT_FSIZE, room)
+    ended(processes)  # In less than the 900 s that they would wait for each other in Orbax.
+    failures = [event["why"] for event in read_ledger(workdir) if event["event"] == "save_failed"]
+    assert failures and all(why.startswith(f"process {index}: ") for why in failures), failures
+    assert newest(workdir) == steps and len(losses(workdir)) == steps + 1
 
 
 def test_what_fails_in_one_process_ends_both_with_a_line(folder):

@@ -39,12 +39,18 @@ def with_balance(accumulation: int = 1, loss_chunk: int | None = 12):
     return config
 
 
-@pytest.mark.parametrize("name", MESHES)
+SLOW = ("slice stage context", "stage context by heads", "stage expert data",
+        "context expert tensor")
+
+
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in MESHES])
 def test_a_product_of_axes_equals_one_device(name):
     run = three_steps(with_balance(), MESHES[name], MODEL, BATCH)
     check_equal(run, alone(with_balance(loss_chunk=None), MODEL, BATCH))
 
 
+@pytest.mark.slow
 def test_micro_batches_on_a_product_equal_one_device():
     layout = MeshConfig(slice=2, context=2, tensor=2, zero=1)
     run = three_steps(with_balance(accumulation=2), layout, MODEL, BATCH)

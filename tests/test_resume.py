@@ -125,6 +125,7 @@ def events(workdir: pathlib.Path, name: str) -> list[dict]:
     return [event for event in map(json.loads, lines) if event["event"] == name]
 
 
+@pytest.mark.slow
 def test_a_damaged_step_is_passed_over_aloud_and_nothing_starts_from_scratch(
         halfway, tmp_path, capfd):
     experiment, workdir = halfway
@@ -198,6 +199,7 @@ def test_a_failed_save_is_tried_again_at_the_next_step(corpus, tmp_path, monkeyp
     assert 11 in [event["step"] for event in events(tmp_path, "saved")]
 
 
+@pytest.mark.slow
 def test_topology_may_change_and_the_run_remembers_its_config(halfway):
     experiment, workdir = halfway
     experiment.mesh = MeshConfig(data=4, tensor=1, zero=3)

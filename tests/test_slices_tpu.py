@@ -66,6 +66,7 @@ def test_shares_of_gradients_go_between_two_slices():
     assert "tpu_custom_call" in text
 
 
+@pytest.mark.slow
 def test_local_steps_send_bytes_and_only_in_exchanges():
     config = TrainConfig(batch_size=16, local=LocalStepsConfig(steps=8, compression="int8"))
     program, compiled = compile_step(

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from batiste.sharding import Agreed, is_first, together
+from batiste.sharding import Agreed, AskedElsewhere, is_first, together
 from batiste.train import manifest
 from batiste.train.config import CheckpointConfig
 from batiste.train.manifest import CHECKPOINT_FOLDER, UNFINISHED, Found
@@ -41,8 +41,7 @@ class Checkpoints:
     ):
         self.folder = pathlib.Path(workdir, CHECKPOINT_FOLDER).absolute()
         self._config, self._report, self._apart = config, report, apart
-        self._orbax = ocp.AsyncCheckpointer(
-            ocp.PyTreeCheckpointHandler(), timeout_secs=SAVE_SECONDS)
+        self._orbax = self._make_orbax()
         self._opened = False
         self._save: _Save | None = None
         self._failures = 0
@@ -186,13 +185,21 @@ class Checkpoints:
         """Joins the save under way; returns, and has reported, why it failed in any process."""
         if self._save is None:
             return None
-        save, self._save = self._save, None
-        reasons = together("finish the save", save.join, SAVE_SECONDS)
+        save = self._save
+        try:
+            reasons = together("finish the save", save.join, SAVE_SECONDS)
+        finally:
+            self._save = None
         why = next((f"process {index}: {reason}" if len(reasons) > 1 else reason
                     for index, reason in enumerate(reasons) if reason), None)
         if why is None:
             self._failures = 0
             return None
+        if is_first():
+            shutil.rmtree(save.unfinished, ignore_errors=True)
+        # The old one raises what is left of this failure amid the next save, after one barrier and
+        # before another, in the processes that it was of.
+        self._orbax = self._make_orbax()
         self._failures += 1
         self._report("save_failed", step=save.step, why=why, in_a_row=self._failures)
         limit = self._config.max_failures
@@ -202,6 +209,16 @@ class Checkpoints:
                 f"the last with: {why}; the newest checkpoint is of step {self.latest_step}"
             )
         return why
+
+    def _make_orbax(self) -> ocp.AsyncCheckpointer:
+        return ocp.AsyncCheckpointer(
+            ocp.PyTreeCheckpointHandler(), timeout_secs=SAVE_SECONDS,
+            async_options=ocp.options.AsyncOptions(barrier_sync_fn=self._meet))
+
+    def _meet(self, key: str, timeout_ms: int) -> None:
+        """Where Orbax's threads wait for each other: not for a process whose save has failed."""
+        if jax.process_count() > 1:
+            self._save.again.meet(key, timeout_ms / 1000)
 
     def _finish(self, save: "_Save") -> None:
         """In the thread of a save: hash, commit, and delete the steps that nothing keeps."""
@@ -265,10 +282,9 @@ class _Save:
             self._thread.join(SAVE_SECONDS)
             if self._thread.is_alive():
                 self.error = TimeoutError(f"not finished after {SAVE_SECONDS} s")
-        if self.error is None:
+        # Where another process has failed, that one says why.
+        if self.error is None or isinstance(self.error, AskedElsewhere):
             return ""
-        if is_first():
-            shutil.rmtree(self.unfinished, ignore_errors=True)
         return _reason(self.error)
 
 
@@ -294,4 +310,5 @@ def _silence_orbax() -> None:
 class _OrbaxFailures(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         text = str(record.msg)
-        return not ("background save thread" in text or "_SignalingThread.run() raised" in text)
+        return not any(known in text for known in (
+            "background save thread", "_SignalingThread.run() raised", "Failed to write metadata"))

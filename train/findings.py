@@ -81,7 +81,7 @@ def explain(symptom: Symptom, settings: dict[str, Any]) -> tuple[str, str]:
         "dropout": f"--config.model.dropout={max(0.1, settings['model.dropout']):g}",
         "balance": "--config.train.objective.balance_loss="
                    f"{max(0.01, 2 * settings['train.objective.balance_loss']):g}",
-        "policy": f"--config.train.health.policies.{symptom.kind}",
+        "policy": f"--config.train.health.policies={symptom.kind}",
         "group": symptom.parameter or "all parameters",
     }
     return cause.format(**values), remedy.format(**values)

@@ -5,46 +5,40 @@ import dataclasses
 from batiste.train.schedule import check_choice
 
 POLICIES = ("log", "skip", "roll_back", "lower", "stop")
+CLASSES = (
+    "not_finite", "loss_spike", "gradient_explosion", "vanishing_gradients", "activation_blow_up",
+    "dead_units", "attention", "router_collapse", "update_ratio", "data_fault", "plateau",
+    "overfitting", "slow_input",
+)
+STOPS = "not_finite"  # Where nothing is said of it; every other class is said and nothing else.
 
 
-@dataclasses.dataclass
-class PoliciesConfig:
-    """What is done about each class of finding.
+def parse_policies(text: str) -> dict[str, str]:
+    """What is done about each class: of those in "CLASS=POLICY,…" what it says.
 
     log: it is said, and nothing else. skip: the update of that very step is not made (not_finite
     alone: the step itself sees it). roll_back: the run continues from a checkpoint of before, and
     never reads the batches around the finding. lower: half the learning rate from there on. stop:
-    the run ends with an error.
+    the run ends with an error. ValueError, naming the field, for what cannot be.
     """
-
-    not_finite: str = "stop"
-    loss_spike: str = "log"
-    gradient_explosion: str = "log"
-    vanishing_gradients: str = "log"
-    activation_blow_up: str = "log"
-    dead_units: str = "log"
-    attention: str = "log"
-    router_collapse: str = "log"
-    update_ratio: str = "log"
-    data_fault: str = "log"
-    plateau: str = "log"
-    overfitting: str = "log"
-
-    def validate(self) -> None:
-        """Raises ValueError, naming the field, for a policy that cannot be."""
-        for field in dataclasses.fields(self):
-            policy = getattr(self, field.name)
-            name = f"train.health.policies.{field.name}"
-            check_choice(name, policy, POLICIES)
-            if policy == "skip" and field.name != "not_finite":
-                raise ValueError(
-                    f"{name}='skip': a {field.name} is known after the update is made; choose one of "
-                    f"{', '.join(policy for policy in POLICIES if policy != 'skip')}"
-                )
-
-
-# A slow machine is said and nothing else: each process has a clock of its own, and all act alike.
-CLASSES = (*(field.name for field in dataclasses.fields(PoliciesConfig)), "slow_input")
+    name = "train.health.policies"
+    policies = dict.fromkeys(CLASSES, "log") | {STOPS: "stop"}
+    for said in text.split(",") if text else ():
+        kind, _, policy = (part.strip() for part in said.partition("="))
+        check_choice(f"{name}={text!r}", kind, CLASSES)
+        check_choice(f"{name}={text!r}, what is done about {kind}", policy, POLICIES)
+        if policy == "skip" and kind != "not_finite":
+            raise ValueError(
+                f"{name}={text!r}: a {kind} is known after the update is made, and cannot be "
+                f"skipped; choose one of {', '.join(each for each in POLICIES if each != 'skip')}"
+            )
+        if policy != "log" and kind == "slow_input":
+            raise ValueError(
+                f"{name}={text!r}: each process has a clock of its own, and all must act alike: "
+                "slow_input can only be log"
+            )
+        policies[kind] = policy
+    return policies
 
 
 @dataclasses.dataclass
@@ -53,13 +47,15 @@ class HealthConfig:
 
     every: statistics are written and looked at every so many steps; None measures nothing, and the
     step is what it would be without. window: of how many looks a robust z-score is. roll_back: steps
-    that a roll-back goes back at least, and whose batches are not read again.
+    that a roll-back goes back at least, and whose batches are not read again. policies: what is
+    done about which class, "loss_spike=roll_back,plateau=lower"; not_finite stops the run, and of
+    others it is said, where this does not name them.
     """
 
     every: int | None = 1
     window: int = 64
     roll_back: int = 8
-    policies: PoliciesConfig = dataclasses.field(default_factory=PoliciesConfig)
+    policies: str = ""
 
     def validate(self) -> None:
         """Raises ValueError, naming the field, if a field is out of its range."""
@@ -67,4 +63,4 @@ class HealthConfig:
             value = getattr(self, field)
             if value is not None and value < least:
                 raise ValueError(f"train.health.{field}={value}: expected at least {least}")
-        self.policies.validate()
+        parse_policies(self.policies)

@@ -12,6 +12,7 @@ from batiste.train.config import TrainConfig
 from batiste.train.decisions import RollBack, decide, decisions_of, lower
 from batiste.train.detector import Detector
 from batiste.train.findings import Finding
+from batiste.train.health import parse_policies
 from batiste.train.health_record import health_record
 from batiste.train.health_statistics import HealthStatistics
 from batiste.train.ledger import Ledger
@@ -43,7 +44,7 @@ class Monitor:
     def __init__(self, config: TrainConfig, watched: Watched):
         self._config, self._watched = config.health, watched
         self._detector = Detector(watched.settings, watched.examples)
-        self._policies = dataclasses.asdict(config.health.policies) | {"slow_input": "log"}
+        self._policies = parse_policies(config.health.policies)
         self._waited, self._since, self._skips = 0.0, time.perf_counter(), 0
 
     def remember(self, workdir: pathlib.Path, step: int) -> None:
@@ -92,7 +93,7 @@ class Monitor:
         if self._skips >= STUCK:
             raise ValueError(
                 f"the gradients of {STUCK} steps in a row, up to step {step}, are not finite: lower "
-                "train.schedule.learning_rate, or set train.health.policies.not_finite=roll_back"
+                "train.schedule.learning_rate, or set train.health.policies=not_finite=roll_back"
             )
 
     def validated(self, step: int, loss: float) -> None:
@@ -107,7 +108,7 @@ class Monitor:
             self._watched.ledger.write("finding", policy=policy, **finding.event())
             self._watched.note(f"{finding.line()} [{policy}]")
             if policy == "stop":
-                raise ValueError(f"{finding.line()} (train.health.policies.{finding.kind}='stop')")
+                raise ValueError(f"{finding.line()} (train.health.policies: {finding.kind}=stop)")
             if policy == "lower" and not known:
                 decide(lower(finding), self._watched.meta, self._watched.ledger)
             if policy == "roll_back" and not known:

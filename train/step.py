@@ -15,6 +15,7 @@ from batiste.sharding import HOST_MEMORY, compiler_options, constrain, layer_ord
 from batiste.train.config import TrainConfig
 from batiste.train.faults import faulty_gradients, faulty_params, faulty_updates, parse_fault
 from batiste.train.gradients import accumulate
+from batiste.train.health import parse_policies
 from batiste.train.health_statistics import health_statistics
 from batiste.train.local_steps import Workers, exchanged_bytes, make_exchange
 from batiste.train.objectives import RouterTerms
@@ -188,7 +189,7 @@ def _update(
     new = TrainState(state.step + 1, params, optimizer_state, state.loss_scale)
     if state.loss_scale is not None:
         new, metrics = _skip_overflow(config, state, new, (gradients, metrics))
-    elif config.measures and config.health.policies.not_finite == "skip":
+    elif config.measures and parse_policies(config.health.policies)["not_finite"] == "skip":
         finite = jnp.isfinite(metrics["gradient_norm"])
         kept = keep_if(finite, (new.params, new.optimizer_state), (state.params, state.optimizer_state))
         new = TrainState(new.step, *kept, None)
