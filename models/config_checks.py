@@ -12,7 +12,7 @@ FORMS = ("decoder", "encoder", "encoder_decoder")
 NORM_PLACEMENTS = ("pre", "post", "sandwich", "parallel")
 BIASES = ("none", "qkv", "all")
 POSITIONS = ("rope", "learned", "sinusoidal", "alibi", "relative", "none")
-ROPE_SCALINGS = ("linear", "llama3")
+ROPE_SCALINGS = ("linear", "llama3", "yarn")
 REMAT_POLICIES = ("none", "dots", "full", "names")
 # What a layer names while it runs, for `saved` and `offloaded`.
 TENSOR_NAMES = ("query", "key", "value", "attended", "attention", "up", "gate", "feed_forward")

@@ -31,6 +31,8 @@ SMALL = dict(
 HEAD = SMALL | {"head_dim": 10}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 16, "rope_theta": 500.0}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 200,
+        "rope_theta": 500.0}
 GEMMA3_ROPE = {
     "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000.0},
     "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
@@ -50,6 +52,7 @@ CASES = {
     "mistral": ("MistralConfig", HEAD | {"sliding_window": 5}),
     "qwen2": ("Qwen2Config", SMALL | {"use_sliding_window": True, "sliding_window": 4,
                                       "max_window_layers": 1}),
+    "qwen3 in longer rows": ("Qwen3Config", HEAD | {"head_dim": 16, "rope_parameters": YARN}),
     "qwen3": ("Qwen3Config", HEAD | {"tie_word_embeddings": True}),
     "qwen3_moe": ("Qwen3MoeConfig", HEAD | {
         "num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 20,
