@@ -100,6 +100,8 @@ CASES = {
         "local_rope_base": (100.0, {"model.window": 2, "model.layer_pattern": ("local",)}),
         "attention_scale": 0.1, "attention_soft_cap": 0.5, "logit_soft_cap": 0.5, "scale_embeddings": True,
         "rope_dim": (4, LATENT | {"model.head_dim": 8}),
+        "expert_groups": (2, EXPERTS),
+        "groups_per_token": (2, EXPERTS | {"model.expert_groups": 2}),
         "routed_scale": (2.5, EXPERTS), "experts_per_token": (1, EXPERTS), "expert_scores": ("sigmoid", EXPERTS),
         "dropout": 0.5, "init_stddev": 0.02, "depth_scaled_init": False, "dtype": "bfloat16",
     }),

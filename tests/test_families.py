@@ -68,6 +68,8 @@ CASES = {
     "deepseek without a low rank for queries": (
         "DeepseekV3Config", SMALL | DEEPSEEK | {
             "rms_norm_eps": 1e-3, "q_lora_rank": None, "first_k_dense_replace": 0}),
+    "deepseek with groups of experts": ("DeepseekV3Config", SMALL | DEEPSEEK | {
+        "n_routed_experts": 12, "n_group": 3, "topk_group": 2, "num_experts_per_tok": 3}),
     "cohere": ("CohereConfig", SMALL | {"logit_scale": 0.25}),
     "bloom": ("BloomConfig", BLOOM),
 }
