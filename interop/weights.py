@@ -46,7 +46,8 @@ class WeightMap:
         self.model, self._theirs, self._family = model, theirs, family
         self._aside = {} if aside is None else dict(aside)
         self._shapes = {path: leaf.shape for path, leaf in flat(abstract).items()}
-        self.rows = [row for row in family.rows if row.ours[0] in self._shapes]
+        self.rows = [row for row in family.rows
+                     if row.ours[0] in self._shapes and row.gated in (None, model.gated)]
         missing = set(self._shapes) - {path for row in self.rows for path in row.ours}
         if missing:
             names = ", ".join(sorted(missing))

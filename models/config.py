@@ -28,6 +28,8 @@ class TransformerConfig:
     `attention` names the chip whose kernels to use; "auto" is settled by `resolve_attention`.
     `embedding_dim`: what is embedded has so many dims, and a product makes `model_dim` of them
     (ALBERT).
+    `scale_embeddings` multiplies what is embedded by sqrt(model_dim) (Gemma), `scale_logits` divides
+    the logits by it (T5, arXiv:1910.10683).
     `token_types`: kinds of tokens, told apart by what is added to their embeddings (BERT's
     segments).
     `head_transform`: a product, an activation and a norm before the logits, which get a bias
@@ -108,6 +110,7 @@ class TransformerConfig:
     generator_heads: int | None = None
     future_heads: int = 0
     scale_embeddings: bool = False
+    scale_logits: bool = False
     dropout: float = 0.0
     init_stddev: float | None = None
     depth_scaled_init: bool = True

@@ -98,6 +98,11 @@ def _check_form(config: Any) -> None:
                 f"model.{field}={getattr(config, field)} does not know model.shared_layers=True: "
                 "leave one of them out"
             )
+    if config.scale_logits and config.head_transform:
+        raise ValueError(
+            "model.scale_logits=True does not know the norm of model.head_transform=True: leave one "
+            "of them out"
+        )
     if config.future_heads < 0 or (config.future_heads and config.form != "decoder"):
         raise ValueError(
             f"model.future_heads={config.future_heads} with model.form={config.form!r}: expected "
@@ -129,6 +134,7 @@ def _check_discriminator(config: Any) -> None:
             )
         return
     known = [("form", "encoder"), ("head_transform", False), ("tied_embeddings", True),
+             ("scale_logits", False),
              ("logit_soft_cap", None)]
     if heads is not None:
         known += [("num_experts", None), ("latent_rank", None), ("shared_layers", False)]

@@ -98,7 +98,7 @@ CASES = {
                                                 ("global", "local")}),
         "window": (3, {"model.window": 2, "model.layer_pattern": ("local",)}),
         "local_rope_base": (100.0, {"model.window": 2, "model.layer_pattern": ("local",)}),
-        "attention_scale": 0.1, "attention_soft_cap": 0.5, "logit_soft_cap": 0.5, "scale_embeddings": True,
+        "attention_scale": 0.1, "attention_soft_cap": 0.5, "logit_soft_cap": 0.5, "scale_embeddings": True, "scale_logits": True,
         "rope_dim": (4, LATENT | {"model.head_dim": 8}),
         "expert_groups": (2, EXPERTS),
         "groups_per_token": (2, EXPERTS | {"model.expert_groups": 2}),
