@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from absl import flags
 
 from batiste import exit_codes
-from batiste.verb_flags import given_experiment
+from batiste.verb_flags import given_config
 from batiste.verbs import VERBS
 
 ROOT = pathlib.Path(__file__).resolve().parent
@@ -66,7 +66,7 @@ def _parse(define: Callable, argv: list[str]) -> flags.FlagValues:
     except (flags.Error, LookupError, AttributeError, TypeError, ValueError, OSError) as error:
         raise ValueError(_explain(error, argv)) from None
     for name, text in absent:
-        _set_none(given_experiment(values), name, text)
+        _set_none(given_config(values), name, text)
     if values.help:
         print(f"{argv[0]} flags:\n{values.get_help()}")
         sys.exit(0)
@@ -97,7 +97,7 @@ def _set_none(experiment, name: str, text: str) -> None:
             owner = owner[int(part)] if part.isdigit() else getattr(owner, part)
         hint = typing.get_type_hints(type(owner))[last]
     except (AttributeError, LookupError, TypeError):
-        raise ValueError(_unknown_field(name)) from None
+        raise ValueError(_unknown_field(name, type(experiment))) from None
     word = hint is str and text == "none"
     if not word and type(None) not in typing.get_args(hint):
         raise ValueError(f"--config.{name}=None: expected a value, this field cannot be absent")
@@ -120,16 +120,17 @@ def _find_config(argument: str) -> str:
 
 def _explain(error: Exception, argv: list[str]) -> str:
     """What is wrong with an override, with the nearest name that exists or the type expected."""
-    from batiste.configs.experiment import Experiment, flatten
+    from batiste.configs.experiment import flatten
 
     text = " ".join(str(error).split())
-    names = list(flatten(Experiment()))
+    kind = _config_of(argv[0])
+    names = list(flatten(kind()))
     for argument in argv:
         match = re.match(r"--?(?:no)?config\.([^=]+)", argument)
         if not match:
             continue
         if re.sub(r"\[\d+\]", "[0]", match[1]) not in names:
-            return _unknown_field(match[1])
+            return _unknown_field(match[1], kind)
         if isinstance(error, IndexError) and "[" in match[1]:
             return f"unknown field --config.{match[1]}: the config has fewer sources than that"
     wrong = re.match(r"flag --(config\.[^=]+=.*?): (invalid literal for int|could not convert|"
@@ -138,10 +139,21 @@ def _explain(error: Exception, argv: list[str]) -> str:
     return f"--{wrong[1]}: expected {kinds[wrong[2][:3]]}" if wrong else text
 
 
-def _unknown_field(name: str) -> str:
-    from batiste.configs.experiment import Experiment, flatten
+def _config_of(command: str) -> type:
+    """What the configs of a command ("batiste train") are."""
+    if command == "batiste tune":
+        from batiste.tasks import TaskConfig
 
-    names = list(flatten(Experiment()))
+        return TaskConfig
+    from batiste.configs.experiment import Experiment
+
+    return Experiment
+
+
+def _unknown_field(name: str, kind: type) -> str:
+    from batiste.configs.experiment import flatten
+
+    names = list(flatten(kind()))
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     last = [known for known in names if known.rsplit(".")[-1] == name.rsplit(".")[-1]]
     hint = f"; did you mean --config.{(last or near)[0]}?" if last or near else ""

@@ -15,7 +15,9 @@ from flax import nnx
 
 from batiste.assembly import Assembly
 from batiste.configs.experiment import Experiment, flatten
-from batiste.data import RecordObjective, Tokenizer, load_tokenizer, pack_tokenizer
+from batiste.data import (
+    PackedReader, RecordObjective, TextReader, Tokenizer, can_pack, load_tokenizer, pack_tokenizer,
+)
 from batiste.interop import FAMILIES, Family, Tensors, WeightMap, family_of, fitting_family
 from batiste.interop import certificate as certificates
 from batiste.interop.directory import (
@@ -42,13 +44,22 @@ class Imported(NamedTuple):
     @property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that came along; ValueError if none did."""
+        return load_tokenizer(self._packed)
+
+    @property
+    def reader(self) -> TextReader:
+        """What reads texts as the model was trained to; also where the tokenizer loses some."""
+        return PackedReader(self._packed.read_bytes())
+
+    @property
+    def _packed(self) -> pathlib.Path:
         path = self.folder / TOKENIZER
         if not path.is_file():
             raise ValueError(
-                f"{self.folder}: the model came without a tokenizer.json; put one beside its "
-                "config.json and import it again"
+                f"{self.folder}: the model came without a tokenizer.json or vocab.txt; put one "
+                "beside its config.json and import it again"
             )
-        return load_tokenizer(path)
+        return path
 
     def check(self, experiment: Experiment, abstract_params: Any) -> None:
         """Raises ValueError where an experiment's model is not the imported one."""
@@ -106,7 +117,7 @@ def import_model(source: str, workdir: str, experiment: Experiment | None = None
     experiment = _with_model(experiment, model)
     unfinished = target / f"{FOLDER}.unfinished"
     shutil.rmtree(unfinished, ignore_errors=True)
-    if TOKENIZER in opened.bring(unfinished / FILES):
+    if can_pack(opened.bring(unfinished / FILES)):
         _bring_tokenizer(unfinished, model)
         experiment.data.tokenizer = str(target / FOLDER / TOKENIZER)
     experiment.validate()
@@ -130,7 +141,7 @@ def _bring_tokenizer(folder: pathlib.Path, model: TransformerConfig) -> None:
     """Makes of the tokenizer.json that came along what encodes text here.
 
     Where an encoder reads, one that loses text (BERT's) is no reason to refuse the weights: what
-    encodes text refuses it when it is asked to.
+    reads texts alone can do with it, and what prepares them refuses it when it is asked to.
     """
     (folder / TOKENIZER).write_bytes(pack_tokenizer(folder / FILES))
     try:
@@ -139,8 +150,9 @@ def _bring_tokenizer(folder: pathlib.Path, model: TransformerConfig) -> None:
         if model.form == "decoder":
             raise
         final = str(error).replace(".unfinished", "", 1)
-        print(f"weights only, their text is not encoded here: {final}", flush=True)
-        return
+        print(f"weights only, for `batiste tune` and `embed`; no text is prepared for them: {final}",
+              flush=True)
+        size = PackedReader((folder / TOKENIZER).read_bytes()).vocab_size
     if size > model.vocab_size:
         raise ValueError(
             f"{TOKENIZER} has {size} tokens, but config.json says vocab_size={model.vocab_size}: "

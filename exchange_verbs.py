@@ -20,7 +20,7 @@ def import_(values: flags.FlagValues) -> int:
     experiment = None if values.config is None else given_experiment(values)
     workdir = required(values, "workdir")
     experiment = main.import_weights(required(values, "from"), workdir, experiment)
-    verb = "evaluate" if experiment.model.form == "encoder" else "generate"
+    verb = "embed" if experiment.model.form == "encoder" else "generate"
     print(f"imported: next, batiste {verb} --workdir={workdir}")
     return 0
 

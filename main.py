@@ -217,6 +217,11 @@ def load_experiment(workdir: str | os.PathLike) -> Experiment:
     return experiment
 
 
+def load_model(workdir: str | os.PathLike) -> tuple[Assembly, Any]:
+    """A trained or imported work directory's program, and its parameters on all devices here."""
+    return _load(workdir)
+
+
 def _free_to_change(experiment: Experiment) -> tuple[str, ...]:
     """Slices that take local steps have states of their own, so that their number must stay."""
     if experiment.train.local.steps is None:

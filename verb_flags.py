@@ -1,5 +1,6 @@
 """Flags that several verbs of the command line have, and what they ask for."""
 
+import dataclasses
 import os
 
 from absl import flags
@@ -63,6 +64,14 @@ def given_experiment(values: flags.FlagValues):
     required(values, "config")
     if not isinstance(values.config, Experiment):
         raise ValueError(f"config: get_config must return an Experiment, got {type(values.config)}")
+    return values.config
+
+
+def given_config(values: flags.FlagValues):
+    """What --config makes, of whatever kind its verb takes; ValueError where that has no fields."""
+    if not dataclasses.is_dataclass(required(values, "config")):
+        raise ValueError("config: get_config must return an Experiment, or a TaskConfig, got "
+                         f"{type(values.config)}")
     return values.config
 
 

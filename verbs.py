@@ -12,6 +12,7 @@ from absl import flags
 
 from batiste import exit_codes
 from batiste.exchange_verbs import define_export, define_import, export, import_
+from batiste.task_verbs import define_embed, define_tune, embed, tune
 from batiste.verb_flags import (
     connect_processes, define_config, define_processes, define_workdir, given_experiment, required,
 )
@@ -259,5 +260,8 @@ VERBS = {
                    define_import, import_),
     "export": Verb("--workdir=DIR --to=DIR", "and back; --verify=DIR checks what was written",
                    define_export, export),
+    "tune": Verb("--config=FILE --workdir=DIR", "train a task on an encoder, and measure it",
+                 define_tune, tune),
+    "embed": Verb("--workdir=DIR < LINES", "a unit vector of each line", define_embed, embed),
     "generate": Verb("--workdir=DIR --prompt=TEXT", "stream text", _define_generate, _generate),
 }

@@ -22,7 +22,7 @@ def load_own_parts(experiment: Any) -> None:
     for field, name, table in _own(experiment):
         if name not in table:
             path, _, attribute = name.rpartition(":")
-            module = _module(field, path)
+            module = load_module(field, path)
             if not hasattr(module, attribute):
                 raise ValueError(f"{field}={name!r}: {path} has no {attribute!r}")
             table[name] = getattr(module, attribute)
@@ -50,7 +50,8 @@ def _own(experiment: Any) -> Iterator[tuple[str, str, dict]]:
     yield from (each for each in named if ":" in str(each[1]))
 
 
-def _module(field: str, path: str) -> ModuleType:
+def load_module(field: str, path: str) -> ModuleType:
+    """The module that a file is, read once; ValueError, naming the field, where there is none."""
     file = pathlib.Path(path)
     if not file.is_file():
         raise ValueError(f"{field}={path}: no such file; expected FILE.py:NAME, the file as seen from "

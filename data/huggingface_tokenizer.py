@@ -3,10 +3,11 @@
 import hashlib
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from batiste.data.tokenizer import PROBE, SPACE, Tokenizer
+from batiste.data.wordpiece import VOCABULARY, wordpiece_json
 
 SUFFIX = ".json"
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "config.json",
@@ -31,7 +32,7 @@ class HuggingFaceTokenizer(Tokenizer):
             described = json.loads(packed["tokenizer"])
         except (ValueError, KeyError, TypeError):
             raise ValueError("not a tokenizer that `batiste import` wrote") from None
-        self._tokenizer = _tokenizers().Tokenizer.from_str(
+        self._tokenizer = tokenizers_package().Tokenizer.from_str(
             json.dumps(_without_dummy_prefix(described)))
         self._tokenizer.encode_special_tokens = True
         self._byte_ids = None if _is_byte_level(described) else _byte_ids(described)
@@ -60,14 +61,14 @@ class HuggingFaceTokenizer(Tokenizer):
 
 
 def pack(folder: pathlib.Path) -> bytes:
-    """What `HuggingFaceTokenizer` takes, of a directory with a tokenizer.json.
+    """What `HuggingFaceTokenizer` takes, of a directory with a tokenizer.json, or BERT's vocab.txt.
 
     Raises ValueError where nothing in it says which token begins or ends a document.
     """
     settings = {name: json.loads((folder / name).read_text())
                 for name in FILES if (folder / name).is_file()}
-    text = (folder / FILES[0]).read_text()
-    tokenizer = _tokenizers().Tokenizer.from_str(text)
+    text = _described(folder)
+    tokenizer = tokenizers_package().Tokenizer.from_str(text)
 
     def of(kind: str) -> int | None:
         for name in reversed(FILES[1:3]):
@@ -84,6 +85,7 @@ def pack(folder: pathlib.Path) -> bytes:
 
     begin_ids = tokenizer.encode("").ids
     bos_id, end_id, pad_id = of("bos"), of("eos"), of("pad")
+    pad_id = tokenizer.token_to_id("[PAD]") if pad_id is None else pad_id  # BERT's.
     bos_id = next((each for each in (*begin_ids, bos_id, end_id) if each is not None), None)
     if bos_id is None:
         raise ValueError(f"from={folder}: neither tokenizer_config.json nor config.json has a "
@@ -93,7 +95,19 @@ def pack(folder: pathlib.Path) -> bytes:
                        "pad_id": end_id if pad_id is None else pad_id, "tokenizer": text}).encode()
 
 
-def _tokenizers():
+def _described(folder: pathlib.Path) -> str:
+    if not (folder / FILES[0]).is_file():
+        return wordpiece_json(folder, tokenizers_package())
+    return (folder / FILES[0]).read_text()
+
+
+def can_pack(names: Iterable[str]) -> bool:
+    """Whether files of these names have a tokenizer that `pack` can read."""
+    return FILES[0] in names or VOCABULARY in names
+
+
+def tokenizers_package():
+    """Hugging Face's `tokenizers`; ValueError names the extra that brings it."""
     try:
         import tokenizers
     except ImportError:

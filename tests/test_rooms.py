@@ -23,6 +23,7 @@ MAY_IMPORT = {
     "inference": {"pallas_kernels", "sharding", "models"},
     "train": {"pallas_kernels", "sharding", "models", "inference", "data"},
     "evaluation": {"pallas_kernels", "sharding", "models", "inference", "data", "train"},
+    "tasks": {"sharding", "data", "models", "train"},
     "planning": {"sharding", "data", "models", "train"},
     "interop": {"pallas_kernels", "sharding", "data", "models", "inference"},
     "configs": {"pallas_kernels", "sharding", "models", "inference", "data", "train", "evaluation"},

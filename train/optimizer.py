@@ -10,7 +10,7 @@ leading E) are set aside and head dims are read as one group ("NH", "KH"):
 |--------------------------|-----------|---------|--------------------------------------|
 | one group, or none       | vector    | no      | "LD" norm, "LNH" bias, "LN" sinks    |
 | two, first V, T or P     | embedding | yes     | "VD" tokens, "TD" positions          |
-| two, the second is V     | head      | yes     | "DV"                                 |
+| two, the second is V, Y  | head      | yes     | "DV" tokens, "DY" classes            |
 | two, any others          | matrix    | yes     | "LDNH", "LNHD", "LDF", "LEDF", "LDE" |
 """
 
@@ -102,7 +102,7 @@ def parameter_group(letters: str) -> str:
     match _sides(letters):
         case ["V" | "T" | "P", _]:
             return "embedding"
-        case [_, "V"]:
+        case [_, "V" | "Y"]:
             return "head"
         case [_, _]:
             return "matrix"

@@ -60,13 +60,15 @@ def make_program(
     config: TrainConfig,
     mesh: jax.sharding.Mesh,
     layout: MeshConfig,
+    module: Callable[..., nnx.Module] = Transformer,
 ) -> Program:
     """Lays a model out on a mesh that was made from `layout`.
 
+    module: makes the model of its config and `rngs`; what a Transformer is only a part of.
     Raises ValueError for a config that cannot be, or a dim that its mesh axis does not divide.
     """
     config.validate()
-    build = functools.partial(Transformer, model_config)
+    build = functools.partial(module, model_config)
     abstract = nnx.eval_shape(lambda: build(rngs=nnx.Rngs(config.seed)))
     graphdef, abstract_params = nnx.split(abstract, nnx.Param)
     letters = letters_tree(abstract_params)
