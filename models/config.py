@@ -28,6 +28,8 @@ class TransformerConfig:
     `attention` names the chip whose kernels to use; "auto" is settled by `resolve_attention`.
     `embedding_dim`: what is embedded has so many dims, and a product makes `model_dim` of them
     (ALBERT).
+    `scale_embeddings` multiplies what is embedded by sqrt(model_dim) (Gemma), `scale_logits` divides
+    the logits by it (T5, arXiv:1910.10683).
     `token_types`: kinds of tokens, told apart by what is added to their embeddings (BERT's
     segments).
     `head_transform`: a product, an activation and a norm before the logits, which get a bias
@@ -41,7 +43,8 @@ class TransformerConfig:
     With `num_experts` every layer's feed-forward is a mixture of so many of size `mlp_dim`: a token
     takes `experts_per_token` of them by `expert_scores`, and one dense feed-forward of size
     `shared_experts` * `mlp_dim`. `router_bias` takes part in that choice and in nothing else;
-    `routed_scale` multiplies what the chosen experts say. The first `dense_layers` have a
+    `routed_scale` multiplies what the chosen experts say. Experts in `expert_groups` are chosen
+    within those `groups_per_token` of them whose best two are best. The first `dense_layers` have a
     feed-forward of size `dense_mlp_dim` instead (DeepSeek-V3, arXiv:2412.19437).
     With `latent_rank` attention is that of `LatentAttention`: queries go through `query_rank`
     (None: through none), the last `rope_dim` of `head_dim` are rotated, values have `value_dim`.
@@ -62,6 +65,8 @@ class TransformerConfig:
     num_experts: int | None = None
     experts_per_token: int = 2
     shared_experts: int = 0
+    expert_groups: int = 1
+    groups_per_token: int = 1
     expert_scores: str = "softmax"
     router_bias: bool = False
     routed_scale: float = 1.0
@@ -105,6 +110,7 @@ class TransformerConfig:
     generator_heads: int | None = None
     future_heads: int = 0
     scale_embeddings: bool = False
+    scale_logits: bool = False
     dropout: float = 0.0
     init_stddev: float | None = None
     depth_scaled_init: bool = True

@@ -299,6 +299,9 @@ class Transformer(nnx.Module):
 
     def _normed(self, x_BTD: jax.Array) -> jax.Array:
         x_BTD = x_BTD if self.norm is None else self.norm(x_BTD)
+        if self.config.scale_logits:
+            scaled_BTD = x_BTD.astype(jnp.float32) * self.config.model_dim**-0.5
+            x_BTD = scaled_BTD.astype(x_BTD.dtype)
         return x_BTD if self.head_transform is None else self.head_transform(x_BTD)
 
     def _head(self) -> Head:

@@ -222,8 +222,11 @@ def cut_short(folder):
 REFUSED = {
     "type": (changed("model_type", "xlm"), "model_type='xlm': expected one of llama, mistral"),
     "activation": (changed("hidden_act", "gelu"), "hidden_act='gelu', but of llama only"),
-    "rope": (changed("rope_parameters", {"rope_type": "yarn", "rope_theta": 1e4}),
-             "rope_type='yarn': expected one of default, linear, llama3"),
+    "rope": (changed("rope_parameters", {"rope_type": "longrope", "rope_theta": 1e4}),
+             "rope_type='longrope': expected one of default, linear, llama3, yarn"),
+    "yarn": (changed("rope_parameters", {
+        "rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "mscale": 1.0,
+        "original_max_position_embeddings": 16}), "mscale=1.0 of rope_type='yarn': expected none"),
     "size": (changed("intermediate_size", 41),
              r"has shape \(40, 24\), but config.json says \(41, 24\)"),
     "layers": (changed("num_hidden_layers", 4), "the files have no tensor model.layers.3."),

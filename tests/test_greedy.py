@@ -19,7 +19,7 @@ TOKENS, PROMPTS = 64, (6, 4)  # Of unequal lengths.
 LONG = {"max_position_embeddings": 96, "n_positions": 96}
 # Of the likeliest logit over the next, at every token; 2 is also all that Gemma 2's cap of 2 allows.
 MARGIN, STEPS = 1.5, 3000
-STARTS = {"t5": 0, "bart": 2, "marian": 36}  # What a decoder begins with.
+STARTS = {"t5": 0, "t5 1.0": 0, "bart": 2, "marian": 36}  # What a decoder begins with.
 GREEDY = SamplingConfig(temperature=0.0, top_p=None, max_tokens=TOKENS)
 
 
@@ -54,7 +54,7 @@ def learned_by_heart(logits_of, parameters, targets_BT: torch.Tensor) -> None:
 def texts() -> torch.Tensor:
     """Rows of random tokens, among which each comes about twice with different ones behind it."""
     random = np.random.default_rng(0)
-    return torch.tensor(random.integers(3, 37, (len(PROMPTS), max(PROMPTS) + TOKENS)), dtype=torch.long)
+    return torch.tensor(random.integers(3, 36, (len(PROMPTS), max(PROMPTS) + TOKENS)), dtype=torch.long)
 
 
 def written(logits_of, prompts: list[list[int]]) -> list[list[int]]:
