@@ -1,7 +1,6 @@
 """One Transformer: embed, a scanned stack of blocks, norm, logits."""
 
 import dataclasses
-import functools
 from typing import NamedTuple
 
 import jax
@@ -10,26 +9,20 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from batiste.models.attention import Given, LayerCache
-from batiste.models.attention_choice import OneOf, fused_losses
+from batiste.models.attention_choice import OneOf
 from batiste.models.block import LayerOutput, mixer_of, split_time, whole_time
-from batiste.models.chunked_loss import Head, Rows, chunked_loss
 from batiste.models.config import TransformerConfig
 from batiste.models.generator import Generator
-from batiste.models.layers import (
-    HeadTransform, Norm, ReplacedHead, add_bias, dropout, lookup, project,
-)
-from batiste.models.parameter import gathered, matrix, vector
+from batiste.models.layers import Norm, dropout
+from batiste.models.parameter import gathered
 from batiste.models.parts import LAYER_KINDS
 from batiste.models.pipeline import LAYER_INPUT, Layers, pipelined
-from batiste.models.positions import RELATIVE_BUCKETS, relative_bias, sinusoids
 from batiste.models.stack import (
     one_of, remat_policy, rotations, scan_pattern, stacked,
 )
-from batiste.models.token_loss import LossRules
+from batiste.models.tables import Tables, relative_table
 from batiste.pallas_kernels import AttentionMask
-from batiste.sharding import (
-    constrain, gather, in_row_order, in_time_order, layout, time_order,
-)
+from batiste.sharding import in_row_order, in_time_order, layout, time_order
 
 
 class Beside(NamedTuple):
@@ -61,51 +54,25 @@ class Cache(NamedTuple):
     source_segments_BS: jax.Array | None = None
 
 
-class Transformer(nnx.Module):
+class Transformer(Tables):
     """`config` decides everything, and is validated here."""
 
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
         config.validate()
-        self.config = config
-        sizes, stddev = config.sizes, config.init_stddev
-        self.width = "D" if config.embedding_dim is None else "R"
-        two, learned = config.form == "encoder_decoder", config.positions == "learned"
-        for name, rows, wanted in (
-            ("embedding", "V", True), ("position", "T", learned),
-            ("encoder_position", "T", two and learned),
-            ("type", "P", config.token_types is not None),
-        ):
-            table = functools.partial(matrix, inputs=self.width, stddev=stddev)
-            letters = rows + self.width
-            setattr(self, f"{name}_{letters}", table(rngs, letters, sizes) if wanted else None)
-        normed = config.embedding_norm
-        self.embedding_norm = Norm(config, self.width) if normed else None
-        self.encoder_embedding_norm = Norm(config, self.width) if normed and two else None
-        factored = self.width == "R"
-        self.widening_RD = (
-            matrix(rngs, "RD", sizes, inputs="R", stddev=stddev) if factored else None)
-        has_bias = factored and config.bias == "all"
-        self.widening_bias_D = vector("D", sizes, 0.0) if has_bias else None
-        relative = config.positions == "relative"
-        buckets = sizes | {"P": RELATIVE_BUCKETS}
-        bias = functools.partial(matrix, rngs, "PN", buckets, inputs="P", stddev=stddev)
-        self.relative_PN = bias() if relative else None
+        super().__init__(config, rngs=rngs)
+        two, relative = config.form == "encoder_decoder", config.positions == "relative"
         dense = dataclasses.replace(config, num_experts=None, mlp_dim=config.dense_mlp_dim)
         first = config.dense_layers
         self.dense_layers = stacked(dense, first, rngs) if first else None
         self.layers = stacked(config, config.num_layers - first, rngs)
-        self.norm = Norm(config) if config.norm_placement != "post" else None
         heads = dataclasses.replace(config, num_layers=config.future_heads, shared_layers=False)
         self.future_heads = stacked(heads, config.future_heads, rngs) if config.future_heads else None
         self.encoder_layers = stacked(config.encoder, config.encoder_layers, rngs) if two else None
         self.encoder_norm = Norm(config) if two and config.norm_placement != "post" else None
-        self.encoder_relative_PN = bias() if two and relative else None
-        self.head_transform = HeadTransform(config, rngs=rngs) if config.head_transform else None
-        self.replaced_head = ReplacedHead(config, rngs=rngs) if config.discriminator else None
+        self.encoder_relative_PN = relative_table(config, rngs) if two and relative else None
+        self.add_heads(rngs)
         generates = config.generator_heads is not None
         self.generator = Generator(config.generator, rngs=rngs) if generates else None
-        tied = config.tied_embeddings
-        self.head_DV = None if tied else matrix(rngs, "DV", sizes, inputs="D", stddev=stddev)
 
     def __call__(
         self,
@@ -168,13 +135,13 @@ class Transformer(nnx.Module):
         if dropout_key is not None and self.config.dropout > 0:
             embed_key, layers_key = jax.random.split(dropout_key)
         positions_BS = _places(tokens_BS) if positions_BS is None else positions_BS
-        x_BSD = self._embed(tokens_BS, positions_BS, side="encoder_")
+        x_BSD = self.embed(tokens_BS, positions_BS, side="encoder_")
         x_BSD = dropout(x_BSD, self.config.dropout, embed_key)
         config, (graphdef, weights) = self.config.encoder, nnx.split(self.encoder_layers)
         mask = AttentionMask(
             causal=False, query_segments_BT=segments_BS, key_segments_BS=segments_BS)
         given = Given(rotations(config, positions_BS)["global"],
-                      self._bias(config, self.encoder_relative_PN, mask, tokens_BS.shape[1:] * 2))
+                      self.bias(config, self.encoder_relative_PN, mask, tokens_BS.shape[1:] * 2))
 
         def apply(_, x_BSD, layer):
             block = nnx.merge(graphdef, gathered(layer.weights))
@@ -208,7 +175,7 @@ class Transformer(nnx.Module):
         config, (positions_BT, segments_BT) = self.config, rows
         mask = self._masks((segments_BT, segments_BT), None)[config.layer_kinds[-1]]
         given = Given(rotations(config, positions_BT)[config.layer_kinds[-1]],
-                      self._bias(config, self.relative_PN, mask, x_BTD.shape[1:2] * 2))
+                      self.bias(config, self.relative_PN, mask, x_BTD.shape[1:2] * 2))
         graphdef, weights = nnx.split(self.future_heads)
         key = None
         if dropout_key is not None and config.dropout > 0:
@@ -238,17 +205,6 @@ class Transformer(nnx.Module):
             k_LBSKH=output.cache.k_BSKH, v_LBSKH=output.cache.v_BSKH,
             length_B=cache.length_B + tokens_BT.shape[1])
 
-    def logits(self, x_BTD: jax.Array) -> jax.Array:
-        """The head, in float32 from the product on; soft-capped if the config says so.
-
-        Raises ValueError for a discriminator, which has none.
-        """
-        if self.replaced_head is not None:
-            raise ValueError(
-                "model.discriminator=True has no logits of tokens, but says which were replaced: "
-                "leave it False to predict tokens")
-        return self._products(self._normed(x_BTD), self.head_transform)
-
     def guesses(
         self, tokens_BT: jax.Array, rows: tuple, dropout_key: jax.Array | None
     ) -> jax.Array:
@@ -257,59 +213,9 @@ class Transformer(nnx.Module):
         rows: positions_BT, segments_BT and the types, as `features` is given them.
         """
         positions_BT, segments_BT, types_BT = rows
-        x_BTR = self._looked_up(tokens_BT, positions_BT, types_BT)
+        x_BTR = self.looked_up(tokens_BT, positions_BT, types_BT)
         x_BTR = self.generator(x_BTR, positions_BT, segments_BT, dropout_key)
-        return self._products(x_BTR, self.generator.head_transform)
-
-    def replaced_odds(self, x_BTD: jax.Array) -> jax.Array:
-        """A discriminator's logarithm of the odds that a token was replaced, float32 BT."""
-        x_BTD = constrain(x_BTD if self.norm is None else self.norm(x_BTD), "BTD")
-        return constrain(self.replaced_head(x_BTD), "BT")
-
-    def _products(self, x_BTD: jax.Array, transform: HeadTransform | None) -> jax.Array:
-        """What a head makes of normed features, and of the transform's bias if it has one."""
-        x_BTD, head = constrain(x_BTD, "BTD"), self._head()
-        table, summed = gather(head.weight, head.letters), 1 - head.letters.index("V")
-        logits_BTV = constrain(project(x_BTD, table, (summed,), jnp.float32), "BTV")
-        if transform is not None:
-            logits_BTV += transform.bias_V[...][None, None]
-        cap = head.soft_cap
-        return logits_BTV if cap is None else cap * jnp.tanh(logits_BTV / cap)
-
-    def chunked_loss(
-        self, rows: Rows, scale: jax.Array | None, rules: LossRules, chunk: int
-    ) -> tuple[jax.Array, jax.Array]:
-        """The loss of features and each row's cross-entropy, without all logits: `chunked_loss`."""
-        # As much memory as the features: what the norm computes in fp32 is not kept.
-        x_BTD = jax.checkpoint(self._normed)(rows.x_BTD)
-        return chunked_loss(rows._replace(x_BTD=x_BTD), self._head(), scale, rules, chunk)
-
-    def fused_losses(
-        self, x_BTD: jax.Array, targets_BT: jax.Array, rules: LossRules
-    ) -> tuple[jax.Array, jax.Array]:
-        """Loss and cross-entropy of each token by the chip's kernel, float32 BT, without logits.
-
-        Raises ValueError for a model that is not set to a chip's kernels.
-        """
-        head = self._head()
-        whole = gather(head.weight, head.letters)
-        options = dict(layout=head.letters, soft_cap=head.soft_cap, **rules._asdict())
-        return fused_losses(
-            self.config.attention, self._normed(x_BTD), whole, targets_BT, options)
-
-    def _normed(self, x_BTD: jax.Array) -> jax.Array:
-        x_BTD = x_BTD if self.norm is None else self.norm(x_BTD)
-        if self.config.scale_logits:
-            scaled_BTD = x_BTD.astype(jnp.float32) * self.config.model_dim**-0.5
-            x_BTD = scaled_BTD.astype(x_BTD.dtype)
-        return x_BTD if self.head_transform is None else self.head_transform(x_BTD)
-
-    def _head(self) -> Head:
-        if self.head_DV is not None:
-            return Head(self.head_DV[...], "DV", self.config.logit_soft_cap)
-        letters = "V" + self.width
-        table = getattr(self, f"embedding_{letters}")
-        return Head(table[...], letters, self.config.logit_soft_cap)
+        return self.products(x_BTR, self.generator.head_transform)
 
     def empty_cache(self, batch: int, length: int) -> Cache:
         """Room for `length` tokens in each of `batch` rows, in the compute dtype."""
@@ -328,7 +234,7 @@ class Transformer(nnx.Module):
         embed_key = layers_key = None
         if dropout_key is not None and config.dropout > 0:
             embed_key, layers_key = jax.random.split(dropout_key)
-        x_BTD = split_time(self._embed(tokens_BT, rows[0], rows[2].types_BT), cache)
+        x_BTD = split_time(self.embed(tokens_BT, rows[0], rows[2].types_BT), cache)
         x_BTD = dropout(x_BTD, config.dropout, embed_key)
         keys = None if layers_key is None else jax.random.split(layers_key, config.num_layers)
         layer_cache = None if cache is None else LayerCache(
@@ -365,7 +271,7 @@ class Transformer(nnx.Module):
             masks = self._masks(segments, cache, beside.prefix_B)
             keys = x_BTD.shape[1] if cache is None else cache.k_LBSKH.shape[2]
             sizes = x_BTD.shape[1], keys
-            bias_BNTS = self._bias(config, self.relative_PN, next(iter(masks.values())), sizes)
+            bias_BNTS = self.bias(config, self.relative_PN, next(iter(masks.values())), sizes)
             source_mask = self._source_mask(segments[0], beside, cache, positions_BT)
             given = Given(None, bias_BNTS, source_BSD, source_mask)
 
@@ -383,12 +289,6 @@ class Transformer(nnx.Module):
             return scan_pattern(config, pattern, apply, x_BTD, layers)
 
         return run, weights
-
-    def _bias(self, config, table_PN, mask: AttentionMask, sizes: tuple) -> jax.Array | None:
-        """The relative bias of a stack, for all of its layers; None for other positions."""
-        if table_PN is None:
-            return None
-        return relative_bias(config, gather(table_PN[...], "PN"), mask.distance_BTS(*sizes))
 
     def _source_mask(self, segments_BT, beside, cache, tokens_BT) -> AttentionMask | None:
         """Who may look at the source: its own document; when decoding, all but padding."""
@@ -409,38 +309,6 @@ class Transformer(nnx.Module):
             query_offset_B=None if cache is None else cache.length_B,
         )
         return {kind: LAYER_KINDS[kind](mask, self.config) for kind in self.config.layer_pattern}
-
-    def _embed(self, tokens_BT: jax.Array, positions_BT: jax.Array, types_BT=None, side: str = ""):
-        """What enters a stack, x_BTD; side: "encoder_" for the one that reads the source."""
-        x_BTD = self._looked_up(tokens_BT, positions_BT, types_BT, side)
-        if self.widening_RD is None:
-            return x_BTD
-        x_BTD = project(x_BTD, gather(self.widening_RD[...], "RD"))
-        return add_bias(x_BTD, self.widening_bias_D)
-
-    def _looked_up(self, tokens_BT, positions_BT, types_BT=None, side: str = ""):
-        """The same as wide as the tables, in the compute dtype."""
-        config = self.config
-        x_BTD = self._rows_of("embedding", "V", tokens_BT)
-        if config.scale_embeddings:
-            # In the compute dtype, as Gemma was trained: 55.5 and not 55.43 in bf16.
-            x_BTD *= jnp.sqrt(float(config.model_dim)).astype(config.dtype).astype(jnp.float32)
-        if config.positions == "learned":
-            x_BTD += self._rows_of(f"{side}position", "T", positions_BT)
-        elif config.positions == "sinusoidal":
-            x_BTD += sinusoids(positions_BT, config.sizes[self.width])
-        if config.token_types is not None:
-            types_BT = jnp.zeros_like(tokens_BT) if types_BT is None else types_BT
-            x_BTD += self._rows_of("type", "P", types_BT)
-        if config.embedding_norm:
-            x_BTD = getattr(self, f"{side}embedding_norm")(x_BTD)
-        return x_BTD.astype(config.dtype)
-
-    def _rows_of(self, name: str, rows: str, places_BT: jax.Array) -> jax.Array:
-        """The rows of a table at these places, as wide as what is embedded."""
-        letters = rows + self.width
-        return lookup(gather(getattr(self, f"{name}_{letters}")[...], letters), places_BT, letters)
-
 
 def _places(tokens_BT: jax.Array) -> jax.Array:
     """Counts along each row, int32 BT."""

@@ -224,7 +224,7 @@ def test_depth_scaled_initialization_keeps_the_stream_bounded(model_config, toke
     def spread(**change):
         model = Transformer(
             dataclasses.replace(model_config, num_layers=48, **change), rngs=nnx.Rngs(0))
-        return float(model.features(tokens_BT)[0].std() / model._embed(
+        return float(model.features(tokens_BT)[0].std() / model.embed(
             tokens_BT, jnp.zeros_like(tokens_BT)).std())
 
     assert spread(depth_scaled_init=True) < 0.5 * spread(depth_scaled_init=False)
