@@ -15,7 +15,7 @@ import jax
 from batiste.assembly import Assembly, assemble
 from batiste.configs.experiment import Experiment, flatten, from_dict
 from batiste.configs.own_parts import load_own_parts, own_code
-from batiste.data import Prepared, load_prepared, special_tokens
+from batiste.data import Prepared, load_prepared, special_ids
 from batiste.data import prepare as prepare_data
 from batiste.evaluation import Perplexity
 from batiste.exchange import (
@@ -65,12 +65,13 @@ def prepare(experiment: Experiment, workdir: str | os.PathLike) -> Prepared:
     together("read what process 0 prepared",
              lambda: read.append(load_prepared(directory)) or read[0].fingerprint)
     prepared = read[0]
-    tokens, special = prepared.tokenizer.vocab_size, len(special_tokens(experiment.data))
-    if tokens + special > experiment.model.vocab_size:
-        more = f" and data.objectives {special} special ones" if special else ""
+    tokens, special = prepared.tokenizer.vocab_size, special_ids(experiment.data, prepared.tokenizer)
+    least = max([tokens - 1, *special.values()]) + 1
+    if least > experiment.model.vocab_size:
+        more = f" and data.objectives {len(special)} special ones" if special else ""
         raise ValueError(
             f"model.vocab_size={experiment.model.vocab_size}, but the tokenizer has {tokens} tokens"
-            f"{more}: set model.vocab_size at least {tokens + special}"
+            f"{more}: set model.vocab_size at least {least}"
         )
     return prepared
 

@@ -38,6 +38,8 @@ class HuggingFaceTokenizer(Tokenizer):
         self._byte_ids = None if _is_byte_level(described) else _byte_ids(described)
         ids = (packed["bos_id"], packed["pad_id"], packed["end_id"], *packed["begin_ids"])
         super().__init__("huggingface", _needed(_token_bytes(described), ids), *ids[:2])
+        self.special = {token["content"]: token["id"] for token in described["added_tokens"]
+                        if token["special"]}
         self.end_id, self.begin_ids = packed["end_id"], tuple(packed["begin_ids"])
         self.hash = hashlib.sha256(model).hexdigest()
         if self.decode(self.encode(PROBE)) != PROBE:

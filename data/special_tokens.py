@@ -1,8 +1,11 @@
 """Tokens that objectives need beside those of the text, and what they ask of the tokenizer's.
 
-They have the ids above the tokenizer's, so that it and the stored records stay what they are.
+An imported tokenizer has some of them by other names, and its model has learned them: these are
+taken. The others have ids above the tokenizer's, so that it and the stored records stay what they
+are.
 """
 
+import itertools
 import math
 import re
 from typing import NamedTuple
@@ -22,6 +25,14 @@ NAMES = {
 }
 
 
+# What imported tokenizers call them: BERT's and RoBERTa's, T5's, and those of models of code.
+THEIRS = {
+    "<mask>": ("<mask>", "[MASK]"), "<separator>": ("[SEP]",),
+    "<prefix>": ("<fim_prefix>", "<|fim_prefix|>"), "<suffix>": ("<fim_suffix>", "<|fim_suffix|>"),
+    "<middle>": ("<fim_middle>", "<|fim_middle|>"),
+}
+
+
 def special_tokens(config: DataConfig) -> tuple[str, ...]:
     """The names of the special tokens that a config's objectives need, by their ids."""
     objectives, length = config.objectives, config.sequence_length
@@ -33,9 +44,15 @@ def special_tokens(config: DataConfig) -> tuple[str, ...]:
 
 
 def special_ids(config: DataConfig, tokenizer: Tokenizer) -> dict[str, int]:
-    """The ids of these special tokens by name, from the tokenizer's vocab_size on."""
-    return {name: tokenizer.vocab_size + index
-            for index, name in enumerate(special_tokens(config))}
+    """The ids of these special tokens by name: the tokenizer's own, or above its vocabulary."""
+    found = {}
+    for name in special_tokens(config):
+        theirs = THEIRS.get(name, (name.replace("<span_", "<extra_id_"),))
+        found[name] = next(
+            (tokenizer.special[each] for each in theirs if each in tokenizer.special), None)
+    known = [token for token in found.values() if token is not None]
+    free = itertools.count(max([tokenizer.vocab_size - 1, *known]) + 1)
+    return {name: next(free) if token is None else token for name, token in found.items()}
 
 
 def num_spans(length: int, objective: RecordObjective) -> int:

@@ -28,6 +28,7 @@ class Tokenizer(abc.ABC):
     name: "bytes", "sentencepiece" or "huggingface". hash: of everything that decides an encoding.
     bos_id begins each document, pad_id fills records; neither is ever made from text, and
     both stand for no text. begin_ids begin a prompt, end_id ends its continuation.
+    special: ids of an imported tokenizer's special tokens, by name.
     model: what is written to `file_name` beside records, None for "bytes". byte_lengths_V (int32) is the number of bytes each token stands for.
     """
 
@@ -39,6 +40,7 @@ class Tokenizer(abc.ABC):
         self.vocab_size = len(token_bytes)
         self.bos_id, self.pad_id = bos_id, pad_id
         self.begin_ids, self.end_id = (bos_id,), bos_id
+        self.special: dict[str, int] = {}
         self.byte_lengths_V = np.array([len(piece) for piece in token_bytes], np.int32)
         self.hash = hashlib.sha256(repr((name, bos_id, pad_id, token_bytes)).encode()).hexdigest()
         self._token_bytes = token_bytes

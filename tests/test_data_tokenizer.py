@@ -9,7 +9,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from batiste.data import load_tokenizer, pack_tokenizer
+from batiste.data import (
+    DataConfig, RecordObjective, load_tokenizer, pack_tokenizer, special_ids,
+)
 from batiste.data.huggingface_tokenizer import HuggingFaceTokenizer
 from batiste.data.tokenizer import ByteTokenizer, SentencePieceTokenizer
 from batiste.data.tokenizer_training import train
@@ -66,6 +68,25 @@ def train_directly(path, **options):
         **{"byte_fallback": True, "normalization_rule_name": "identity", "vocab_size": 340,
            "remove_extra_whitespaces": False} | options)
     return f"{path}.model"
+
+
+def test_objectives_take_the_special_tokens_that_an_imported_tokenizer_has():
+    described = json.loads(json.loads(tokenizer_of("byte level").model)["tokenizer"])
+    size = tokenizer_of("byte level").vocab_size
+    described["added_tokens"] += [
+        {"id": size + index, "content": name, "special": name != "[SEP]", "single_word": False,
+         "lstrip": False, "rstrip": False, "normalized": False}
+        for index, name in enumerate(("<fim_suffix>", "[SEP]", "<extra_id_1>", "[MASK]"))]
+    packed = json.loads(tokenizer_of("byte level").model) | {"tokenizer": json.dumps(described)}
+    tokenizer = HuggingFaceTokenizer(json.dumps(packed).encode())
+    objectives = tuple(map(RecordObjective, ("masked", "middle", "order")))
+    ids = special_ids(DataConfig(objectives=objectives), tokenizer)
+    assert {name: token - size for name, token in ids.items()} == {
+        "<mask>": 3, "<suffix>": 0, "<prefix>": 4, "<middle>": 5,
+        "<separator>": 6, "<in_order>": 7, "<swapped>": 8}  # Its [SEP] is text.
+    spans = DataConfig(sequence_length=32, objectives=(RecordObjective("spans", rate=0.2),))
+    assert list(special_ids(spans, tokenizer).values()) == [size + 3, size + 2, size + 4]
+    assert special_ids(spans, tokenizer_of("bytes"))["<span_1>"] == 259
 
 
 @pytest.mark.parametrize("kind", KINDS)
