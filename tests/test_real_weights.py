@@ -152,7 +152,8 @@ def test_the_worked_example_trains(minilm, monkeypatch):
     config = which.get_config()
     pathlib.Path("few.jsonl").write_text("\n".join(
         json.dumps({"text": each.text, "labels": each.labels}) for each in validation[::30]))
-    config.validation_data, config.num_steps, config.schedule.warmup_steps = "few.jsonl", 14, 3
+    config.validation_data, config.max_length = "few.jsonl", 32
+    config.num_steps, config.schedule.warmup_steps = 14, 3
     tuned = tuning.tune(config, "runs/which_package")
     assert tuned.step == 14 and tuned.metrics["package"]["examples"] == len(validation[::30])
     losses = [each["loss"] for each in read_metrics("runs/which_package")
