@@ -91,14 +91,15 @@ class Assembly:
         return restack(params, layout, plain, targets)
 
     def stream(
-        self, params: Any, prompts: Sequence[str], config: SamplingConfig
+        self, params: Any, prompts: Sequence[str | list[int]], config: SamplingConfig
     ) -> Iterator[list[str]]:
-        """Continues each prompt; yields the text that each step adds to each."""
+        """Continues each prompt, a text or tokens; yields the text that each step adds to each."""
         tokenizer, data = self.prepared.tokenizer, self.experiment.data
         special = special_ids(data, tokenizer)
         # A prompt is what the decoder begins with, or the source of an encoder, which has no BOS.
         begin = tokenizer.begin_ids if self.experiment.model.form == "decoder" else []
-        ids = [[*begin, *encode_prompt(tokenizer, special, prompt)] for prompt in prompts]
+        ids = [[*begin, *encode_prompt(tokenizer, special, prompt)] if isinstance(prompt, str)
+               else prompt for prompt in prompts]
         # Some tokenizers put nothing before a prompt, but something must be there.
         ids = [row or [tokenizer.bos_id] for row in ids]
         decoders = [tokenizer.stream() for _ in prompts]
@@ -117,7 +118,7 @@ class Assembly:
     def write(
         self,
         params: Any,
-        prompts: Sequence[str],
+        prompts: Sequence[str | list[int]],
         config: SamplingConfig,
         on_text: Callable[[list[str]], None] | None = None,
     ) -> list[str]:

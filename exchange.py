@@ -20,12 +20,13 @@ from batiste.data import (
 )
 from batiste.interop import FAMILIES, Family, Tensors, WeightMap, family_of, fitting_family
 from batiste.interop import certificate as certificates
+from batiste.interop.chat import chat_tokens
 from batiste.interop.directory import (
     CONFIG, Written, open_source, read_aside, read_config, write_aside, write_directory,
 )
 from batiste.interop.family import FREE_FIELDS
 from batiste.interop.stablehlo import write_stablehlo
-from batiste.models import TransformerConfig
+from batiste.models import PARTS, TransformerConfig, alone
 from batiste.sharding import MeshConfig, is_first, make_mesh, restack
 from batiste.train import (
     Checkpoints, Program, TrainConfig, TrainState, arrays_of, check_same, make_program,
@@ -88,6 +89,15 @@ def imported(workdir: pathlib.Path) -> Imported | None:
     folder = pathlib.Path(workdir, FOLDER)
     path = folder / META
     return Imported(folder, json.loads(path.read_text())) if path.is_file() else None
+
+
+def chat_prompt(workdir: pathlib.Path, message: str) -> list[int]:
+    """The tokens of what a user says to an imported model; ValueError where it has no template."""
+    begun = imported(workdir)
+    if begun is None:
+        raise ValueError(
+            f"{workdir} was not imported, so it has no chat template: leave --chat out")
+    return chat_tokens(begun.folder / FILES, [{"role": "user", "content": message}])
 
 
 def beginning(assembly: Assembly) -> TrainState:
@@ -169,7 +179,8 @@ def _with_model(experiment: Experiment | None, model: TransformerConfig) -> Expe
         data.sequence_length = min(data.sequence_length, model.max_length)
         data.vocab_size = min(data.vocab_size, model.vocab_size)
         health.every = None if model.dense_layers else health.every
-        data.objectives = tuple(map(RecordObjective, USUAL_OBJECTIVES[model.form]))
+        kinds = ("replaced",) if model.discriminator else USUAL_OBJECTIVES[model.form]
+        data.objectives = tuple(map(RecordObjective, kinds))
     else:
         own = {name: getattr(experiment.model, name) for name in FREE_FIELDS if name != "dtype"}
         experiment.model = dataclasses.replace(model, **own)
@@ -187,6 +198,19 @@ class Export(NamedTuple):
     params: Any
     workdir: pathlib.Path
     tokenizer: Tokenizer | None
+
+    def part(self, name: str | None) -> "Export":
+        """One of the two models that a run of a discriminator trains; the model where it is one."""
+        two = self.model.generator_heads is not None
+        if two != (name in PARTS):
+            expected = " or ".join(PARTS) if two else "nothing"
+            raise ValueError(
+                f"part={name}: expected {expected}, as model.generator_heads="
+                f"{self.model.generator_heads}")
+        if not two:
+            return self
+        model, params = alone(self.model, self.params, name)
+        return self._replace(model=model, params=params)
 
 
 def export_model(
@@ -273,7 +297,15 @@ def _fingerprint_of(folder: pathlib.Path) -> dict[str, Any]:
     program = make_program(model, TrainConfig(), mesh, MeshConfig())
     abstract = program.abstract_state.params
     params = WeightMap(family, model, theirs, abstract).parameters(Tensors(folder), abstract)
-    logits = jax.jit(lambda params, tokens_BT: nnx.merge(program.graphdef, params)(tokens_BT))
+
+    @jax.jit
+    def logits(params: Any, tokens_BT: np.ndarray) -> jax.Array:
+        says = nnx.merge(program.graphdef, params)
+        if not model.discriminator:
+            return says(tokens_BT)
+        odds_BT = says.replaced_odds(says.features(tokens_BT)[0])
+        return jax.numpy.stack([jax.numpy.zeros_like(odds_BT), odds_BT], axis=-1)
+
 
     def logits_of(tokens_BT: np.ndarray) -> np.ndarray:
         # Each device must have rows of its own.
@@ -282,4 +314,5 @@ def _fingerprint_of(folder: pathlib.Path) -> dict[str, Any]:
         with jax.set_mesh(mesh), jax.default_matmul_precision("highest"):
             return np.asarray(logits(params, tiled_BT))[: len(tokens_BT)]
 
-    return certificates.fingerprint(logits_of, model.vocab_size, model.max_length)
+    classes = 2 if model.discriminator else model.vocab_size
+    return certificates.fingerprint(logits_of, model.vocab_size, model.max_length, classes)

@@ -37,6 +37,8 @@ def define_export(values: flags.FlagValues, argv: list[str]) -> None:
     flags.DEFINE_enum("format", "transformers", ("transformers", "stablehlo"), "Weights that "
                       "transformers loads, or weights and programs that JAX runs without Batiste.",
                       flag_values=values)
+    flags.DEFINE_enum("part", None, ("generator", "discriminator"), "Which model of a run that "
+                      "trains both (model.generator_heads).", flag_values=values)
     flags.DEFINE_enum("dtype", None, ("float32", "bfloat16", "float16"), "Of the files; left out: "
                       "the model's compute dtype.", flag_values=values)
 
@@ -55,12 +57,12 @@ def export(values: flags.FlagValues) -> int:
         return 0
     workdir, target = required(values, "workdir"), required(values, "to")
     if values.format == "stablehlo":
-        for flag in ("family", "dtype"):
+        for flag in ("family", "dtype", "part"):
             if getattr(values, flag) is not None:
                 raise ValueError(f"--{flag} is of --format=transformers: leave it out")
         size = main.export_program(workdir, target)
         print(f"{target}: programs for {', '.join(PLATFORMS)}, and {size:,} bytes of weights")
         return 0
-    done = main.export_weights(workdir, target, values.family, values.dtype)
+    done = main.export_weights(workdir, target, values.family, values.dtype, values.part)
     print(f"{target}: {done['tensors']:,} tensors, {done['bytes']:,} bytes, read back and the same")
     return 0

@@ -18,7 +18,9 @@ from batiste.configs.own_parts import load_own_parts, own_code
 from batiste.data import Prepared, load_prepared, special_tokens
 from batiste.data import prepare as prepare_data
 from batiste.evaluation import Perplexity
-from batiste.exchange import Export, export_model, export_stablehlo, import_model, imported
+from batiste.exchange import (
+    Export, chat_prompt, export_model, export_stablehlo, import_model, imported,
+)
 from batiste.fitting import stored_mesh, train_from
 from batiste.forecast import check_memory
 from batiste.inference import SamplingConfig
@@ -161,16 +163,19 @@ def generate(
     prompts: Sequence[str],
     config: SamplingConfig | None = None,
     on_text: Callable[[list[str]], None] | None = None,
+    chat: bool = False,
 ) -> list[str]:
     """Continues each prompt with a trained work directory's newest checkpoint.
 
     config: None takes the one that the run was configured with. on_text is called, as text comes,
-    with what each prompt gained.
+    with what each prompt gained. chat: answers each prompt, by the template that the model was
+    imported with; ValueError where there is none.
     """
+    asked = [chat_prompt(pathlib.Path(workdir), prompt) for prompt in prompts] if chat else prompts
     assembly, params = _load(workdir)
     config = assembly.experiment.sample if config is None else config
-    agree({"prompts": list(prompts), **dataclasses.asdict(config)})
-    return assembly.write(params, prompts, config, on_text)
+    agree({"prompts": list(prompts), "chat": chat, **dataclasses.asdict(config)})
+    return assembly.write(params, asked, config, on_text)
 
 
 def import_weights(
@@ -184,14 +189,17 @@ def import_weights(
 
 def export_weights(
     workdir: str | os.PathLike, to: str | os.PathLike, family: str | None = None,
-    dtype: str | None = None,
+    dtype: str | None = None, part: str | None = None,
 ) -> dict[str, int]:
-    """Writes the newest checkpoint as a directory that `transformers` loads: `export_model`."""
+    """Writes the newest checkpoint as a directory that `transformers` loads: `export_model`.
+
+    part: "generator" or "discriminator" of a run that trains both.
+    """
     assembly, params = _load(workdir)
     begun = imported(pathlib.Path(workdir))
     tokenizer = None if begun is not None else assembly.prepared.tokenizer
     given = Export(assembly.experiment.model, params, pathlib.Path(workdir), tokenizer)
-    return export_model(given, str(to), family, dtype)
+    return export_model(given.part(part), str(to), family, dtype)
 
 
 def export_program(workdir: str | os.PathLike, to: str | os.PathLike) -> int:

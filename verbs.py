@@ -76,7 +76,7 @@ def _train(values: flags.FlagValues) -> int:
         return 0
     if result.reason == "patience":
         print(f"stopped early after step {result.step}: the validation loss no longer falls")
-    _print_perplexity(result.validation)
+    print_perplexity(result.validation)
     report = pathlib.Path(workdir, "report.md")
     samples = re.search(r"^## Samples\n.*?(?=^## )", report.read_text(), re.S | re.M)
     print(f"\n{samples[0]}" if samples else "", f"report: {report}", sep="\n")
@@ -189,13 +189,15 @@ def _evaluate(values: flags.FlagValues) -> int:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # jax takes it, for training alone to ask about.
     result = main.evaluate(workdir)
     if prints:
-        _print_perplexity(result)
+        print_perplexity(result)
     return 0
 
 
 def _define_generate(values: flags.FlagValues, argv: list[str]) -> None:
     _define_evaluate(values, argv)
     flags.DEFINE_multi_string("prompt", None, "Text to continue; may be repeated.", flag_values=values)
+    flags.DEFINE_bool(
+        "chat", False, "Answer each prompt, by the chat template that was imported.", flag_values=values)
     flags.DEFINE_float("temperature", None, "0 is greedy.", 0.0, flag_values=values)
     flags.DEFINE_integer("top_k", None, "Keep the k likeliest tokens.", 1, flag_values=values)
     flags.DEFINE_float("top_p", None, "Keep the likeliest tokens up to p.", flag_values=values)
@@ -217,19 +219,25 @@ def _generate(values: flags.FlagValues) -> int:
     say = functools.partial(print, end="", flush=True) if connect_processes(values) else lambda text: None
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # As for `evaluate`.
     if len(prompts) == 1:
-        say(prompts[0])
-        main.generate(workdir, prompts, config, lambda text: say(text[0]))
+        say("" if values.chat else prompts[0])
+        main.generate(workdir, prompts, config, lambda text: say(text[0]), values.chat)
         say("\n")
         return 0
-    for prompt, text in zip(prompts, main.generate(workdir, prompts, config), strict=True):
-        say(f"=== {prompt!r}\n{prompt}{text}\n")
+    texts = main.generate(workdir, prompts, config, chat=values.chat)
+    for prompt, text in zip(prompts, texts, strict=True):
+        say(f"=== {prompt!r}\n{'' if values.chat else prompt}{text}\n")
     return 0
 
 
-def _print_perplexity(result) -> None:
+def print_perplexity(result) -> None:
+    """One line; of a discriminator another one."""
     error = "" if result.standard_error is None else f" ± {result.standard_error:.4f}"
     print(f"validation: loss {result.loss:.4f} nats per token, perplexity {result.perplexity:.2f}, "
           f"{result.bits_per_byte:.4f}{error} bits per byte, {result.tokens:,} tokens")
+    if result.detection is not None:
+        loss, accuracy, trivial = result.detection
+        print(f"discriminator: loss {loss:.4f} nats per token, accuracy {accuracy:.4f}, always "
+              f"'original' {trivial:.4f}; the line before is of its generator")
 
 
 VERBS = {

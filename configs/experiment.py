@@ -102,6 +102,7 @@ class Experiment:
             ("model.num_heads", model.num_heads, ("tensor", *exchanged)),
             ("model.num_kv_heads", model.num_kv_heads, ("tensor",)),
             ("model.mlp_dim", model.mlp_dim, ("tensor",)),
+            *self._generator_splits(),
             ("model.num_experts", model.num_experts or 0, ("expert",)),
             ("model.vocab_size", model.vocab_size, ("stage", "tensor")),
             ("data.sequence_length", self.data.sequence_length, ("context", "tensor")),
@@ -117,6 +118,14 @@ class Experiment:
                 )
         if mesh.context > 1 and mesh.context_exchange == "ring":
             self._validate_ring()
+
+    def _generator_splits(self) -> list[tuple]:
+        """What `tensor` splits of a generator, by the field that decides it."""
+        if self.model.generator_heads is None:
+            return []
+        small, by = self.model.generator, f" (model.generator_heads={self.model.generator_heads})"
+        return [(f"the generator's {field}{by}", getattr(small, field), ("tensor",))
+                for field in ("num_heads", "num_kv_heads", "mlp_dim")]
 
     def _validate_ring(self) -> None:
         """Raises ValueError for what a ring cannot do, and the other exchange can."""
@@ -158,6 +167,13 @@ class Experiment:
             raise ValueError(
                 f"model.model_dim={self.model.model_dim} is not divisible by mesh.data="
                 f"{sizes['data']}, over which {by}: choose sizes that divide it"
+            )
+        if self.model.generator_heads is not None and splits and (
+                self.model.generator.model_dim % sizes["data"]):
+            raise ValueError(
+                f"model.generator_heads={self.model.generator_heads} makes a generator of model_dim "
+                f"{self.model.generator.model_dim}, which mesh.data={sizes['data']} does not divide, "
+                f"over which mesh.zero={self.mesh.zero} splits it: choose sizes that divide it"
             )
         plain = self.mesh.plain(num_devices)
         if plain is not self.mesh and self.model.model_dim % plain.data:

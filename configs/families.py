@@ -103,7 +103,7 @@ def _latent(*sizes: Any, ranks: tuple[int | None, int], experts: tuple[int, int,
         tied_embeddings=False)
 
 
-# DeepSeek-V3 without its choice of experts by groups and its head for the token after the next.
+# DeepSeek-V3 without its head for the token after the next.
 MODELS: dict[str, dict[str, Any]] = {
     "gpt2_medium": _gpt2(24, 1024, (16, 16, 64), 4096),
     "gpt2_large": _gpt2(36, 1280, (20, 20, 64), 5120),
@@ -134,7 +134,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "deepseek_v3": _latent(
         61, 7168, (128, 128, 192), 2048, ranks=(1536, 512), experts=(256, 8, 1)) | dict(
         vocab_size=129_280, max_length=4096, routed_scale=2.5, dense_layers=3,
-        dense_mlp_dim=18_432),
+        dense_mlp_dim=18_432, expert_groups=8, groups_per_token=4),
     "palm_8b": _palm(32, 4096, 16),
     "palm_62b": _palm(64, 8192, 32),
     "palm_540b": _palm(118, 18_432, 48),

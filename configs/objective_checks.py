@@ -22,6 +22,13 @@ def check_objectives(
             "model.token_types=None, but data.objectives of kind 'order' tell the halves of a "
             "document apart: set model.token_types=2"
         )
+    _check_replaced(model, kinds)
+    for index, objective in enumerate(data.objectives):
+        if objective.mode is not None and model.form != "encoder_decoder":
+            raise ValueError(
+                f"data.objectives[{index}].mode={objective.mode!r} is read by an encoder before "
+                f"what is written, but model.form={model.form!r}: set it to None"
+            )
     prefixed = model.form == "decoder" and "prefix" in kinds
     if model.future_heads and prefixed:
         raise ValueError(
@@ -50,11 +57,12 @@ def check_objectives(
             "other: leave one of them out"
         )
     for field in ("loss_chunk", "fused"):
-        if model.head_transform and getattr(train.objective, field):
-            raise ValueError(
-                f"train.objective.{field}={getattr(train.objective, field)} does not know the bias "
-                "of model.head_transform=True: leave one of them out"
-            )
+        for head in ("head_transform", "discriminator"):
+            if getattr(model, head) and getattr(train.objective, field):
+                raise ValueError(
+                    f"train.objective.{field}={getattr(train.objective, field)} does not know the "
+                    f"logits of model.{head}=True: leave one of them out"
+                )
     length = target_length(data)
     if model.form == "encoder_decoder" and length % mesh.tensor:
         raise ValueError(
@@ -62,6 +70,17 @@ def check_objectives(
             f"decoder, which mesh.tensor={mesh.tensor} does not divide: choose a multiple of "
             f"{8 * mesh.tensor}"
         )
+
+
+def _check_replaced(model: TransformerConfig, kinds: tuple[str, ...]) -> None:
+    """A discriminator learns which tokens were replaced, all of the time, and nothing else does."""
+    for kind in kinds:
+        if model.discriminator != (kind == "replaced"):
+            raise ValueError(
+                f"data.objectives of kind {kind!r} are not learned by model.discriminator="
+                f"{model.discriminator}: give all of them kind 'replaced' with "
+                "model.discriminator=True and model.generator_heads, or none of them"
+            )
 
 
 def _check_places(model: TransformerConfig) -> None:

@@ -14,9 +14,10 @@ from batiste.data import RecordObjective
 
 # UL2's denoisers (arXiv:2205.05131, table 1): regular, sequential, extreme.
 UL2 = (
-    *(RecordObjective("spans", rate=0.15, mean_span=mean_span) for mean_span in (3.0, 8.0)),
-    RecordObjective("prefix"),
-    *(RecordObjective("spans", rate=rate, mean_span=mean_span)
+    *(RecordObjective("spans", rate=0.15, mean_span=mean_span, mode="[R]")
+      for mean_span in (3.0, 8.0)),
+    RecordObjective("prefix", mode="[S]"),
+    *(RecordObjective("spans", rate=rate, mean_span=mean_span, mode="[X]")
       for rate, mean_span in ((0.5, 3.0), (0.5, 8.0), (0.15, 64.0), (0.5, 64.0))),
 )
 NAMES = {
@@ -25,12 +26,16 @@ NAMES = {
     "masked": (RecordObjective("masked"),),
     "words": (RecordObjective("masked", whole_words=True),),
     "order": (RecordObjective("order"),),
+    "replaced": (RecordObjective("replaced"),),
     "spans": (RecordObjective("spans"),),
     "ul2": UL2,
     "denoise": (RecordObjective("denoise", rate=0.3, shuffled=True),),
 }
 MODELS = {
     "masked": {"form": "encoder", "head_transform": True},
+    # A generator of half the widths: ELECTRA's are from a quarter to a half.
+    "replaced": {
+        "form": "encoder", "discriminator": True, "generator_heads": 1, "tied_embeddings": True},
     "spans": {"form": "encoder_decoder", "encoder_layers": 4, "positions": "relative"},
     "denoise": {"form": "encoder_decoder", "encoder_layers": 4, "positions": "learned"},
 }

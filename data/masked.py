@@ -1,4 +1,4 @@
-"""Objectives of an encoder: hidden tokens, and whether the halves of a document are swapped."""
+"""Objectives of an encoder: hidden and replaced tokens, and whether halves are swapped."""
 
 import numpy as np
 
@@ -14,9 +14,12 @@ MASKED, RANDOM = 0.8, 0.1
 
 def masked_rows(
     record: np.ndarray, objective: RecordObjective, vocabulary: Vocabulary,
-    random: np.random.Generator,
+    random: np.random.Generator, masked: float = MASKED,
 ) -> Batch:
-    """Returns one row with a share `rate` of its tokens hidden; these alone have weight 1."""
+    """Returns one row with a share `rate` of its tokens hidden; these alone have weight 1.
+
+    masked: the share of the hidden ones that the mask replaces.
+    """
     batch = unpack(record[None], vocabulary.bos_id, vocabulary.pad_id)
     tokens_T = batch.tokens_BT[0]
     text_T = (batch.segments_BT[0] > 0) & vocabulary.is_text(tokens_T)
@@ -28,13 +31,21 @@ def masked_rows(
     else:
         places = _some(places, places, objective.rate, random)
     hidden_T, draw = tokens_T.copy(), random.random(len(places))
-    hidden_T[places[draw < MASKED]] = vocabulary.special["<mask>"]
-    replaced = places[(draw >= MASKED) & (draw < MASKED + RANDOM)]
+    hidden_T[places[draw < masked]] = vocabulary.special["<mask>"]
+    replaced = places[(draw >= masked) & (draw < masked + RANDOM)]
     hidden_T[replaced] = random.choice(vocabulary.text_ids_V, len(replaced))
     weights_T = np.zeros(len(tokens_T), np.float32)
     weights_T[places] = 1
     return batch._replace(
         tokens_BT=hidden_T[None], targets_BT=tokens_T[None], weights_BT=weights_T[None])
+
+
+def replaced_rows(
+    record: np.ndarray, objective: RecordObjective, vocabulary: Vocabulary,
+    random: np.random.Generator,
+) -> Batch:
+    """Returns a row whose hidden tokens are all masks, for a generator to replace (ELECTRA)."""
+    return masked_rows(record, objective, vocabulary, random, masked=1.0)
 
 
 def _some(

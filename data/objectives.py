@@ -6,7 +6,7 @@ from collections.abc import Callable
 import numpy as np
 
 from batiste.data.config import DataConfig
-from batiste.data.masked import masked_rows, order_rows
+from batiste.data.masked import masked_rows, order_rows, replaced_rows
 from batiste.data.packing import Batch, unpack
 from batiste.data.pairs import PAIRS, pair_rows, target_length
 from batiste.data.rearranged import fill_in_the_middle, prefix_rows
@@ -93,5 +93,5 @@ def _prefix(record, objective, vocabulary, random) -> Batch:
 
 _ROWS = {
     "causal": _causal, "middle": _middle, "prefix": _prefix, "masked": masked_rows,
-    "order": order_rows,
+    "order": order_rows, "replaced": replaced_rows,
 }

@@ -40,7 +40,9 @@ def pair_rows(
 ) -> Batch:
     """Returns one row: each document's pair is a segment of the source and of the target.
 
-    A target begins with BOS and ends with it, as a document does. target: the decoder's length.
+    A target begins with BOS and ends with it, as a document does. A source begins with the token of
+    the objective's mode, if it has one, for which the BOS that no source has leaves room. target:
+    the decoder's length.
     """
     length = len(record) - 1
     sources, targets, ended = [], [], []
@@ -51,6 +53,8 @@ def pair_rows(
         if len(text) < 2:
             continue
         read, written = pair(text, objective, vocabulary, random)
+        if objective.mode is not None:
+            read = np.append(np.int32(vocabulary.special[objective.mode]), read)
         if len(written) + 1 > room or len(read) > source_room:
             continue
         room, source_room = room - len(written) - 1, source_room - len(read)

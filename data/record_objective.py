@@ -8,7 +8,7 @@ from collections.abc import Callable
 # Which kinds there are, by the form of model that learns them.
 FORMS = {
     "decoder": ("causal", "prefix", "middle"),
-    "encoder": ("masked", "order"),
+    "encoder": ("masked", "order", "replaced"),
     "encoder_decoder": ("spans", "denoise", "prefix"),
 }
 KINDS = tuple(dict.fromkeys(kind for kinds in FORMS.values() for kind in kinds))
@@ -17,12 +17,15 @@ KINDS = tuple(dict.fromkeys(kind for kinds in FORMS.values() for kind in kinds))
 OWN_KINDS: dict[str, Callable] = {}
 # Which kinds read a field; the others leave it as it is.
 READ_BY = {
-    "rate": ("middle", "masked", "order", "spans", "denoise"),
+    "rate": ("middle", "masked", "order", "replaced", "spans", "denoise"),
     "mean_span": ("spans", "denoise"),
-    "whole_words": ("masked", "order"),
+    "whole_words": ("masked", "order", "replaced"),
     "suffix_first": ("middle",),
     "shuffled": ("denoise",),
+    "mode": ("spans", "prefix", "denoise"),
 }
+# UL2's denoisers: regular, sequential, extreme (arXiv:2205.05131).
+MODES = ("[R]", "[S]", "[X]")
 
 
 def kinds_of(form: str) -> tuple[str, ...]:
@@ -36,14 +39,17 @@ class RecordObjective:
 
     kind: "causal", next tokens; "prefix", next tokens after a part that is seen whole; "middle",
         next tokens with the middle of a document moved to its end; "masked", hidden tokens;
-        "order", those and whether the halves of a document are swapped; "spans", what spans left out; or
-        "denoise", the document from a damaged copy.
+        "order", those and whether the halves of a document are swapped; "replaced", which tokens a
+        generator replaced; "spans", what spans left out; or "denoise", the document from a damaged
+        copy.
     weight: the share of the records that it is applied to, relative to the others.
     rate: the share of tokens that are hidden, or for "middle" of documents that are rearranged.
     mean_span: tokens of a hidden span, on average.
     whole_words: words are hidden whole.
     suffix_first: of the rearranged documents, the share whose suffix comes before the prefix.
     shuffled: sentences come in random order.
+    mode: the token, of MODES, that an encoder reads before each document, so that it can be asked
+        for this objective later; None puts none.
     """
 
     kind: str = "causal"
@@ -53,6 +59,7 @@ class RecordObjective:
     whole_words: bool = False
     suffix_first: float = 0.5
     shuffled: bool = False
+    mode: str | None = None
 
     def validate(self, name: str) -> None:
         """Raises ValueError, calling this entry `name`, for the first field that cannot work."""
@@ -78,6 +85,9 @@ class RecordObjective:
                 f"{name}.rate={self.rate}: expected a number above 0 and at most {most}")
         if not (math.isfinite(self.mean_span) and self.mean_span >= 1):
             raise ValueError(f"{name}.mean_span={self.mean_span}: expected at least 1 token")
+        if self.mode is not None and self.mode not in MODES:
+            raise ValueError(
+                f"{name}.mode={self.mode!r}: expected one of {', '.join(MODES)}, or None")
         if not 0 <= self.suffix_first <= 1:
             raise ValueError(
                 f"{name}.suffix_first={self.suffix_first}: expected a number from 0 to 1")

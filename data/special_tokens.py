@@ -17,6 +17,7 @@ NAMES = {
     "middle": ("<prefix>", "<suffix>", "<middle>"),
     "masked": ("<mask>",),
     "order": ("<mask>", "<separator>", "<in_order>", "<swapped>"),
+    "replaced": ("<mask>",),
     "denoise": ("<mask>",),
 }
 
@@ -27,6 +28,7 @@ def special_tokens(config: DataConfig) -> tuple[str, ...]:
     names = [name for objective in objectives for name in NAMES.get(objective.kind, ())]
     spans = [num_spans(length, objective) for objective in objectives if objective.kind == "spans"]
     names += [f"<span_{index}>" for index in range(max(spans, default=0))]
+    names += [objective.mode for objective in objectives if objective.mode is not None]
     return tuple(dict.fromkeys(names))
 
 

@@ -10,11 +10,20 @@ import numpy as np
 from flax import nnx
 
 from batiste.sharding import compiler_options, laid_out
-from batiste.train import ObjectiveConfig, Program, batch_loss
+from batiste.train import ObjectiveConfig, Program, ReplacedTerms, batch_loss
+
+
+class Detection(NamedTuple):
+    """Which tokens were replaced, as a discriminator says: nats per token, and the share of right
+    answers beside that of always answering "original"."""
+
+    loss: float
+    accuracy: float
+    always_original_accuracy: float
 
 
 class Perplexity(NamedTuple):
-    """What a model makes of a text.
+    """What a model makes of a text; a discriminator's generator, beside which there is `detection`.
 
     loss: nats per token. bits_per_byte: of the UTF-8 text, with the standard error of this ratio
     over records (None for a single one). tokens, bytes: how many were predicted.
@@ -26,17 +35,19 @@ class Perplexity(NamedTuple):
     standard_error: float | None
     tokens: int
     bytes: int
+    detection: Detection | None = None
 
 
 class RowSums(NamedTuple):
     """Cross-entropy in nats, predicted tokens and their bytes of text, of each row; float32.
 
-    Counts are exact up to 16 M per row.
+    Counts are exact up to 16 M per row. replaced: of a discriminator, None of others.
     """
 
     nats_B: jax.Array
     tokens_B: jax.Array
     bytes_B: jax.Array
+    replaced: ReplacedTerms | None = None
 
 
 def make_row_losses(
@@ -54,9 +65,10 @@ def make_row_losses(
     def row_losses(params: Any, batch: Any, byte_lengths_V: jax.Array) -> RowSums:
         model = nnx.merge(program.graphdef, params)
         with laid_out(program.layout):
-            nats_B = batch_loss(model, batch, None, config, None).cross_entropy_B
+            terms = batch_loss(model, batch, None, config, None)
         bytes_BT = byte_lengths_V[batch.targets_BT] * batch.weights_BT
-        return RowSums(nats_B, batch.weights_BT.sum(axis=1), bytes_BT.sum(axis=1))
+        return RowSums(terms.cross_entropy_B, batch.weights_BT.sum(axis=1), bytes_BT.sum(axis=1),
+                       terms.replaced)
 
     def on_mesh(params: Any, batch: Any, byte_lengths_V: jax.Array) -> RowSums:
         with jax.set_mesh(mesh):
@@ -70,7 +82,7 @@ def perplexity(losses: Callable[[Any], RowSums], batches: Iterable[Any]) -> Perp
     sums = [jax.device_get(losses(batch)) for batch in batches]
     nats_R, tokens_R, bytes_R = (
         np.concatenate(rows).astype(np.float64) if rows else np.zeros(0)
-        for rows in (zip(*sums) if sums else ((), (), ()))
+        for rows in (zip(*(each[:3] for each in sums)) if sums else ((), (), ()))
     )
     if tokens_R.sum() == 0 or bytes_R.sum() == 0:
         raise ValueError(
@@ -86,5 +98,15 @@ def perplexity(losses: Callable[[Any], RowSums], batches: Iterable[Any]) -> Perp
         residuals_R = bits_R - ratio * bytes_R
         error = math.sqrt(rows / (rows - 1) * np.square(residuals_R).sum()) / bytes_R.sum()
     return Perplexity(
-        loss, math.exp(min(loss, 700.0)), ratio, error, int(tokens_R.sum()), int(bytes_R.sum())
+        loss, math.exp(min(loss, 700.0)), ratio, error, int(tokens_R.sum()), int(bytes_R.sum()),
+        _detection([each.replaced for each in sums if each.replaced is not None]),
     )
+
+
+def _detection(terms: list[ReplacedTerms]) -> Detection | None:
+    """The means over all tokens of some batches."""
+    if not terms:
+        return None
+    nats, tokens, replaced, right = (
+        np.concatenate(rows).astype(np.float64).sum() for rows in zip(*terms))
+    return Detection(nats / tokens, right / tokens, 1 - replaced / tokens)

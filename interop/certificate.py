@@ -14,23 +14,24 @@ ROWS, LENGTH, ENTRIES = 2, 16, 8
 TOLERANCE = 1e-4  # Of float32 logits, relative to the largest: another mesh adds up otherwise.
 
 
-def probe(vocab_size: int, max_length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens of two rows, and the vocabulary entries of which logits are kept; always the same."""
+def probe(vocab_size: int, max_length: int, classes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens of two rows, and of so many classes those of which logits are kept; always the same."""
     random = np.random.default_rng(0)
     shape = (ROWS, min(LENGTH, max_length))
     tokens_BT = random.integers(0, vocab_size, shape).astype(np.int32)
-    entries = np.sort(random.choice(vocab_size, min(ENTRIES, vocab_size), replace=False))
+    entries = np.sort(random.choice(classes, min(ENTRIES, classes), replace=False))
     return tokens_BT, entries
 
 
 def fingerprint(
-    logits_of: Callable[[np.ndarray], np.ndarray], vocab_size: int, max_length: int
+    logits_of: Callable[[np.ndarray], np.ndarray], vocab_size: int, max_length: int, classes: int
 ) -> dict[str, Any]:
     """Tokens, and of the logits at each of them a few and the logarithm of the sum of all.
 
-    logits_of: float32 logits_BTV of tokens_BT.
+    logits_of: float32 logits of tokens_BT, of so many classes each: of the vocabulary, or of a
+    discriminator's two.
     """
-    tokens_BT, entries = probe(vocab_size, max_length)
+    tokens_BT, entries = probe(vocab_size, max_length, classes)
     logits_BTV = np.asarray(logits_of(tokens_BT), np.float64)
     peak_BT1 = logits_BTV.max(axis=-1, keepdims=True)
     normalizer_BT = np.log(np.exp(logits_BTV - peak_BT1).sum(axis=-1)) + peak_BT1[..., 0]

@@ -25,6 +25,7 @@ ASIDE = "aside"
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # By the end of a class's name: what it is for, and which class finds it.
 TASKS = {
+    "ElectraForPreTraining": ("feature-extraction", "AutoModelForPreTraining"),
     "ForMaskedLM": ("fill-mask", "AutoModelForMaskedLM"),
     "ForPreTraining": ("fill-mask", "AutoModelForPreTraining"),
     "LMHeadModel": ("text-generation", "AutoModelForCausalLM"),

@@ -1,4 +1,4 @@
-"""Encoder-decoders: T5 of version 1.1, BART, and the 2017 Transformer, which is Marian's."""
+"""Encoder-decoders: T5 of both versions, BART, and the 2017 Transformer, which is Marian's."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -11,17 +11,12 @@ from batiste.models import TransformerConfig
 SIDES = {"encoder": "encoder_layers/", "decoder": "layers/"}
 
 
-def _untied(theirs: Mapping) -> bool:
-    """Never tied: a T5 that ties its tables also scales its logits, which ours does not.
+def _tied(theirs: Mapping) -> bool:
+    """Whether its logits are of the tokens' table, and scaled: version 1.0, and not 1.1.
 
     `scale_decoder_outputs` is what newer files have in place of the flag as it was meant.
     """
-    if theirs.get("scale_decoder_outputs", theirs.get("tie_word_embeddings", True)):
-        raise ValueError(
-            "config.json: tie_word_embeddings=True, but of t5 only those of version 1.1 are known "
-            "here, whose logits have weights of their own (tie_word_embeddings=False)"
-        )
-    return False
+    return theirs.get("scale_decoder_outputs", theirs.get("tie_word_embeddings", True))
 
 
 def _t5_layers(side: str) -> tuple[Row, ...]:
@@ -41,11 +36,22 @@ def _t5_layers(side: str) -> tuple[Row, ...]:
     feed = f"{prefix}{last}.DenseReluDense."
     return (
         *rows,
+        row(feed + "wi.weight", ours + "feed_forward/up_DF", "FD", gated=False),
         row(feed + "wi_0.weight", ours + "feed_forward/gate_DF", "FD"),
-        row(feed + "wi_1.weight", ours + "feed_forward/up_DF", "FD"),
+        row(feed + "wi_1.weight", ours + "feed_forward/up_DF", "FD", gated=True),
         row(feed + "wo.weight", ours + "feed_forward/down_FD", "DF"),
         row(f"{prefix}{last}.layer_norm.weight", ours + "feed_forward_norm/scale_D", "D"),
     )
+
+
+T5_ACTIVATIONS = {"relu": "relu", "gated-gelu": "geglu"}
+
+
+def _t5_activation(name: str) -> str:
+    if name not in T5_ACTIVATIONS:
+        raise ValueError(f"config.json: feed_forward_proj={name!r}: expected one of "
+                         f"{', '.join(T5_ACTIVATIONS)}")
+    return T5_ACTIVATIONS[name]
 
 
 BIAS = "block.0.layer.0.SelfAttention.relative_attention_bias.weight"
@@ -64,14 +70,15 @@ T5 = Family(
      Field("d_kv", "head_dim"), Field("d_ff", "mlp_dim"),
      # Its distances have no end; this many tokens it was trained on.
      Field("n_positions", "max_length", 512),
-     Field("layer_norm_epsilon", "norm_epsilon", 1e-6), Field(None, "tied_embeddings", _untied)),
-    fixed={"form": "encoder_decoder", "positions": "relative", "attention_scale": 1.0,
-           "activation": "geglu"},
-    required={"feed_forward_proj": "gated-gelu", "relative_attention_num_buckets": 32,
-              "relative_attention_max_distance": 128},
-    repeated=("encoder.embed_tokens.weight", "decoder.embed_tokens.weight"),
-    also=lambda model: {"tie_word_embeddings": False, "scale_decoder_outputs": False,
-                        "is_encoder_decoder": True},
+     Field("layer_norm_epsilon", "norm_epsilon", 1e-6),
+     Field("feed_forward_proj", "activation", "relu", _t5_activation,
+           {ours: theirs for theirs, ours in T5_ACTIVATIONS.items()}.get),
+     Field(None, "tied_embeddings", _tied), Field(None, "scale_logits", _tied)),
+    fixed={"form": "encoder_decoder", "positions": "relative", "attention_scale": 1.0},
+    required={"relative_attention_num_buckets": 32, "relative_attention_max_distance": 128},
+    repeated=("lm_head.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight"),
+    also=lambda model: {"tie_word_embeddings": model.tied_embeddings,
+                        "scale_decoder_outputs": model.tied_embeddings, "is_encoder_decoder": True},
 )
 
 

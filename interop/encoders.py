@@ -1,4 +1,4 @@
-"""Encoders that predict hidden tokens: BERT and what followed it."""
+"""Encoders that predict hidden tokens, or find replaced ones: BERT and what followed it."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -171,6 +171,28 @@ def _embedding_size(model) -> dict[str, int]:
     return {"embedding_size": model.embedding_dim or model.model_dim}
 
 
+# What of ours each of ELECTRA's classes has.
+ELECTRAS = {"ElectraForMaskedLM": "head_transform", "ElectraForPreTraining": "discriminator",
+            "ElectraModel": None}
+
+
+def _electra_has(head: str) -> Field:
+    def read(theirs: Mapping) -> bool:
+        name = theirs.get("architectures", ["ElectraForMaskedLM"])[0]
+        if name not in ELECTRAS:
+            raise ValueError(f"config.json: architectures={theirs['architectures']}: expected one "
+                             f"of {', '.join(ELECTRAS)}")
+        return ELECTRAS[name] == head
+
+    return Field(None, head, read)
+
+
+def _electra_keys(model) -> dict[str, Any]:
+    names = {head: name for name, head in ELECTRAS.items()}
+    has = next((head for head in names if head is not None and getattr(model, head)), None)
+    return _embedding_size(model) | {"architectures": [names[has]]}
+
+
 ALBERT = Family(
     "albert", "AlbertForMaskedLM",
     (*_embeddings("albert.embeddings.", "R"),
@@ -193,11 +215,14 @@ ELECTRA = Family(
      row("electra.embeddings_project.bias", "widening_bias_D", "D"),
      *_layers("electra.encoder.layer.{layer}.", BERT_LAYER),
      *_head("generator_predictions.dense", "generator_predictions.LayerNorm",
-            "generator_lm_head.bias")),
+            "generator_lm_head.bias"),
+     row("discriminator_predictions.dense.weight", "replaced_head/weight_DR", "RD"),
+     row("discriminator_predictions.dense.bias", "replaced_head/bias_R", "R"),
+     *biased("discriminator_predictions.dense_prediction", "replaced_head/out_RP", "PR")),
     (*_fields(LENGTH), TYPES, EPSILON, Field(None, "embedding_dim", _narrow(128)),
-     _has_head("Electra")),
+     _electra_has("head_transform"), _electra_has("discriminator")),
     # Its head's activation is this one whatever the layers' is.
     fixed=FIXED, required=BERT.required | {"hidden_act": "gelu"},
-    repeated=("generator_lm_head.weight",), also=_embedding_size,
+    repeated=("generator_lm_head.weight",), also=_electra_keys,
 )
 ENCODERS = (BERT, ROBERTA, DISTILBERT, ALBERT, ELECTRA)

@@ -174,7 +174,7 @@ def _plain(model: TransformerConfig) -> TransformerConfig:
         inert += ["rope_base", "rope_scaling"]
     if model.positions != "rope" or model.rope_scaling is None:
         inert += ["rope_factor"]
-    if model.positions != "rope" or model.rope_scaling != "llama3":
+    if model.positions != "rope" or model.rope_scaling not in ("llama3", "yarn"):
         inert += ["rope_original_length"]
     if model.local_rope_base == model.rope_base and model.rope_scaling is None:
         inert += ["local_rope_base"]

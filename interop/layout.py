@@ -18,6 +18,7 @@ class Row(NamedTuple):
     rotary: the letter of which pairs that are rotated together are neighbours; ours are half a head
     apart. scaled_by: the key of their config by which the values are to be multiplied.
     always_float32: whatever the dtype of the others. skipped: first entries that no parameter has.
+    gated: of feed-forwards with a gate, or of those without; None of both.
     """
 
     theirs: str
@@ -27,6 +28,7 @@ class Row(NamedTuple):
     scaled_by: str | None = None
     always_float32: bool = False
     skipped: int = 0
+    gated: bool | None = None
 
     @property
     def stack(self) -> str:

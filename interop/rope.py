@@ -1,9 +1,10 @@
 """Rotations as config.json spells them, old and new."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
-from batiste.models import LLAMA3_FACTORS, TransformerConfig
+from batiste.models import LLAMA3_FACTORS, YARN_TURNS, TransformerConfig, yarn_length
 
 
 def read(
@@ -23,7 +24,7 @@ def read(
     if own:
         old = theirs.get("rope_local_base_freq") or local_base
         fields["local_rope_base"] = float(local.get("rope_theta", old))
-    for parameters, known in ((local, ("default",)), (given, ("default", "linear", "llama3"))):
+    for parameters, known in ((local, ("default",)), (given, ("default", "linear", "llama3", "yarn"))):
         kind = parameters.get("rope_type", parameters.get("type", "default"))
         if kind not in known:
             raise ValueError(f"config.json: rope_type={kind!r}: expected one of {', '.join(known)}")
@@ -41,8 +42,24 @@ def read(
         if factors != LLAMA3_FACTORS:
             raise ValueError(
                 f"config.json: low_freq_factor, high_freq_factor={factors}: expected {LLAMA3_FACTORS}")
+    if kind == "yarn":
+        _check_yarn(given, fields["rope_factor"])
+    if kind in ("llama3", "yarn"):
         fields["rope_original_length"] = int(given["original_max_position_embeddings"])
     return fields
+
+
+def _check_yarn(given: Mapping[str, Any], factor: float) -> None:
+    """Raises ValueError, naming the key, for a YaRN that is not the paper's."""
+    known = {"beta_fast": YARN_TURNS[0], "beta_slow": YARN_TURNS[1], "truncate": True,
+             "attention_factor": yarn_length(factor), "mscale": None, "mscale_all_dim": None}
+    for key, value in known.items():
+        found = given.get(key)
+        same = found == value or (
+            isinstance(value, float) and found is not None and math.isclose(found, value))
+        if found is not None and not same:
+            expected = "none" if value is None else value
+            raise ValueError(f"config.json: {key}={found} of rope_type='yarn': expected {expected}")
 
 
 def write(model: TransformerConfig, own_local: bool) -> dict[str, Any]:
@@ -54,8 +71,9 @@ def write(model: TransformerConfig, own_local: bool) -> dict[str, Any]:
         scaling |= {
             "low_freq_factor": LLAMA3_FACTORS[0],
             "high_freq_factor": LLAMA3_FACTORS[1],
-            "original_max_position_embeddings": model.rope_original_length,
         }
+    if model.rope_scaling in ("llama3", "yarn"):
+        scaling["original_max_position_embeddings"] = model.rope_original_length
     full = scaling | {"rope_theta": model.rope_base}
     old = {"rope_theta": model.rope_base}
     if not own_local:

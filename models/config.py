@@ -28,17 +28,23 @@ class TransformerConfig:
     `attention` names the chip whose kernels to use; "auto" is settled by `resolve_attention`.
     `embedding_dim`: what is embedded has so many dims, and a product makes `model_dim` of them
     (ALBERT).
+    `scale_embeddings` multiplies what is embedded by sqrt(model_dim) (Gemma), `scale_logits` divides
+    the logits by it (T5, arXiv:1910.10683).
     `token_types`: kinds of tokens, told apart by what is added to their embeddings (BERT's
     segments).
     `head_transform`: a product, an activation and a norm before the logits, which get a bias
     (BERT).
+    `discriminator`: its head says of each token whether it was replaced, and there are no logits
+    (ELECTRA, arXiv:2003.10555). `generator_heads`: beside it is a `generator` with so many heads,
+    narrower than it in the same proportion, which replaces hidden tokens while it is trained.
     `shared_layers`: all layers are one, applied `num_layers` times (ALBERT, arXiv:1909.11942).
     `future_heads`: layers beside each other after the last, which predict the second next token
     and so on by the same logits (arXiv:2404.19737).
     With `num_experts` every layer's feed-forward is a mixture of so many of size `mlp_dim`: a token
     takes `experts_per_token` of them by `expert_scores`, and one dense feed-forward of size
     `shared_experts` * `mlp_dim`. `router_bias` takes part in that choice and in nothing else;
-    `routed_scale` multiplies what the chosen experts say. The first `dense_layers` have a
+    `routed_scale` multiplies what the chosen experts say. Experts in `expert_groups` are chosen
+    within those `groups_per_token` of them whose best two are best. The first `dense_layers` have a
     feed-forward of size `dense_mlp_dim` instead (DeepSeek-V3, arXiv:2412.19437).
     With `latent_rank` attention is that of `LatentAttention`: queries go through `query_rank`
     (None: through none), the last `rope_dim` of `head_dim` are rotated, values have `value_dim`.
@@ -59,6 +65,8 @@ class TransformerConfig:
     num_experts: int | None = None
     experts_per_token: int = 2
     shared_experts: int = 0
+    expert_groups: int = 1
+    groups_per_token: int = 1
     expert_scores: str = "softmax"
     router_bias: bool = False
     routed_scale: float = 1.0
@@ -98,8 +106,11 @@ class TransformerConfig:
     embedding_dim: int | None = None
     tied_embeddings: bool = True
     head_transform: bool = False
+    discriminator: bool = False
+    generator_heads: int | None = None
     future_heads: int = 0
     scale_embeddings: bool = False
+    scale_logits: bool = False
     dropout: float = 0.0
     init_stddev: float | None = None
     depth_scaled_init: bool = True
@@ -142,3 +153,15 @@ class TransformerConfig:
         """The config of the stack that reads the source."""
         return dataclasses.replace(
             self, form="encoder", num_layers=self.encoder_layers, encoder_layers=None)
+
+    @property
+    def generator(self) -> "TransformerConfig":
+        """The config of what replaces tokens: as deep, its widths by the share of heads."""
+        def share(size: int) -> int:
+            return size * self.generator_heads // self.num_heads
+
+        width, dim = self.sizes["R"], share(self.model_dim)
+        return dataclasses.replace(
+            self, discriminator=False, generator_heads=None, head_transform=True, model_dim=dim,
+            num_heads=self.generator_heads, num_kv_heads=share(self.num_kv_heads),
+            mlp_dim=share(self.mlp_dim), embedding_dim=None if width == dim else width)

@@ -12,7 +12,7 @@ FORMS = ("decoder", "encoder", "encoder_decoder")
 NORM_PLACEMENTS = ("pre", "post", "sandwich", "parallel")
 BIASES = ("none", "qkv", "all")
 POSITIONS = ("rope", "learned", "sinusoidal", "alibi", "relative", "none")
-ROPE_SCALINGS = ("linear", "llama3")
+ROPE_SCALINGS = ("linear", "llama3", "yarn")
 REMAT_POLICIES = ("none", "dots", "full", "names")
 # What a layer names while it runs, for `saved` and `offloaded`.
 TENSOR_NAMES = ("query", "key", "value", "attended", "attention", "up", "gate", "feed_forward")
@@ -69,6 +69,7 @@ def check(config: Any) -> None:
     _check_pattern(config)
     _check_experts(config)
     _check_latent(config)
+    _check_discriminator(config)
     _check_form(config)
     _check_mixer(config)
 
@@ -97,6 +98,11 @@ def _check_form(config: Any) -> None:
                 f"model.{field}={getattr(config, field)} does not know model.shared_layers=True: "
                 "leave one of them out"
             )
+    if config.scale_logits and config.head_transform:
+        raise ValueError(
+            "model.scale_logits=True does not know the norm of model.head_transform=True: leave one "
+            "of them out"
+        )
     if config.future_heads < 0 or (config.future_heads and config.form != "decoder"):
         raise ValueError(
             f"model.future_heads={config.future_heads} with model.form={config.form!r}: expected "
@@ -108,12 +114,56 @@ def _check_form(config: Any) -> None:
             f"{config.num_experts}: leave one of them out"
         )
     if config.embedding_dim is not None and not (
-        config.embedding_dim > 0 and config.head_transform and config.tied_embeddings
+        config.embedding_dim > 0 and (config.head_transform or config.discriminator)
+        and config.tied_embeddings
     ):
         raise ValueError(
             f"model.embedding_dim={config.embedding_dim}: expected at least 1, and "
-            "model.head_transform=True with model.tied_embeddings=True, which lead back to it"
+            "model.head_transform=True with model.tied_embeddings=True, which lead back to it, or "
+            "model.discriminator=True, which has no logits"
         )
+
+
+def _check_discriminator(config: Any) -> None:
+    heads = config.generator_heads
+    if not config.discriminator:
+        if heads is not None:
+            raise ValueError(
+                f"model.generator_heads={heads} has no effect without model.discriminator=True: "
+                "set it, or leave it None"
+            )
+        return
+    known = [("form", "encoder"), ("head_transform", False), ("tied_embeddings", True),
+             ("scale_logits", False),
+             ("logit_soft_cap", None)]
+    if heads is not None:
+        known += [("num_experts", None), ("latent_rank", None), ("shared_layers", False)]
+    for field, only in known:
+        if getattr(config, field) != only:
+            with_generator = "" if heads is None else f" and model.generator_heads={heads}"
+            raise ValueError(
+                f"model.{field}={getattr(config, field)!r} does not know model.discriminator=True"
+                f"{with_generator}: set model.{field}={only!r}"
+            )
+    if heads is None:
+        return
+    if config.positions == "relative":
+        raise ValueError(
+            f"model.positions='relative' does not know model.generator_heads={heads}: choose "
+            "another of the two"
+        )
+    if not 1 <= heads < config.num_heads:
+        raise ValueError(
+            f"model.generator_heads={heads}: expected 1 to model.num_heads - 1="
+            f"{config.num_heads - 1}; a third or a quarter of them is usual"
+        )
+    for field in ("model_dim", "mlp_dim", "num_kv_heads"):
+        if getattr(config, field) * heads % config.num_heads:
+            raise ValueError(
+                f"model.{field}={getattr(config, field)} * model.generator_heads={heads} / "
+                f"model.num_heads={config.num_heads} is the generator's, and no whole number: "
+                "choose sizes that divide"
+            )
 
 
 def _check_mixer(config: Any) -> None:
@@ -134,6 +184,7 @@ def _check_experts(config: Any) -> None:
     if config.num_experts is None:
         for field, default in (
             ("shared_experts", 0), ("expert_scores", "softmax"), ("router_bias", False),
+            ("expert_groups", 1), ("groups_per_token", 1),
             ("routed_scale", 1.0), ("dense_layers", 0), ("dense_mlp_dim", None),
         ):
             if getattr(config, field) != default:
@@ -149,10 +200,26 @@ def _check_experts(config: Any) -> None:
         )
     if config.shared_experts < 0:
         raise ValueError(f"model.shared_experts={config.shared_experts}: expected at least 0")
+    _check_groups(config)
     _check_dense_layers(config)
     if config.bias == "all":
         raise ValueError(
             "model.bias='all': experts have no biases; set model.bias='none' or 'qkv'"
+        )
+
+
+def _check_groups(config: Any) -> None:
+    groups, taken, experts = config.expert_groups, config.groups_per_token, config.num_experts
+    if groups < 1 or experts % groups or (groups > 1 and experts // groups < 2):
+        raise ValueError(
+            f"model.expert_groups={groups} must divide model.num_experts={experts} into groups of "
+            f"at least 2: choose one of {[1, *(n for n in _divisors(experts)[1:] if 2 * n <= experts)]}"
+        )
+    if not 1 <= taken <= groups or config.experts_per_token > taken * experts // groups:
+        raise ValueError(
+            f"model.groups_per_token={taken}: expected 1 to model.expert_groups={groups}, and room "
+            f"for model.experts_per_token={config.experts_per_token} in groups of "
+            f"{experts // groups}"
         )
 
 

@@ -230,6 +230,25 @@ class HeadTransform(nnx.Module):
         return self.norm(activate(self.activation, h_BTR))
 
 
+class ReplacedHead(nnx.Module):
+    """Says of each token how likely it was replaced (ELECTRA, arXiv:2003.10555)."""
+
+    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
+        sizes = config.sizes | {"R": config.model_dim, "P": 1}
+        self.activation, stddev = config.activation, config.init_stddev
+        self.weight_DR = matrix(rngs, "DR", sizes, inputs="D", stddev=stddev)
+        self.bias_R = vector("R", sizes, 0.0)
+        self.out_RP = matrix(rngs, "RP", sizes, inputs="R", stddev=stddev)
+        self.out_bias_P = vector("P", sizes, 0.0)
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        """The logarithm of the odds, float32 BT."""
+        h_BTR = add_bias(project(x_BTD, gather(self.weight_DR[...], "DR")), self.bias_R)
+        h_BTR = activate(self.activation, h_BTR)
+        odds_BTP = project(h_BTR, self.out_RP[...], (0,), jnp.float32)
+        return add_bias(odds_BTP, self.out_bias_P)[:, :, 0]
+
+
 def activate(name: str, x: jax.Array) -> jax.Array:
     """The nonlinearity of an activation by its config name, in fp32."""
     return ACTIVATIONS[name].apply(x.astype(jnp.float32)).astype(x.dtype)

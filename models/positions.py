@@ -10,13 +10,16 @@ from batiste.models.config import TransformerConfig
 RELATIVE_BUCKETS, RELATIVE_DISTANCE = 32, 128  # Every T5's.
 # Every Llama 3's: wavelengths of which this many, or fewer, fit into the original length.
 LLAMA3_FACTORS = 1.0, 4.0
+# YaRN's beta: pairs that turn so often within the original length are kept, or divided.
+YARN_TURNS = 32.0, 1.0
 
 
 def rope_frequencies(config: TransformerConfig, kind: str = "global") -> jax.Array:
     """Radians per position of each rotated pair in a kind of layer, float32 of shape (H / 2,).
 
     RoPE (arXiv:2104.09864); "linear" divides all by the factor (arXiv:2306.15595); "llama3"
-    divides only wavelengths beyond the original length and blends between (arXiv:2407.21783).
+    divides only wavelengths beyond the original length and blends between (arXiv:2407.21783); "yarn"
+    blends along the pairs instead (`_yarn_blend`).
     Local layers with a base of their own are not scaled (Gemma 3, arXiv:2503.19786).
     """
     rotated = config.head_dim if config.rope_dim is None else config.rope_dim
@@ -29,19 +32,50 @@ def rope_frequencies(config: TransformerConfig, kind: str = "global") -> jax.Arr
     slow = frequencies / config.rope_factor
     if config.rope_scaling == "linear":
         return slow
+    if config.rope_scaling == "yarn":
+        blend = _yarn_blend(config, rotated)
+        return (1 - blend) * slow + blend * frequencies
     turns = config.rope_original_length * frequencies / (2 * math.pi)
     low, high = LLAMA3_FACTORS
     blend = jnp.clip((turns - low) / (high - low), 0, 1)
     return (1 - blend) * slow + blend * frequencies
 
 
+def _yarn_blend(config: TransformerConfig, rotated: int) -> jax.Array:
+    """How much of its own frequency each pair keeps: 1 for the fast ones, 0 for the slow ones.
+
+    A line between the pairs that turn YARN_TURNS times within the original length, rounded outward
+    to whole pairs (YaRN, Peng et al. 2023, arXiv:2309.00071, section 3.2; the ramp of its code).
+    """
+    def pair_of(turns: float) -> float:
+        wavelength = config.rope_original_length / (turns * 2 * math.pi)
+        return rotated * math.log(wavelength) / (2 * math.log(config.rope_base))
+
+    fast, slow = YARN_TURNS
+    first, last = max(math.floor(pair_of(fast)), 0), min(math.ceil(pair_of(slow)), rotated - 1)
+    pairs = jnp.arange(rotated // 2, dtype=jnp.float32)
+    return 1 - jnp.clip((pairs - first) / max(last - first, 1e-3), 0, 1)
+
+
+def yarn_length(factor: float) -> float:
+    """What YaRN multiplies queries and keys by, for their longer rows (equation 22)."""
+    return 0.1 * math.log(factor) + 1 if factor > 1 else 1.0
+
+
 def rotation(
     config: TransformerConfig, positions_BT: jax.Array, kind: str = "global"
 ) -> tuple[jax.Array, jax.Array]:
-    """Cosine and sine of each position's rotation, float32 of shape (B, T, 1, H / 2)."""
+    """Cosine and sine of each position's rotation, float32 of shape (B, T, 1, H / 2).
+
+    Both are longer than 1 by `yarn_length` where YaRN scales, and so are queries and keys.
+    """
     frequencies = rope_frequencies(config, kind)
     angles = positions_BT[:, :, None, None].astype(jnp.float32) * frequencies[None, None, None]
-    return jnp.cos(angles), jnp.sin(angles)
+    own = kind == "local" and config.local_rope_base is not None
+    if config.rope_scaling != "yarn" or own:
+        return jnp.cos(angles), jnp.sin(angles)
+    length = yarn_length(config.rope_factor)
+    return length * jnp.cos(angles), length * jnp.sin(angles)
 
 
 def rotate(x_BTNH: jax.Array, cos_sin: tuple[jax.Array, jax.Array]) -> jax.Array:

@@ -50,7 +50,11 @@ def route(
         preference_BTE += jax.lax.stop_gradient(constrain(bias_E, ""))[None, None]
     rows = spec("BT", between_blocks=between_blocks)
     C, E = config.experts_per_token, router_DE.shape[1]
-    chosen_BTC = per_device(lambda x: jax.lax.top_k(x, C)[1], (rows,), rows)(preference_BTE)
+
+    def choose(preference_BTE: jax.Array) -> jax.Array:
+        return jax.lax.top_k(_in_best_groups(preference_BTE, config), C)[1]
+
+    chosen_BTC = per_device(choose, (rows,), rows)(preference_BTE)
     hit_BTCE = jax.nn.one_hot(chosen_BTC, E, dtype=jnp.float32)
     weights_BTC = (hit_BTCE * scores_BTE[:, :, None]).sum(axis=-1)
     if C > 1:
@@ -60,6 +64,20 @@ def route(
         scores_BTE /= scores_BTE.sum(axis=-1, keepdims=True)
     sums = _sums(logits_BTE, scores_BTE, hit_BTCE, real_BT)
     return chosen_BTC, weights_BTC, sums
+
+
+def _in_best_groups(preference_BTE: jax.Array, config: TransformerConfig) -> jax.Array:
+    """The same, and minus infinity outside of the groups that a token takes its experts from.
+
+    A group is as good as its best two together (DeepSeek-V3, arXiv:2412.19437, section 2.1.2).
+    """
+    groups = config.expert_groups
+    if groups == 1:
+        return preference_BTE
+    split = preference_BTE.reshape(*preference_BTE.shape[:2], groups, -1)
+    best = jax.lax.top_k(jax.lax.top_k(split, 2)[0].sum(axis=-1), config.groups_per_token)[1]
+    taken = jax.nn.one_hot(best, groups, dtype=jnp.int32).sum(axis=2) > 0
+    return jnp.where(taken[..., None], split, -jnp.inf).reshape(preference_BTE.shape)
 
 
 def _sums(logits_BTE, shares_BTE, hit_BTCE, real_BT) -> RouterSums:

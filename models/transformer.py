@@ -14,7 +14,10 @@ from batiste.models.attention_choice import OneOf, fused_losses
 from batiste.models.block import LayerOutput, mixer_of, split_time, whole_time
 from batiste.models.chunked_loss import Head, Rows, chunked_loss
 from batiste.models.config import TransformerConfig
-from batiste.models.layers import HeadTransform, Norm, add_bias, dropout, lookup, project
+from batiste.models.generator import Generator
+from batiste.models.layers import (
+    HeadTransform, Norm, ReplacedHead, add_bias, dropout, lookup, project,
+)
 from batiste.models.parameter import gathered, matrix, vector
 from batiste.models.parts import LAYER_KINDS
 from batiste.models.pipeline import LAYER_INPUT, Layers, pipelined
@@ -98,6 +101,9 @@ class Transformer(nnx.Module):
         self.encoder_norm = Norm(config) if two and config.norm_placement != "post" else None
         self.encoder_relative_PN = bias() if two and relative else None
         self.head_transform = HeadTransform(config, rngs=rngs) if config.head_transform else None
+        self.replaced_head = ReplacedHead(config, rngs=rngs) if config.discriminator else None
+        generates = config.generator_heads is not None
+        self.generator = Generator(config.generator, rngs=rngs) if generates else None
         tied = config.tied_embeddings
         self.head_DV = None if tied else matrix(rngs, "DV", sizes, inputs="D", stddev=stddev)
 
@@ -233,12 +239,40 @@ class Transformer(nnx.Module):
             length_B=cache.length_B + tokens_BT.shape[1])
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
-        """The head, in float32 from the product on; soft-capped if the config says so."""
-        x_BTD, head = constrain(self._normed(x_BTD), "BTD"), self._head()
+        """The head, in float32 from the product on; soft-capped if the config says so.
+
+        Raises ValueError for a discriminator, which has none.
+        """
+        if self.replaced_head is not None:
+            raise ValueError(
+                "model.discriminator=True has no logits of tokens, but says which were replaced: "
+                "leave it False to predict tokens")
+        return self._products(self._normed(x_BTD), self.head_transform)
+
+    def guesses(
+        self, tokens_BT: jax.Array, rows: tuple, dropout_key: jax.Array | None
+    ) -> jax.Array:
+        """The generator's logits at each token of what was there, float32 logits_BTV.
+
+        rows: positions_BT, segments_BT and the types, as `features` is given them.
+        """
+        positions_BT, segments_BT, types_BT = rows
+        x_BTR = self._looked_up(tokens_BT, positions_BT, types_BT)
+        x_BTR = self.generator(x_BTR, positions_BT, segments_BT, dropout_key)
+        return self._products(x_BTR, self.generator.head_transform)
+
+    def replaced_odds(self, x_BTD: jax.Array) -> jax.Array:
+        """A discriminator's logarithm of the odds that a token was replaced, float32 BT."""
+        x_BTD = constrain(x_BTD if self.norm is None else self.norm(x_BTD), "BTD")
+        return constrain(self.replaced_head(x_BTD), "BT")
+
+    def _products(self, x_BTD: jax.Array, transform: HeadTransform | None) -> jax.Array:
+        """What a head makes of normed features, and of the transform's bias if it has one."""
+        x_BTD, head = constrain(x_BTD, "BTD"), self._head()
         table, summed = gather(head.weight, head.letters), 1 - head.letters.index("V")
         logits_BTV = constrain(project(x_BTD, table, (summed,), jnp.float32), "BTV")
-        if self.head_transform is not None:
-            logits_BTV += self.head_transform.bias_V[...][None, None]
+        if transform is not None:
+            logits_BTV += transform.bias_V[...][None, None]
         cap = head.soft_cap
         return logits_BTV if cap is None else cap * jnp.tanh(logits_BTV / cap)
 
@@ -265,6 +299,9 @@ class Transformer(nnx.Module):
 
     def _normed(self, x_BTD: jax.Array) -> jax.Array:
         x_BTD = x_BTD if self.norm is None else self.norm(x_BTD)
+        if self.config.scale_logits:
+            scaled_BTD = x_BTD.astype(jnp.float32) * self.config.model_dim**-0.5
+            x_BTD = scaled_BTD.astype(x_BTD.dtype)
         return x_BTD if self.head_transform is None else self.head_transform(x_BTD)
 
     def _head(self) -> Head:
@@ -375,6 +412,14 @@ class Transformer(nnx.Module):
 
     def _embed(self, tokens_BT: jax.Array, positions_BT: jax.Array, types_BT=None, side: str = ""):
         """What enters a stack, x_BTD; side: "encoder_" for the one that reads the source."""
+        x_BTD = self._looked_up(tokens_BT, positions_BT, types_BT, side)
+        if self.widening_RD is None:
+            return x_BTD
+        x_BTD = project(x_BTD, gather(self.widening_RD[...], "RD"))
+        return add_bias(x_BTD, self.widening_bias_D)
+
+    def _looked_up(self, tokens_BT, positions_BT, types_BT=None, side: str = ""):
+        """The same as wide as the tables, in the compute dtype."""
         config = self.config
         x_BTD = self._rows_of("embedding", "V", tokens_BT)
         if config.scale_embeddings:
@@ -389,11 +434,7 @@ class Transformer(nnx.Module):
             x_BTD += self._rows_of("type", "P", types_BT)
         if config.embedding_norm:
             x_BTD = getattr(self, f"{side}embedding_norm")(x_BTD)
-        x_BTD = x_BTD.astype(config.dtype)
-        if self.widening_RD is None:
-            return x_BTD
-        x_BTD = project(x_BTD, gather(self.widening_RD[...], "RD"))
-        return add_bias(x_BTD, self.widening_bias_D)
+        return x_BTD.astype(config.dtype)
 
     def _rows_of(self, name: str, rows: str, places_BT: jax.Array) -> jax.Array:
         """The rows of a table at these places, as wide as what is embedded."""

@@ -77,7 +77,7 @@ def _stand_in(model: TransformerConfig) -> tuple[TransformerConfig, dict[str, in
         num_kv_heads=K, mlp_dim=sizes["F"], max_length=sizes["T"], scan_unroll=1,
         num_layers=PERIODS * pattern + model.num_layers % pattern, dropout=0.0,
         embedding_dim=model.embedding_dim and sizes["R"],
-        encoder_layers=model.encoder_layers and PERIODS,
+        encoder_layers=model.encoder_layers and PERIODS, generator_heads=None,
     )
     return changed, sizes
 

@@ -39,6 +39,9 @@ HALF = MODEL | {"model.num_layers": 1, "model.dtype": "float16",
                 "train.loss_scale.initial": 2.0**10, "train.loss_scale.growth_interval": 1}
 TWO_STACKS = {"model.form": "encoder_decoder", "model.encoder_layers": 1,
               "data.objectives": (RecordObjective("prefix"),)}
+ENCODER = {"model.form": "encoder", "data.objectives": (RecordObjective("masked"),)}
+DISCRIMINATOR = {"model.form": "encoder", "model.discriminator": True,
+                 "data.objectives": (RecordObjective("replaced"),)}
 EXPERTS = {"model.num_experts": 4}
 RECURRENCE = f"{pathlib.Path(__file__).parents[1]}/docs/extend/recurrent.py:GatedRecurrence"
 load_own_parts(Experiment(TransformerConfig(mixer=RECURRENCE)))
@@ -84,7 +87,7 @@ CASES = {
         "query_rank": (6, LATENT), "value_dim": (4, LATENT),
         "mixer": (RECURRENCE, {"model.positions": "none"}), "token_types": 2, "head_transform": True, "future_heads": 1, "shared_layers": True,
         "embedding_dim": (6, {"model.head_transform": True}),
-        "encoder_layers": (3, TWO_STACKS),
+        "encoder_layers": (3, TWO_STACKS), "generator_heads": (1, DISCRIMINATOR),
     }),
     **cases(probes.logits, "model.", {
         "activation": "geglu", "norm": "layer", "norm_placement": "sandwich",
@@ -95,8 +98,10 @@ CASES = {
                                                 ("global", "local")}),
         "window": (3, {"model.window": 2, "model.layer_pattern": ("local",)}),
         "local_rope_base": (100.0, {"model.window": 2, "model.layer_pattern": ("local",)}),
-        "attention_scale": 0.1, "attention_soft_cap": 0.5, "logit_soft_cap": 0.5, "scale_embeddings": True,
+        "attention_scale": 0.1, "attention_soft_cap": 0.5, "logit_soft_cap": 0.5, "scale_embeddings": True, "scale_logits": True,
         "rope_dim": (4, LATENT | {"model.head_dim": 8}),
+        "expert_groups": (2, EXPERTS),
+        "groups_per_token": (2, EXPERTS | {"model.expert_groups": 2}),
         "routed_scale": (2.5, EXPERTS), "experts_per_token": (1, EXPERTS), "expert_scores": ("sigmoid", EXPERTS),
         "dropout": 0.5, "init_stddev": 0.02, "depth_scaled_init": False, "dtype": "bfloat16",
     }),
@@ -145,7 +150,7 @@ CASES = {
         "tensor": 2, "zero": 3, "offload_optimizer": True,
         "context_exchange": ("all_to_all", {"mesh.context": 2}),
     }),
-    **cases(probes.layout, "model.", {"form": "encoder"}),
+    **cases(probes.layout, "model.", {"form": "encoder", "discriminator": (True, ENCODER)}),
     **cases(probes.pipeline_text, "mesh.", {"micro_batches": 4, "interleave": 2}),
     **cases(probes.layout, "train.local.", {"steps": (2, {"mesh.slice": 2})}),
     **cases(probes.exchanged, "train.local.", {

@@ -1,6 +1,7 @@
 """The certificate of encoder-decoders: logits of `transformers`, also decoded, and its bytes."""
 
 import json
+import pathlib
 from typing import Any, NamedTuple
 
 import jax
@@ -25,7 +26,9 @@ BART = dict(vocab_size=37, d_model=24, encoder_layers=3, decoder_layers=2,
             decoder_ffn_dim=40, max_position_embeddings=48, init_std=0.2)
 MARIAN = BART | dict(vocab_size=37, decoder_vocab_size=37, activation_function="relu",
                      scale_embedding=True, pad_token_id=36, decoder_start_token_id=36)
-CASES = {"t5": ("T5ForConditionalGeneration", T5), "bart": ("BartForConditionalGeneration", BART),
+T5_TIED = T5 | {"feed_forward_proj": "relu", "tie_word_embeddings": True}
+CASES = {"t5": ("T5ForConditionalGeneration", T5),
+         "t5 1.0": ("T5ForConditionalGeneration", T5_TIED), "bart": ("BartForConditionalGeneration", BART),
          "marian": ("MarianMTModel", MARIAN)}
 # The source is longer than 32, where T5's buckets begin to be wider than one.
 ROWS, LENGTH, SOURCE, FILLED = 3, 7, 41, 36
@@ -45,17 +48,25 @@ class Pair(NamedTuple):
 
 @pytest.fixture(scope="module", params=CASES)
 def pair(request, tmp_path_factory) -> Pair:
-    folder = tmp_path_factory.mktemp("two")
-    name, fields = CASES[request.param]
+    return paired(tmp_path_factory.mktemp("two"), torch_twin(*CASES[request.param]))
+
+
+def torch_twin(name: str, fields: dict[str, Any]):
+    """A model of `transformers` of which all parameters are random."""
     torch.manual_seed(0)
     kind = getattr(transformers, name)
     torch_model = kind(kind.config_class(**fields)).eval()
-    if request.param == "t5":
+    if fields.get("tie_word_embeddings") is False:
         torch_model.lm_head.weight = torch.nn.Parameter(torch.randn(37, 24))
     with torch.no_grad():
         for parameter in torch_model.parameters():
             if parameter.requires_grad:  # Not a table of sinusoids.
                 parameter += 0.15 * torch.randn_like(parameter)
+    return torch_model
+
+
+def paired(folder: pathlib.Path, torch_model: Any) -> Pair:
+    """A model of `transformers`, and ours made of its files."""
     torch_model.save_pretrained(folder)
     theirs = json.loads((folder / "config.json").read_text())
     family = interop.family_of(theirs, FAMILIES)
@@ -113,7 +124,7 @@ def test_its_bytes_and_its_config_come_back(pair, tmp_path):
 
 
 @pytest.mark.parametrize("theirs,expected", (
-    (T5 | {"model_type": "t5", "tie_word_embeddings": True}, "only those of version 1.1"),
+    (T5 | {"model_type": "t5", "feed_forward_proj": "gated-silu"}, "expected one of relu, gated"),
     (BART | {"model_type": "bart", "encoder_ffn_dim": 48}, "encoder_ffn_dim=48, decoder_ffn_dim"),
 ))
 def test_what_our_model_cannot_be_is_refused_by_name(theirs, expected):

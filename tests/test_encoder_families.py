@@ -33,6 +33,9 @@ CASES = {
     "distilbert": ("DistilBertForMaskedLM", DISTIL),
     "albert": ("AlbertForMaskedLM", SMALL | {"embedding_size": 10}),
     "electra": ("ElectraForMaskedLM", SMALL | {"embedding_size": 10}),
+    "electra's discriminator": ("ElectraForPreTraining", SMALL | {"embedding_size": 10}),
+    "its discriminator of one size": ("ElectraForPreTraining", SMALL | {"embedding_size": 24}),
+    "electra without a head": ("ElectraModel", SMALL | {"embedding_size": 24}),
     "electra of one size": ("ElectraForMaskedLM", SMALL | {"embedding_size": 24}),
 }
 ROWS, LENGTH, FILLED = 3, 12, 9
@@ -88,6 +91,8 @@ def pair(request, tmp_path_factory) -> Pair:
     def say(params, *rows):
         model = nnx.merge(graphdef, params)
         x_BTD, _ = model.features(*rows[:-1], beside=Beside(types_BT=rows[-1]))
+        if config.discriminator:
+            return model.replaced_odds(x_BTD)
         return model.logits(x_BTD) if config.head_transform else x_BTD
 
     positions_BT = np.tile(np.arange(LENGTH, dtype=np.int32), (ROWS, 1))
@@ -153,6 +158,6 @@ def test_a_work_directory_keeps_what_our_model_lacks(tmp_path, capsys):
 
 
 def test_a_head_of_another_kind_is_refused_by_name():
-    theirs = {"model_type": "electra", "architectures": ["ElectraForPreTraining"]}
+    theirs = {"model_type": "electra", "architectures": ["ElectraForTokenClassification"]}
     with pytest.raises(ValueError, match="architectures=.*ElectraForMaskedLM"):
         interop.family_of(theirs, FAMILIES).model_of(SMALL | theirs)

@@ -20,7 +20,7 @@ from test_families import SMALL, torch_twin
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from batiste import command_line, exchange, main
-from batiste.configs import families
+from batiste.configs import encoder_families, families
 from batiste.configs.experiment import Experiment
 from batiste.data import SourceConfig
 from batiste.inference import SamplingConfig, generate
@@ -50,7 +50,7 @@ def published(tmp_path_factory) -> pathlib.Path:
         vocab_size=300, special_tokens=["<s>", "</s>"], show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, chat_template="{{ messages[0].content }}", **SPECIALS,
+        tokenizer_object=tokenizer, chat_template="<s>{{ messages[0].content }}</s>", **SPECIALS,
     ).save_pretrained(folder)
     return folder
 
@@ -110,7 +110,24 @@ def test_transformers_loads_it_without_a_message(exported, caplog, capfd):
     transformers.logging.disable_propagation()
     assert not caplog.records and not capfd.readouterr().err
     assert torch_model.dtype == torch.bfloat16
-    assert tokenizer.apply_chat_template([{"content": "hi"}], tokenize=False) == "hi"
+    assert tokenizer.apply_chat_template([{"content": "hi"}], tokenize=False) == "<s>hi</s>"
+
+
+def test_a_chat_is_the_template_that_came_along(published, workdir, tmp_path, capsys):
+    assembly, params = main._load(workdir)
+    greedy = SamplingConfig(temperature=0.0, max_tokens=5)
+    tokens = [0, *assembly.prepared.tokenizer.encode("def f"), 1]  # Its names of BOS and EOS.
+    (expected,) = assembly.write(params, [tokens], greedy)
+    flags = ["--temperature=0", "--max_tokens=5", "--chat"]
+    with pytest.raises(SystemExit, match="^0$"):
+        command_line.run(["batiste", "generate", f"--workdir={workdir}", "--prompt=def f", *flags])
+    assert capsys.readouterr().out == f"{expected}\n" != "\n"
+    shutil.copytree(workdir, tmp_path / "silent")
+    (tmp_path / "silent/imported/files/chat_template.jinja").unlink()
+    with pytest.raises(ValueError, match="has no chat template.*leave --chat out"):
+        main.generate(tmp_path / "silent", ["hi"], greedy, chat=True)
+    with pytest.raises(ValueError, match="was not imported, so it has no chat template"):
+        main.generate(tmp_path, ["hi"], greedy, chat=True)
 
 
 def test_greedy_decoding_in_bfloat16_is_that_of_transformers_for_64_tokens(exported, workdir):
@@ -164,10 +181,10 @@ def test_a_model_that_was_not_imported_finds_its_family(tmp_path):
     exchange.export_model(given, str(tmp_path / "exported"))
     torch_model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "exported")
     assert type(torch_model).__name__ == "Qwen2ForCausalLM"
-    tokens_BT = certificates.probe(37, 16)[0]
+    tokens_BT = certificates.probe(37, 16, 37)[0]
     logits_BTV = torch_model(torch.tensor(tokens_BT, dtype=torch.long)).logits.detach().numpy()
     certificate = json.loads((tmp_path / "exported/certificate.json").read_text())
-    found = certificates.fingerprint(lambda _: logits_BTV, 37, 16)
+    found = certificates.fingerprint(lambda _: logits_BTV, 37, 16, 37)
     assert certificates.check(certificate, found) < 1e-5
     with pytest.raises(ValueError, match="a llama has no place for model.bias='qkv'"):
         exchange.export_model(given, str(tmp_path / "other"), "llama")
@@ -205,8 +222,11 @@ def cut_short(folder):
 REFUSED = {
     "type": (changed("model_type", "xlm"), "model_type='xlm': expected one of llama, mistral"),
     "activation": (changed("hidden_act", "gelu"), "hidden_act='gelu', but of llama only"),
-    "rope": (changed("rope_parameters", {"rope_type": "yarn", "rope_theta": 1e4}),
-             "rope_type='yarn': expected one of default, linear, llama3"),
+    "rope": (changed("rope_parameters", {"rope_type": "longrope", "rope_theta": 1e4}),
+             "rope_type='longrope': expected one of default, linear, llama3, yarn"),
+    "yarn": (changed("rope_parameters", {
+        "rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "mscale": 1.0,
+        "original_max_position_embeddings": 16}), "mscale=1.0 of rope_type='yarn': expected none"),
     "size": (changed("intermediate_size", 41),
              r"has shape \(40, 24\), but config.json says \(41, 24\)"),
     "layers": (changed("num_hidden_layers", 4), "the files have no tensor model.layers.3."),
@@ -253,7 +273,8 @@ def test_the_commands_of_the_page_do_what_it_says(published, tmp_path, capsys, m
 
 def test_the_page_has_every_family():
     assert re.findall(r"^\| `(\w+)` \|", PAGE, re.M)[1:] == [each.model_type for each in FAMILIES]
-    assert f"sizes of {len(families.MODELS)} published models" in PAGE
+    assert f"sizes of {len(families.MODELS)} published decoders" in PAGE
+    assert f"of {len(encoder_families.MODELS)} encoders and encoder-decoders" in PAGE
 
 
 def test_a_tensor_that_is_not_read_back_is_an_error(workdir, tmp_path, monkeypatch):

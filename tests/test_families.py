@@ -16,6 +16,7 @@ from safetensors import safe_open
 
 from batiste import interop
 from batiste.interop import FAMILIES, Family, Tensors, WeightMap
+from batiste.interop import weights as weights_module
 from batiste.interop.files import write
 from batiste.models import Transformer, TransformerConfig
 
@@ -30,6 +31,8 @@ SMALL = dict(
 HEAD = SMALL | {"head_dim": 10}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 16, "rope_theta": 500.0}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 200,
+        "rope_theta": 500.0}
 GEMMA3_ROPE = {
     "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000.0},
     "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
@@ -49,6 +52,7 @@ CASES = {
     "mistral": ("MistralConfig", HEAD | {"sliding_window": 5}),
     "qwen2": ("Qwen2Config", SMALL | {"use_sliding_window": True, "sliding_window": 4,
                                       "max_window_layers": 1}),
+    "qwen3 in longer rows": ("Qwen3Config", HEAD | {"head_dim": 16, "rope_parameters": YARN}),
     "qwen3": ("Qwen3Config", HEAD | {"tie_word_embeddings": True}),
     "qwen3_moe": ("Qwen3MoeConfig", HEAD | {
         "num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 20,
@@ -64,6 +68,8 @@ CASES = {
     "deepseek without a low rank for queries": (
         "DeepseekV3Config", SMALL | DEEPSEEK | {
             "rms_norm_eps": 1e-3, "q_lora_rank": None, "first_k_dense_replace": 0}),
+    "deepseek with groups of experts": ("DeepseekV3Config", SMALL | DEEPSEEK | {
+        "n_routed_experts": 12, "n_group": 3, "topk_group": 2, "num_experts_per_tok": 3}),
     "cohere": ("CohereConfig", SMALL | {"logit_scale": 0.25}),
     "bloom": ("BloomConfig", BLOOM),
 }
@@ -86,8 +92,11 @@ class Pair(NamedTuple):
 
 @pytest.fixture(scope="module", params=CASES)
 def pair(request, tmp_path_factory) -> Pair:
-    folder = tmp_path_factory.mktemp(request.param)
-    torch_model = torch_twin(*CASES[request.param])
+    return paired(tmp_path_factory.mktemp(request.param), torch_twin(*CASES[request.param]))
+
+
+def paired(folder: pathlib.Path, torch_model: Any) -> Pair:
+    """A model of `transformers`, and ours made of its files."""
     torch_model.save_pretrained(folder)
     theirs = json.loads((folder / "config.json").read_text())
     family = interop.family_of(theirs, FAMILIES)
@@ -155,6 +164,20 @@ def test_logits_beside_padding_are_those_of_transformers(pair):
     np.testing.assert_allclose(logits_BTV[:, :9], expected_BTV[:, :9], atol=1e-4)
 
 
+def test_logits_beside_padding_on_the_left_are_those_of_transformers(pair):
+    """As it pads to generate: each row begins later, and its places count from there."""
+    tokens_BT, padding = tokens(4), np.array([[0], [5], [2]])
+    real_BT = np.arange(LENGTH)[None] >= padding
+    positions_BT = np.maximum(np.arange(LENGTH)[None] - padding, 0).astype(np.int32)
+    logits_BTV = pair.forward(pair.params, tokens_BT, positions_BT, real_BT.astype(np.int32))
+    arguments = {"attention_mask": torch.tensor(real_BT).long()}
+    if pair.family.model_type != "bloom":  # It counts places by the mask, and takes no others.
+        arguments["position_ids"] = torch.tensor(positions_BT).long()
+    expected_BTV = torch_logits(pair, tokens_BT, **arguments)
+    np.testing.assert_allclose(
+        np.asarray(logits_BTV)[real_BT], expected_BTV[real_BT], atol=1e-4)
+
+
 def test_packed_documents_have_the_logits_of_each_alone(pair):
     tokens_BT = tokens(2)
     logits_BTV = pair.forward(pair.params, tokens_BT, *places(7, 5))
@@ -196,6 +219,14 @@ def test_the_bytes_come_back(pair, tmp_path):
         assert sorted(file.keys()) == sorted(written)
         for name in file.keys():
             assert file.get_tensor(name).tobytes() == written[name].tobytes(), name
+
+
+@pytest.mark.parametrize("pair", ("qwen3_moe",), indirect=True)
+def test_tensors_that_come_in_pieces_are_the_same(pair, monkeypatch):
+    """Pieces that do not divide a tensor, of whole parameters, of a layer's and of an expert's."""
+    monkeypatch.setattr(weights_module, "MOST_AT_ONCE", 700)
+    again = pair.weights.parameters(Tensors(pair.folder), pair.params)
+    jax.tree.map(np.testing.assert_array_equal, again, pair.params)
 
 
 def test_files_of_a_model_without_its_head_are_read(pair, tmp_path):

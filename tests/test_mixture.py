@@ -46,6 +46,7 @@ VARIANTS = {
     "softmax": {},
     "sigmoid, biased": dict(expert_scores="sigmoid"),
     "one expert a token": dict(experts_per_token=1, router_bias=False),
+    "in groups": dict(expert_scores="sigmoid", expert_groups=4, groups_per_token=2),
     "no gate": dict(activation="relu2", router_bias=False),
 }
 
@@ -66,6 +67,10 @@ def naive(config: TransformerConfig, params: dict, x_BTD: np.ndarray) -> np.ndar
     if config.expert_scores == "softmax":
         scores_BTE = np.exp(logits_BTE) / np.exp(logits_BTE).sum(axis=-1, keepdims=True)
     preference_BTE = scores_BTE + params.get("router_bias_E", 0)
+    if config.expert_groups > 1:
+        by_group = np.sort(preference_BTE.reshape(*preference_BTE.shape[:2], 4, 2)).sum(axis=-1)
+        worse = by_group.argsort(axis=-1).argsort(axis=-1) < 4 - config.groups_per_token
+        preference_BTE = np.where(np.repeat(worse, 2, axis=-1), -np.inf, preference_BTE)
     chosen_BTE = preference_BTE.argsort(axis=-1).argsort(axis=-1) >= 8 - config.experts_per_token
     weights_BTE = chosen_BTE * scores_BTE
     if config.experts_per_token > 1:
@@ -314,6 +319,10 @@ def test_cached_decoding_equals_the_full_forward():
 
 @pytest.mark.parametrize("changes,message", [
     ({"model.experts_per_token": 9}, "model.experts_per_token=9: expected 1 to model.num_expe"),
+    ({"model.expert_groups": 3}, "model.expert_groups=3 must divide.*choose one of .1, 2, 4."),
+    ({"model.expert_groups": 4, "model.groups_per_token": 5}, "groups_per_token=5: expected 1 to"),
+    ({"model.expert_groups": 4, "model.groups_per_token": 1, "model.experts_per_token": 3},
+     "room for model.experts_per_token=3 in groups of 2"),
     ({"mesh.expert": 3}, "model.num_experts=8 is not divisible by mesh.expert=3"),
     ({"model.num_experts": None}, "mesh.expert=2 has no experts.*use mesh.data"),
     ({"model.bias": "all"}, "model.bias='all': experts have no biases"),

@@ -175,6 +175,14 @@ def test_rope_scalings_are_the_published_ones():
     smooth = (8192 / wavelength[between] - 1) / 3
     np.testing.assert_allclose(
         llama3[between], (1 - smooth) * plain[between] / 8 + smooth * plain[between], rtol=1e-5)
+    yarn = np.asarray(rope_frequencies(TransformerConfig(
+        head_dim=128, rope_base=500_000.0, rope_scaling="yarn", rope_factor=4.0)))
+    # Peng's rule: 32 turns within 8192 tokens and more stay, one and less are divided.
+    turns = 8192 / wavelength
+    np.testing.assert_allclose(yarn[turns > 33], plain[turns > 33], rtol=0.03)
+    np.testing.assert_allclose(yarn[turns > 50], plain[turns > 50], rtol=1e-6)
+    np.testing.assert_allclose(yarn[turns < 0.8], plain[turns < 0.8] / 4, rtol=1e-6)
+    assert (np.diff(yarn / plain) <= 1e-6).all() and (turns < 0.8).any() and (turns > 50).any()
 
 
 def test_alibi_slopes_and_sinusoids_are_the_published_ones():

@@ -8,8 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batiste.data import DataConfig, RecordObjective, special_ids, target_length, transform_of
+from batiste.configs.experiment import Experiment
+from batiste.data import (
+    DataConfig, RecordObjective, encode_prompt, special_ids, target_length, transform_of,
+)
 from batiste.data.packing import concatenate, first_fit, unpack
+from batiste.data.record_objective import MODES
 from batiste.data.tokenizer import ByteTokenizer
 
 LENGTH = 48
@@ -66,10 +70,11 @@ TWO_STACKS = {
     "prefix": RecordObjective("prefix"),
     "denoise": RecordObjective("denoise", rate=0.3, shuffled=True),
 }
+REPLACED = RecordObjective("replaced", rate=0.25)
 OBJECTIVES = [
     (form, each) for form, kinds in (
         ("decoder", DECODERS), ("encoder", ENCODERS), ("encoder_decoder", TWO_STACKS))
-    for each in kinds.values()]
+    for each in kinds.values()] + [("encoder", REPLACED)]
 
 
 @pytest.mark.parametrize("form,objective", OBJECTIVES, ids=lambda value: getattr(value, "kind", ""))
@@ -160,11 +165,11 @@ def test_a_prefix_is_seen_and_not_predicted(records):
             assert (np.diff(now[count - 1:]) > 0).all() and (np.diff(now[:count]) > 0).all()
 
 
-@pytest.mark.parametrize("name", ("masked", "words"))
+@pytest.mark.parametrize("name", ("masked", "words", "replaced"))
 @given(records=packed())
 @many
 def test_hidden_tokens_are_targets_and_nothing_else_changes(name, records):
-    data = config(ENCODERS[name])
+    data = config(ENCODERS.get(name, REPLACED))
     before, after = unpack(records, BOS, PAD), transformed(records, data, "encoder")
     mask = special_ids(data, TOKENIZER)["<mask>"]
     hidden = after.weights_BT == 1
@@ -174,6 +179,8 @@ def test_hidden_tokens_are_targets_and_nothing_else_changes(name, records):
     assert not (hidden & (before.segments_BT == 0)).any()
     assert TOKENIZER.byte_lengths_V[after.targets_BT[hidden]].all()
     assert not (after.tokens_BT[~hidden] == mask).any()
+    if name == "replaced":
+        assert (after.tokens_BT[hidden] == mask).all()
     if name == "words":
         for row, places in ((row, places) for row in range(len(records))
                             for places in documents_of(after, row)):
@@ -262,6 +269,41 @@ def test_what_is_read_and_what_is_written_make_the_document(name, records):
         weights = after.weights_BT[row]
         open_ends = np.count_nonzero((after.segments_BT[row] > 0) & (weights == 0))
         assert open_ends <= (name == "prefix") and not weights[after.segments_BT[row] == 0].any()
+
+
+@pytest.mark.parametrize("name", TWO_STACKS)
+@given(records=packed(), mode=st.sampled_from(MODES))
+@many
+def test_a_mode_is_read_first_and_changes_nothing_else(name, records, mode):
+    plain = config(TWO_STACKS[name])
+    moded = config(dataclasses.replace(TWO_STACKS[name], mode=mode))
+    before, after = (transformed(records, each, "encoder_decoder") for each in (plain, moded))
+    ids, token = special_ids(plain, TOKENIZER), special_ids(moded, TOKENIZER)[mode]
+    assert ids.items() < special_ids(moded, TOKENIZER).items() and token not in ids.values()
+    for field in ("tokens_BT", "targets_BT", "weights_BT", "segments_BT", "positions_BT"):
+        np.testing.assert_array_equal(getattr(before, field), getattr(after, field), field)
+    for row in range(len(records)):
+        segments = before.source_segments_BS[row]
+        assert set(segments) - {0} == set(after.source_segments_BS[row]) - {0}
+        for segment in range(1, segments.max(initial=0) + 1):
+            was, now = (of_segment(each.source_tokens_BS, each.source_segments_BS, row, segment)
+                        for each in (before, after))
+            assert now.tolist() == [token, *was]
+            places = of_segment(after.source_positions_BS, after.source_segments_BS, row, segment)
+            assert places.tolist() == list(range(len(now)))
+    # In a prompt its name stands for it.
+    prompt = encode_prompt(TOKENIZER, special_ids(moded, TOKENIZER), f"{mode} a")
+    assert prompt == [token, *TOKENIZER.encode(" a")]
+
+
+def test_a_mode_is_refused_where_nothing_reads_it():
+    with pytest.raises(ValueError, match=r"objectives\[0\].mode='\[Q\]': expected one of"):
+        config(RecordObjective("spans", mode="[Q]"))
+    with pytest.raises(ValueError, match="mode=.* has no effect on kind='masked'"):
+        config(RecordObjective("masked", mode="[R]"))
+    decoder = Experiment(data=config(RecordObjective("prefix", mode="[S]")))
+    with pytest.raises(ValueError, match="mode='\\[S\\]' is read by an encoder"):
+        decoder.validate()
 
 
 def made_whole(name, read, written, special):

@@ -53,6 +53,8 @@ def flops_per_token(
     if config.future_heads:  # Each makes all logits once more.
         weights += config.future_heads * config.model_dim * config.vocab_size
         keys += config.future_heads * keys / config.num_layers
+    if config.generator_heads is not None:  # As many layers, each with fewer heads.
+        keys += keys * config.generator_heads / config.num_heads
     dims = config.head_dim + (config.value_dim or config.head_dim)
     return 6 * weights + 6 * config.num_heads * dims * keys
 

@@ -58,12 +58,12 @@ def health_terms(terms: Any, batch: Any) -> HealthTerms:
             layers.largest_B.max(axis=1),
             None if attention is None else attention.logit_B.max(axis=1),
         ),
-        Rows(terms.cross_entropy_B, terms.tokens_B, _checksum_B(batch.tokens_BT)),
+        Rows(terms.cross_entropy_B, terms.tokens_B, row_checksums(batch.tokens_BT)),
     )
 
 
-def _checksum_B(tokens_BT: jax.Array) -> jax.Array:
-    """A weighted sum modulo 2^24; int32 overflow is meant."""
+def row_checksums(tokens_BT: jax.Array) -> jax.Array:
+    """A weighted sum of each row modulo 2^24, float32 B; int32 overflow is meant."""
     places_T = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)
     odd_T = 2 * (places_T * places_T * 40503 + places_T) + 1
     mixed_BT = tokens_BT * 668265263 + 374761393

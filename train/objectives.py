@@ -10,6 +10,9 @@ from batiste.models import (
 )
 from batiste.sharding import constrain, in_time_order
 from batiste.train.config import ObjectiveConfig
+from batiste.train.replaced import (
+    ReplacedTerms, check_generates, detection, filled,
+)
 
 
 class RouterTerms(NamedTuple):
@@ -28,7 +31,8 @@ class Terms(NamedTuple):
 
     loss: what is minimized, label smoothing, z-loss and the router's losses included.
     cross_entropy: in nats. tokens: the sum of the loss weights, the denominator of both.
-    router: None without experts. layers: what they sum up of each row, if they are measured.
+    router: None without experts. replaced: None but of a discriminator, of which all else but the
+    loss is the generator's. layers: what they sum up of each row, if they are measured.
     health: what train/health_statistics.py makes of all this.
     """
 
@@ -36,6 +40,7 @@ class Terms(NamedTuple):
     cross_entropy_B: jax.Array
     tokens_B: jax.Array
     router: RouterTerms | None = None
+    replaced: ReplacedTerms | None = None
     layers: LayerSums | None = None
     health: Any = None
 
@@ -60,6 +65,8 @@ def batch_loss(
     beside = Beside(*(getattr(batch, name) for name in Beside._fields))
     beside = jax.tree.map(lambda x: constrain(x, "BS"[: x.ndim]), beside)
     batch = type(batch)(*(constrain(in_time_order(x_BT), "BS") for x_BT in batch[:5]))
+    if model.config.discriminator:
+        return _with_replaced(model, (batch, beside), dropout_key, config, measured)
     x_BTD, output = model.features(
         batch.tokens_BT, batch.positions_BT, batch.segments_BT, dropout_key, measured, beside
     )
@@ -75,6 +82,26 @@ def batch_loss(
     return terms._replace(layers=output.sums)
 
 
+def _with_replaced(
+    model: Transformer, given: tuple, dropout_key, config: ObjectiveConfig, measured: bool
+) -> Terms:
+    """The generator's losses of hidden tokens, and the model's of which ones it replaced."""
+    check_generates(model)
+    batch, beside = given
+    keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
+    rows = batch.positions_BT, batch.segments_BT
+    logits_BTV = model.guesses(batch.tokens_BT, (*rows, beside.types_BT), keys[0])
+    rules = LossRules(config.label_smoothing, config.z_loss)
+    losses = token_losses(vocabulary_sums(logits_BTV, batch.targets_BT), rules)
+    loss_B, cross_entropy_B = _of_rows(losses, batch.weights_BT)
+    filled_BT = filled(logits_BTV, batch)
+    x_BTD, output = model.features(filled_BT, *rows, keys[1], measured, beside)
+    detection_B, replaced = detection(model.replaced_odds(x_BTD), filled_BT, batch)
+    return Terms(
+        (loss_B + detection_B).sum(axis=0), cross_entropy_B, batch.weights_BT.sum(axis=1),
+        replaced=replaced, layers=output.sums)
+
+
 def _losses(
     model: Transformer, rows: Rows, config: ObjectiveConfig, scale: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
@@ -86,8 +113,13 @@ def _losses(
         return model.chunked_loss(rows, scale, rules, config.loss_chunk)
     else:
         losses = token_losses(vocabulary_sums(model.logits(rows.x_BTD), rows.targets_BT), rules)
-    loss_B, cross_entropy_B = ((x_BT * rows.weights_BT).sum(axis=1) for x_BT in losses)
+    loss_B, cross_entropy_B = _of_rows(losses, rows.weights_BT)
     return loss_B.sum(axis=0), cross_entropy_B
+
+
+def _of_rows(losses: tuple, weights_BT: jax.Array) -> tuple[jax.Array, ...]:
+    """The weighted sums of each row."""
+    return tuple((x_BT * weights_BT).sum(axis=1) for x_BT in losses)
 
 
 def later(batch: Any, count: int) -> tuple[jax.Array, jax.Array]:

@@ -20,6 +20,7 @@ from batiste.train.health_statistics import health_statistics
 from batiste.train.local_steps import Workers, exchanged_bytes, make_exchange
 from batiste.train.objectives import RouterTerms
 from batiste.train.precision import adjust, all_finite, keep_if, unscale
+from batiste.train.replaced import detection_metrics
 from batiste.train.slices import all_reduce_bytes, in_each_slice, summed_bytes, summed_once
 from batiste.train.state import Program, TrainState
 
@@ -33,7 +34,8 @@ def make_train_step(
 
     The batch is a Batch of global arrays on the mesh. Metrics are float32 scalars: loss and
     cross_entropy (nats per token), tokens, gradient_norm, learning_rate; loss_scale and skipped
-    when the compute dtype is float16; router_balance (1 is even), router_z, router_load (of the
+    when the compute dtype is float16; those of `detection_metrics` of a discriminator, where
+    cross_entropy is its generator's; router_balance (1 is even), router_z, router_load (of the
     busiest expert, over the mean) with experts; slice_bytes, what a device sends to other slices,
     when there are several. In local steps all but the last are arrays over slices, of each slice's
     own rows. Where the config measures health there are HealthStatistics, too; and `skipped`, where
@@ -182,6 +184,8 @@ def _update(
         load_LE = terms.router.load_BLE  # Of all rows together.
         params = rebalanced(params, load_LE, config.optimizer.router_bias_rate)
         metrics |= _router_metrics(terms.router, tokens)
+    if terms.replaced is not None:
+        metrics |= detection_metrics(terms.replaced)
     new = TrainState(state.step + 1, params, optimizer_state, state.loss_scale)
     if state.loss_scale is not None:
         new, metrics = _skip_overflow(config, state, new, (gradients, metrics))
