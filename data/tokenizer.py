@@ -29,7 +29,8 @@ class Tokenizer(abc.ABC):
     bos_id begins each document, pad_id fills records; neither is ever made from text, and
     both stand for no text. begin_ids begin a prompt, end_id ends its continuation.
     special: ids of an imported tokenizer's special tokens, by name.
-    model: what is written to `file_name` beside records, None for "bytes". byte_lengths_V (int32) is the number of bytes each token stands for.
+    model: what is written to `file_name` beside records, None for "bytes".
+    byte_lengths_V (int32) is the number of bytes each token stands for.
     """
 
     file_name: str | None = None

@@ -284,7 +284,8 @@ COHERE = Family(
 GPT2 = Family(
     "gpt2", "GPT2LMHeadModel", GPT2_ROWS,
     (Field("vocab_size", "vocab_size"), Field("n_layer", "num_layers"),
-     Field("n_embd", "model_dim"), Field("n_head", "num_heads"), Field(None, "num_kv_heads", lambda theirs: theirs["n_head"]),
+     Field("n_embd", "model_dim"), Field("n_head", "num_heads"),
+     Field(None, "num_kv_heads", lambda theirs: theirs["n_head"]),
      Field(None, "head_dim", lambda theirs: theirs["n_embd"] // theirs["n_head"]),
      Field("n_inner", "mlp_dim", lambda theirs: 4 * theirs["n_embd"]),
      Field("n_positions", "max_length", 1024), Field("layer_norm_epsilon", "norm_epsilon", 1e-5),

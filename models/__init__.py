@@ -18,6 +18,7 @@ from batiste.models.transformer import Beside, Cache, Transformer
 __all__ = [
     "ACTIVATIONS", "LAYER_KINDS", "LLAMA3_FACTORS", "MIXERS", "NORMS", "PARTS", "TURNS", "Activation",
     "AttentionSums", "Beside", "Cache", "LayerSums", "LossRules", "RouterSums", "Rows",
-    "Transformer", "TransformerConfig", "Turn", "YARN_TURNS", "alone", "letters_tree", "rebalanced", "resolve_attention",
+    "Transformer", "TransformerConfig", "Turn", "YARN_TURNS", "alone", "letters_tree",
+    "rebalanced", "resolve_attention",
     "token_losses", "vocabulary_sums", "yarn_length",
 ]

@@ -128,7 +128,8 @@ def _extra_head(axes: Sequence[str]) -> list[str]:
 def _head(plans: Sequence[Plan], budget: Budget) -> list[str]:
     axes = _axes(plans)
     head = ["#", *axes, *_extra_head(axes), "zero", "remat", "micro", "accum",
-            *(kind[:3] for kind in KINDS), "= GiB", "com", "mem", *axes, "bub", "= s", "MFU", "tokens/s", "days", "chip-hours"]
+            *(kind[:3] for kind in KINDS), "= GiB", "com", "mem", *axes, "bub", "= s", "MFU",
+            "tokens/s", "days", "chip-hours"]
     return head if budget.price_per_chip_hour is None else [*head, "cost"]
 
 

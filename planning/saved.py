@@ -27,8 +27,8 @@ class Saved(NamedTuple):
 
     per_layer: kept by every repetition of the layer pattern, else once. letters may name a dim
     twice (T for keys as well: the reference attention's probabilities); "1" is a dim of one, "h"
-    half a head dim, other small letters are those of `latent_sizes`, "W" rows of a token among the experts. whole: lies as the products of a block need
-    it and not as it does between blocks.
+    half a head dim, other small letters are those of `latent_sizes`, "W" rows of a token among the
+    experts. whole: lies as the products of a block need it and not as it does between blocks.
     """
 
     letters: str

@@ -22,8 +22,9 @@ class AskedElsewhere(Exception):
 class Agreed:
     """One such thing, `name` for whoever reads the coordinator's keys.
 
-    Every process makes the same ones in the same order. apart: how many steps processes may be from each other. Until it has happened, or is `refused`,
-    each `now` of several processes sends a message of a few bytes to the coordinator.
+    Every process makes the same ones in the same order. apart: how many steps processes may be from
+    each other. Until it has happened, or is `refused`, each `now` of several
+    processes sends a message of a few bytes to the coordinator.
     """
 
     def __init__(self, name: str, apart: int = 1):

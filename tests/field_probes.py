@@ -186,7 +186,8 @@ def layout(experiment: Experiment, _):
         return str(error)
     program = make_program(
         experiment.model, experiment.train, make_mesh(experiment.mesh), experiment.mesh)
-    specs = jax.tree.map(lambda leaf: f"{leaf.sharding.spec} {leaf.sharding.memory_kind}", program.abstract_state)
+    specs = jax.tree.map(
+        lambda leaf: f"{leaf.sharding.spec} {leaf.sharding.memory_kind}", program.abstract_state)
     mesh = jax.tree.leaves(program.abstract_state)[0].sharding.mesh
     with jax.set_mesh(mesh), laid_out(experiment.mesh):
         order = time_order(experiment.data.sequence_length)

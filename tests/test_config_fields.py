@@ -13,7 +13,6 @@ from batiste.configs.experiment import Experiment, flatten
 from batiste.configs.own_parts import load_own_parts
 from batiste.data import RecordObjective, SourceConfig
 from batiste.models import TransformerConfig
-from batiste.train.health import CLASSES
 
 import field_probes as probes
 from field_probes import change

@@ -16,8 +16,7 @@ from test_objectives import (
     transformed,
 )
 
-from batiste.configs.experiment import Experiment
-from batiste.data import RecordObjective, transform_of
+from batiste.data import transform_of
 from batiste.data.packing import concatenate
 from batiste.inference import SamplingConfig, generate
 from batiste.models import Beside, Transformer, TransformerConfig
@@ -262,7 +261,8 @@ def test_each_objective_is_learned_beyond_its_unigram_loss(form, records):
 
 @pytest.mark.parametrize("form,zero,accumulation,more", (
     ("decoder", 1, 2, {}), ("decoder", 2, 1, {"future_heads": 2}),
-    ("encoder", 3, 1, {"shared_layers": True, "embedding_dim": 10}), pytest.param("encoder_decoder", 3, 2, {}, marks=pytest.mark.slow),
+    ("encoder", 3, 1, {"shared_layers": True, "embedding_dim": 10}),
+    pytest.param("encoder_decoder", 3, 2, {}, marks=pytest.mark.slow),
 ))
 def test_a_mesh_has_the_numbers_of_one_device(form, zero, accumulation, more, records):
     objectives, change = MIXTURES[form]

@@ -13,8 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from task_cases import (
-    HEADS, PAIRS, READER, assert_close, examples, given, letters, make_task, pairs, run_steps,
-    task_config,
+    HEADS, PAIRS, READER, assert_close, examples, given, letters, make_task, run_steps, task_config,
 )
 
 from batiste.sharding import MeshConfig
