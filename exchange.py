@@ -26,6 +26,7 @@ from batiste.interop.directory import (
 )
 from batiste.interop.family import FREE_FIELDS
 from batiste.interop.stablehlo import write_stablehlo
+from batiste.interop.tokenizer_files import write_tokenizer
 from batiste.models import PARTS, TransformerConfig, alone
 from batiste.sharding import MeshConfig, is_first, make_mesh, restack
 from batiste.train import (
@@ -238,8 +239,8 @@ def export_model(
     unfinished.mkdir(parents=True)
     content = Written(weights, given.params, file_dtype, theirs, brought)
     write_directory(unfinished, content, given.workdir.resolve().name)
-    if brought is None and given.tokenizer is not None and given.tokenizer.model is not None:
-        (unfinished / given.tokenizer.file_name).write_bytes(given.tokenizer.model)
+    if brought is None and given.tokenizer is not None:
+        write_tokenizer(unfinished, given.tokenizer, model.max_length)
     certificates.write(unfinished, _fingerprint_of(unfinished))
     os.replace(unfinished, target)
     planned = weights.planned(file_dtype)

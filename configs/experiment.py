@@ -211,6 +211,9 @@ def from_dict(kind: type, values: Any) -> Any:
     if typing.get_origin(kind) is tuple:
         return tuple(from_dict(typing.get_args(kind)[0], value) for value in values)
     if not dataclasses.is_dataclass(kind):
+        if isinstance(values, dict):
+            raise ValueError(f"expected one value and not fields {', '.join(values)}: the stored "
+                             "config is of another version of batiste")
         return values
     hints = typing.get_type_hints(kind)
     unknown = sorted(set(values) - set(hints))

@@ -218,6 +218,10 @@ def test_an_unknown_field_in_json_is_named():
     stored["model"]["num_lairs"] = 3
     with pytest.raises(ValueError, match="TransformerConfig has no field num_lairs"):
         from_dict(Experiment, stored)
+    stored = dataclasses.asdict(Experiment())
+    stored["train"]["health"]["policies"] = {"plateau": "log"}
+    with pytest.raises(ValueError, match="not fields plateau: .* another version"):
+        from_dict(Experiment, stored)
 
 
 @pytest.mark.parametrize("file", [f"sharding_{name}.txt" for name in PRESETS])

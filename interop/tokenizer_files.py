@@ -1,0 +1,124 @@
+"""A tokenizer that was learned here as the files that `transformers` reads."""
+
+import json
+import pathlib
+from typing import Any
+
+from batiste.data import Tokenizer
+from batiste.data.huggingface_tokenizer import tokenizers_package
+from batiste.data.tokenizer import PROBE, SPACE, TAB
+
+UNIGRAM, BPE, CHARACTERS = 1, 2, 4  # SentencePiece's numbers of kinds of models,
+UNKNOWN, CONTROL, USER_DEFINED, BYTE = 2, 3, 4, 6  # and of pieces.
+NEVER = -1e6  # A score for names of bytes, "<0x41>": read as one only beside unknown characters.
+SAMPLE = PROBE.replace("<s>", "").replace(SPACE, "") + "def f(self, x):\n\treturn [x] * 23  # été\n"
+
+
+def write_tokenizer(folder: pathlib.Path, tokenizer: Tokenizer, max_length: int) -> None:
+    """Writes tokenizer.json and tokenizer_config.json, and the .model where there is one.
+
+    Raises ValueError without the package `tokenizers`, and where what was written encodes text in
+    another way. As `transformers` has it, U+2581 comes back as a space, and names of special tokens
+    in a text are these, like names of bytes ("<0x41>") in the unigram model; and of equally likely
+    pieces of that model it may take others than SentencePiece.
+    """
+    described = _described(tokenizer)
+    text = json.dumps(described, ensure_ascii=False)
+    found = tokenizers_package().Tokenizer.from_str(text).encode(SAMPLE).ids
+    expected = [*tokenizer.begin_ids, *tokenizer.encode(SAMPLE)]
+    if described["model"]["type"] == "Unigram":  # Of equally likely pieces it may take others.
+        found, expected = (_likelihood(described, ids) for ids in (found, expected))
+    # One that was imported is written as it came, also with a space before every text.
+    if tokenizer.name != "huggingface" and found != expected:
+        raise ValueError(f"tokenizer.json would encode {SAMPLE!r} as {found}, and not {expected}")
+    (folder / "tokenizer.json").write_text(text + "\n", encoding="utf-8")
+    if tokenizer.model is not None and tokenizer.name == "sentencepiece":
+        (folder / tokenizer.file_name).write_bytes(tokenizer.model)
+    names = {token["id"]: token["content"] for token in described["added_tokens"]}
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
+        "model_max_length": max_length,
+    } | {f"{kind}_token": names[token] for kind, token in (
+        ("bos", tokenizer.bos_id), ("eos", tokenizer.end_id), ("pad", tokenizer.pad_id))
+        if token in names}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def _likelihood(described: dict[str, Any], ids: list[int]) -> float:
+    return round(sum(described["model"]["vocab"][token][1] for token in ids), 2)
+
+
+def _described(tokenizer: Tokenizer) -> dict[str, Any]:
+    """What a tokenizer.json holds."""
+    if tokenizer.name == "huggingface":
+        return json.loads(json.loads(tokenizer.model)["tokenizer"])
+    if tokenizer.name == "bytes":
+        pieces = [("<pad>", 0.0, CONTROL), ("<s>", 0.0, CONTROL),
+                  *((f"<0x{value:02X}>", 0.0, BYTE) for value in range(256))]
+        return _file(pieces, _merging(pieces))
+    from sentencepiece import sentencepiece_model_pb2
+
+    proto = sentencepiece_model_pb2.ModelProto.FromString(tokenizer.model)
+    pieces = [(each.piece, each.score, each.type) for each in proto.pieces]
+    kind = proto.trainer_spec.model_type
+    if kind not in (UNIGRAM, BPE, CHARACTERS):
+        raise ValueError("a SentencePiece model of whole words has no tokenizer.json")
+    return _file(pieces, _likeliest(pieces) if kind == UNIGRAM else _merging(pieces))
+
+
+def _merging(pieces: list[tuple[str, float, int]]) -> dict[str, Any]:
+    """Byte-pair encoding: pieces that are text, the best first, each from any two others."""
+    vocabulary = {piece: index for index, (piece, _, _) in enumerate(pieces)}
+    text = {piece: score for piece, score, kind in pieces if kind not in (CONTROL, UNKNOWN, BYTE)}
+    merges = [
+        [piece[:cut], piece[cut:]]
+        for piece in sorted(text, key=lambda piece: (-text[piece], vocabulary[piece]))
+        for cut in range(1, len(piece)) if piece[:cut] in text and piece[cut:] in text
+    ]
+    return {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
+            "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": True,
+            "ignore_merges": False, "vocab": vocabulary, "merges": merges}
+
+
+def _likeliest(pieces: list[tuple[str, float, int]]) -> dict[str, Any]:
+    """The unigram model: the pieces whose scores add up to the most."""
+    scored = [[piece, NEVER if kind in (CONTROL, UNKNOWN, BYTE) else score]
+              for piece, score, kind in pieces]
+    unknown = next(index for index, each in enumerate(pieces) if each[2] in (UNKNOWN, CONTROL))
+    return {"type": "Unigram", "unk_id": unknown, "vocab": scored, "byte_fallback": True}
+
+
+def _file(pieces: list[tuple[str, float, int]], model: dict[str, Any]) -> dict[str, Any]:
+    spelled = [(spells, by) for spells, by in ((" ", SPACE), ("\t", TAB))
+               if any(by in piece for piece, _, _ in pieces)]
+
+    def replaced(old: str, new: str) -> dict[str, Any]:
+        return {"type": "Replace", "pattern": {"String": old}, "content": new}
+
+    added = [
+        {"id": index, "content": piece, "single_word": False, "lstrip": False, "rstrip": False,
+         "normalized": False, "special": kind != USER_DEFINED}
+        for index, (piece, _, kind) in enumerate(pieces)
+        if kind in (CONTROL, UNKNOWN, USER_DEFINED)
+    ]
+    begin = next(each for each in added if each["content"] == "<s>")
+    return {
+        "version": "1.0", "truncation": None, "padding": None, "added_tokens": added,
+        "normalizer": {"type": "Sequence", "normalizers": [replaced(*pair) for pair in spelled]}
+        if spelled else None,
+        "pre_tokenizer": None,
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}},
+                       {"Sequence": {"id": "A", "type_id": 0}}],
+            "pair": [{"SpecialToken": {"id": "<s>", "type_id": 0}},
+                     {"Sequence": {"id": "A", "type_id": 0}},
+                     {"SpecialToken": {"id": "<s>", "type_id": 1}},
+                     {"Sequence": {"id": "B", "type_id": 1}}],
+            "special_tokens": {"<s>": {"id": "<s>", "ids": [begin["id"]], "tokens": ["<s>"]}},
+        },
+        "decoder": {"type": "Sequence", "decoders": [
+            {"type": "ByteFallback"}, {"type": "Fuse"},
+            *(replaced(new, old) for old, new in spelled)]},
+        "model": model,
+    }
