@@ -8,7 +8,7 @@
 
 The package holds 134,515,008 parameters in 4 bits, as GGUF, 94 MB; a directory with the original
 safetensors is imported the same way. `evaluate` says how well the weights as they came predict the
-standard library's held-out text (docs/families.md has what it prints); `train` has not been run.
+standard library's held-out text, `train` goes on with them (docs/families.md has what both print).
 """
 
 import dataclasses
