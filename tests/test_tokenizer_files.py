@@ -52,6 +52,7 @@ def test_what_would_be_read_otherwise_is_an_error(tmp_path):
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_run_is_exported_with_its_tokenizer(tmp_path, capfd):
     for number in range(20):
         (tmp_path / f"{number}.txt").write_text("def f(x):\n\treturn x\n" * (number + 3))
