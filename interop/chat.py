@@ -1,5 +1,6 @@
 """A conversation as the tokens that a model was taught to answer, by its own template."""
 
+import os
 import pathlib
 from collections.abc import Mapping, Sequence
 
@@ -11,6 +12,8 @@ def chat_tokens(folder: pathlib.Path, messages: Sequence[Mapping[str, str]]) -> 
     template, and for what it does not take. What looks like a special token in a message is one, as
     `transformers` has it.
     """
+    # Or it says when it is imported that it would like to have torch, which nothing here needs.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
         import transformers
     except ImportError:
