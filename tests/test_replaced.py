@@ -185,7 +185,7 @@ def test_both_learn(records):
     """On modules of the standard library: the generator beats unigrams, the other `original`."""
     model = electra(model_dim=48, mlp_dim=96, embedding_dim=24, positions="rope")
     train = step_checks.train_config("adamw")
-    train.schedule.learning_rate, train.num_steps, train.batch_size = 0.005, 600, 32
+    train.schedule.learning_rate, train.num_steps, train.batch_size = 0.005, 400, 32
     mesh, program, step = step_checks.start(train, MeshConfig(data=1), jax.devices()[:1], model)
     transform = transform_of(config(REPLACED), "encoder", TOKENIZER)
     state, random, history = program.initialize(), np.random.default_rng(0), []
