@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import shutil
+import sys
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -240,7 +241,10 @@ def export_model(
     content = Written(weights, given.params, file_dtype, theirs, brought)
     write_directory(unfinished, content, given.workdir.resolve().name)
     if brought is None and given.tokenizer is not None:
-        write_tokenizer(unfinished, given.tokenizer, model.max_length)
+        try:
+            write_tokenizer(unfinished, given.tokenizer, model.max_length)
+        except ValueError as error:  # The weights are worth having without it.
+            print(f"{to}: has no tokenizer.json: {error}", file=sys.stderr, flush=True)
     certificates.write(unfinished, _fingerprint_of(unfinished))
     os.replace(unfinished, target)
     planned = weights.planned(file_dtype)

@@ -15,13 +15,15 @@ SAMPLE = PROBE.replace("<s>", "").replace(SPACE, "") + "def f(self, x):\n\tretur
 
 
 def write_tokenizer(folder: pathlib.Path, tokenizer: Tokenizer, max_length: int) -> None:
-    """Writes tokenizer.json and tokenizer_config.json, and the .model where there is one.
+    """Writes the .model where there is one, then tokenizer.json and tokenizer_config.json.
 
     Raises ValueError without the package `tokenizers`, and where what was written encodes text in
     another way. As `transformers` has it, U+2581 comes back as a space, and names of special tokens
     in a text are these, like names of bytes ("<0x41>") in the unigram model; and of equally likely
     pieces of that model it may take others than SentencePiece.
     """
+    if tokenizer.name == "sentencepiece":
+        (folder / tokenizer.file_name).write_bytes(tokenizer.model)
     described = _described(tokenizer)
     text = json.dumps(described, ensure_ascii=False)
     found = tokenizers_package().Tokenizer.from_str(text).encode(SAMPLE).ids
@@ -32,8 +34,6 @@ def write_tokenizer(folder: pathlib.Path, tokenizer: Tokenizer, max_length: int)
     if tokenizer.name != "huggingface" and found != expected:
         raise ValueError(f"tokenizer.json would encode {SAMPLE!r} as {found}, and not {expected}")
     (folder / "tokenizer.json").write_text(text + "\n", encoding="utf-8")
-    if tokenizer.model is not None and tokenizer.name == "sentencepiece":
-        (folder / tokenizer.file_name).write_bytes(tokenizer.model)
     names = {token["id"]: token["content"] for token in described["added_tokens"]}
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
@@ -55,7 +55,7 @@ def _described(tokenizer: Tokenizer) -> dict[str, Any]:
     if tokenizer.name == "bytes":
         pieces = [("<pad>", 0.0, CONTROL), ("<s>", 0.0, CONTROL),
                   *((f"<0x{value:02X}>", 0.0, BYTE) for value in range(256))]
-        return _file(pieces, _merging(pieces))
+        return _file(pieces, _merging(pieces), tokenizer.bos_id)
     from sentencepiece import sentencepiece_model_pb2
 
     proto = sentencepiece_model_pb2.ModelProto.FromString(tokenizer.model)
@@ -63,7 +63,8 @@ def _described(tokenizer: Tokenizer) -> dict[str, Any]:
     kind = proto.trainer_spec.model_type
     if kind not in (UNIGRAM, BPE, CHARACTERS):
         raise ValueError("a SentencePiece model of whole words has no tokenizer.json")
-    return _file(pieces, _likeliest(pieces) if kind == UNIGRAM else _merging(pieces))
+    model = _likeliest(pieces) if kind == UNIGRAM else _merging(pieces)
+    return _file(pieces, model, tokenizer.bos_id)
 
 
 def _merging(pieces: list[tuple[str, float, int]]) -> dict[str, Any]:
@@ -88,7 +89,9 @@ def _likeliest(pieces: list[tuple[str, float, int]]) -> dict[str, Any]:
     return {"type": "Unigram", "unk_id": unknown, "vocab": scored, "byte_fallback": True}
 
 
-def _file(pieces: list[tuple[str, float, int]], model: dict[str, Any]) -> dict[str, Any]:
+def _file(
+    pieces: list[tuple[str, float, int]], model: dict[str, Any], bos_id: int
+) -> dict[str, Any]:
     spelled = [(spells, by) for spells, by in ((" ", SPACE), ("\t", TAB))
                if any(by in piece for piece, _, _ in pieces)]
 
@@ -101,7 +104,7 @@ def _file(pieces: list[tuple[str, float, int]], model: dict[str, Any]) -> dict[s
         for index, (piece, _, kind) in enumerate(pieces)
         if kind in (CONTROL, UNKNOWN, USER_DEFINED)
     ]
-    begin = next(each for each in added if each["content"] == "<s>")
+    begin = pieces[bos_id][0]
     return {
         "version": "1.0", "truncation": None, "padding": None, "added_tokens": added,
         "normalizer": {"type": "Sequence", "normalizers": [replaced(*pair) for pair in spelled]}
@@ -109,13 +112,13 @@ def _file(pieces: list[tuple[str, float, int]], model: dict[str, Any]) -> dict[s
         "pre_tokenizer": None,
         "post_processor": {
             "type": "TemplateProcessing",
-            "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}},
+            "single": [{"SpecialToken": {"id": begin, "type_id": 0}},
                        {"Sequence": {"id": "A", "type_id": 0}}],
-            "pair": [{"SpecialToken": {"id": "<s>", "type_id": 0}},
+            "pair": [{"SpecialToken": {"id": begin, "type_id": 0}},
                      {"Sequence": {"id": "A", "type_id": 0}},
-                     {"SpecialToken": {"id": "<s>", "type_id": 1}},
+                     {"SpecialToken": {"id": begin, "type_id": 1}},
                      {"Sequence": {"id": "B", "type_id": 1}}],
-            "special_tokens": {"<s>": {"id": "<s>", "ids": [begin["id"]], "tokens": ["<s>"]}},
+            "special_tokens": {begin: {"id": begin, "ids": [bos_id], "tokens": [begin]}},
         },
         "decoder": {"type": "Sequence", "decoders": [
             {"type": "ByteFallback"}, {"type": "Fuse"},

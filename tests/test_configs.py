@@ -190,6 +190,8 @@ def test_a_published_model_has_its_family_and_its_parameters(module, name, famil
     one = dataclasses.replace(experiment.model, generator_heads=None)
     (known,) = (each for each in interop.FAMILIES if each.model_type == family)
     assert known.config_of(one, {})["model_type"] == family
+    if family != "roberta":  # Whose sizes and parts are those of a BERT, too.
+        assert interop.fitting_family(one, interop.FAMILIES) is known
     model = nnx.eval_shape(lambda: Transformer(experiment.model, rngs=nnx.Rngs(0)))
     leaves = jax.tree.leaves(nnx.state(model, nnx.Param))
     assert sum(math.prod(leaf.shape) for leaf in leaves) == published

@@ -2,6 +2,7 @@
 
 import inspect
 import pathlib
+import sys
 
 import pytest
 import test_data_tokenizer as tokenizers
@@ -49,11 +50,21 @@ def test_what_would_be_read_otherwise_is_an_error(tmp_path):
     learned.begin_ids = ()
     with pytest.raises(ValueError, match="tokenizer.json would encode .* and not"):
         write_tokenizer(tmp_path, learned, 64)
-    assert not any(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["tokenizer.model"]
+
+
+def test_the_bos_of_somebody_elses_model_may_have_another_name(tmp_path):
+    path = tokenizers.train_directly(tmp_path / "their", bos_piece="<begin>")
+    tokenizer = SentencePieceTokenizer(pathlib.Path(path).read_bytes())
+    (tmp_path / "out").mkdir()
+    write_tokenizer(tmp_path / "out", tokenizer, 64)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert theirs.bos_token == "<begin>"
+    assert theirs("def f")["input_ids"] == [tokenizer.bos_id, *tokenizer.encode("def f")]
 
 
 @pytest.mark.slow
-def test_a_run_is_exported_with_its_tokenizer(tmp_path, capfd):
+def test_a_run_is_exported_with_its_tokenizer(tmp_path, capfd, monkeypatch):
     for number in range(20):
         (tmp_path / f"{number}.txt").write_text("def f(x):\n\treturn x\n" * (number + 3))
     experiment = Experiment(
@@ -73,3 +84,8 @@ def test_a_run_is_exported_with_its_tokenizer(tmp_path, capfd):
     tokenizer = main.load_prepared(next((tmp_path / "run/data").iterdir())).tokenizer
     assert theirs("def f")["input_ids"] == [1, *tokenizer.encode("def f")]
     assert (tmp_path / "out/tokenizer.model").is_file()
+    monkeypatch.setitem(sys.modules, "tokenizers", None)  # As where it is not installed.
+    main.export_weights(tmp_path / "run", tmp_path / "bare")
+    assert "has no tokenizer.json: a tokenizer.json needs" in capfd.readouterr().err
+    names = {path.name for path in (tmp_path / "bare").iterdir()}
+    assert {"model.safetensors", "tokenizer.model"} < names and "tokenizer.json" not in names
