@@ -143,9 +143,12 @@ def _train(
     check_mode(mode, found, workdir)
     free = (*_free_to_change(experiment), *resume_override)
     changed = [] if found.step is None else check_same(stored["config"], flat, free)
-    ended = None if found.step is None else _ended(workdir, stored, found.step, flat)
-    if ended is not None:
-        return ended
+    # Whoever changes what is not free to change, or the texts to write, wants more than to be told.
+    if found.step is not None and not any(
+            change.startswith(("sample.", *resume_override)) for change in changed):
+        ended = _ended(workdir, stored, found.step, flat)
+        if ended is not None:
+            return ended
     if not force:
         check_memory(experiment)
     check_shared(workdir)
@@ -195,10 +198,6 @@ def _ended(
     reason = why_ended(stored, step, config)
     if reason is None:
         return None
-    samples = ({name: value for name, value in of.items() if name.startswith("sample.")}
-               for of in (stored["config"], config))
-    if check_same(*samples, ("sample.",)):
-        return None  # The report is to have other texts.
 
     def read() -> str:
         return json.dumps(measured_at_end(workdir, reason, step))
@@ -207,13 +206,22 @@ def _ended(
     if fields is None:
         return None
     if is_first():
-        why = {"patience": "the validation loss no longer fell; a larger train.stop.patience",
-               "done": "all of its steps are done; a larger train.num_steps"}[reason]
-        print(f"{workdir} has finished after step {step:,}: {why}, named in --resume_override "
-              "where it is not free to change, would continue it", flush=True)
+        print(f"{workdir} has finished after step {step:,}: {_how_to_go_on(reason, config)}",
+              flush=True)
     detection = fields["detection"]
     return Result(reason, step, Perplexity(**fields | {
         "detection": None if detection is None else Detection(**detection)}))
+
+
+def _how_to_go_on(reason: str, config: dict[str, Any]) -> str:
+    """Why a run has ended, and which flags would continue it."""
+    if reason == "patience":
+        return ("the validation loss no longer falls; to go on, raise --config.train.stop.patience="
+                f"{config['train.stop.patience']}")
+    if config["train.stop.flops"] is not None:
+        return f"its budget is spent; to go on, raise --config.train.stop.flops={config['train.stop.flops']:g}"
+    return (f"all of its steps are done; to go on, raise --config.train.num_steps="
+            f"{config['train.num_steps']}, with --resume_override=train.num_steps")
 
 
 def evaluate(workdir: str | os.PathLike) -> Perplexity:
