@@ -4,13 +4,13 @@ import sys
 
 from absl import flags
 
-from batiste.verb_flags import define_config, define_workdir, required
+from batiste.verb_flags import define_config, define_workdir, define_written_workdir, required
 
 
 def define_tune(values: flags.FlagValues, argv: list[str]) -> None:
     """The flags of `batiste tune`."""
     define_config(values, argv)
-    define_workdir(values)
+    define_written_workdir(values)
     flags.DEFINE_enum("resume", "auto", ("auto", "must", "never"), "Continue if there is a "
                       "checkpoint, or only then, or refuse to.", flag_values=values)
 
@@ -24,7 +24,7 @@ def tune(values: flags.FlagValues) -> int:
     if not isinstance(values.config, TaskConfig):
         raise ValueError(f"config: get_config must return a TaskConfig, got {type(values.config)}")
     workdir = required(values, "workdir")
-    tuned = tuning.tune(values.config, workdir, values.resume)
+    tuned = tuning.tune(values.config, workdir, values.resume, values.break_lock)
     if tuned.reason.startswith("SIG"):
         print(f"stopped by {tuned.reason} after step {tuned.step}, saved; the same command "
               "continues")

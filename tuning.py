@@ -18,24 +18,28 @@ from batiste.models import TransformerConfig
 from batiste.tasks import Embedder, Example, Given, TaskConfig, Tuned, read_examples
 from batiste.tasks import tune as tune_task
 from batiste.tasks.baselines import bag_of_words, majority
-from batiste.train import Checkpoints
+from batiste.train import Checkpoints, work_directory_lock
 
 TASK_FILE = "task.json"
 COLUMNS = ("accuracy", "exact_match", "f1", "precision_macro", "recall_macro", "f1_macro",
            "f1_micro", "roc_auc", "retrieval", "examples")
 
 
-def tune(config: TaskConfig, workdir: str | os.PathLike, resume: str = "auto") -> Tuned:
+def tune(
+    config: TaskConfig, workdir: str | os.PathLike, resume: str = "auto", break_lock: bool = False
+) -> Tuned:
     """Trains the heads of a task and the encoder under them, and measures them.
 
-    The same call continues where it stopped. Raises ValueError for a task that cannot be.
+    The same call continues where it stopped. break_lock: as for `batiste.main.train`. Raises
+    ValueError for a task that cannot be, or where another process writes to the work directory.
     """
     config.validate_on(len(jax.devices()))
     folder = pathlib.Path(workdir)
-    tuned = tune_task(config, given_of(config), folder, flatten(config), resume)
-    text = json.dumps(dataclasses.asdict(config), indent=1) + "\n"
-    (folder / f"{TASK_FILE}.tmp").write_text(text)
-    os.replace(folder / f"{TASK_FILE}.tmp", folder / TASK_FILE)
+    with work_directory_lock(folder, break_lock):
+        tuned = tune_task(config, given_of(config), folder, flatten(config), resume)
+        text = json.dumps(dataclasses.asdict(config), indent=1) + "\n"
+        (folder / f"{TASK_FILE}.tmp").write_text(text)
+        os.replace(folder / f"{TASK_FILE}.tmp", folder / TASK_FILE)
     return tuned
 
 

@@ -24,6 +24,14 @@ def define_workdir(values: flags.FlagValues) -> None:
     flags.DEFINE_string("workdir", None, "Directory of the run.", flag_values=values)
 
 
+def define_written_workdir(values: flags.FlagValues) -> None:
+    """--workdir of a verb that writes to it, and --break_lock."""
+    define_workdir(values)
+    flags.DEFINE_bool(
+        "break_lock", False, "Take the work directory from a process on another machine that gives "
+        "no sign of life.", flag_values=values)
+
+
 def define_processes(values: flags.FlagValues) -> None:
     """What says which of several processes this is."""
     flags.DEFINE_bool(
