@@ -2,7 +2,9 @@
 
 from absl import flags
 
-from batiste.verb_flags import define_config, define_workdir, given_experiment, required
+from batiste.verb_flags import (
+    define_config, define_trust, define_workdir, given_experiment, required, trust,
+)
 
 
 def define_import(values: flags.FlagValues, argv: list[str]) -> None:
@@ -29,6 +31,7 @@ def define_export(values: flags.FlagValues, argv: list[str]) -> None:
     """The flags of `batiste export`."""
     del argv
     define_workdir(values)
+    define_trust(values)
     flags.DEFINE_string("to", None, "Directory to write.", flag_values=values)
     flags.DEFINE_string("verify", None, "Directory that an export wrote, to check against its "
                         "certificate, instead of --workdir and --to.", flag_values=values)
@@ -55,7 +58,7 @@ def export(values: flags.FlagValues) -> int:
         print(f"{values.verify}: every file is what was written, and logits differ by {error:.1e} "
               "of the largest")
         return 0
-    workdir, target = required(values, "workdir"), required(values, "to")
+    workdir, target = trust(values), required(values, "to")
     if values.format == "stablehlo":
         for flag in ("family", "dtype", "part"):
             if getattr(values, flag) is not None:

@@ -4,7 +4,7 @@ import sys
 
 from absl import flags
 
-from batiste.verb_flags import define_config, define_workdir, required
+from batiste.verb_flags import define_config, define_trust, define_workdir, required, trust
 
 
 def define_tune(values: flags.FlagValues, argv: list[str]) -> None:
@@ -37,6 +37,7 @@ def define_embed(values: flags.FlagValues, argv: list[str]) -> None:
     """The flags of `batiste embed`."""
     del argv
     define_workdir(values)
+    define_trust(values)
     flags.DEFINE_string("to", None, "A .npy file for the vectors, instead of a line of JSON for "
                         "each text on the standard output.", flag_values=values)
     flags.DEFINE_integer("max_length", 256, "Tokens of a text; the rest is cut.", 4,
@@ -51,6 +52,7 @@ def embed(values: flags.FlagValues) -> int:
 
     from batiste import tuning
 
+    workdir = tuning.encoder_of(required(values, "workdir"))
     embedder = tuning.embedder(required(values, "workdir"), values.max_length)
     texts = sys.stdin.read().splitlines()
     if values.to is not None:

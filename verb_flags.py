@@ -20,6 +20,23 @@ def define_workdir(values: flags.FlagValues) -> None:
     flags.DEFINE_string("workdir", None, "Directory of the run.", flag_values=values)
 
 
+def define_trust(values: flags.FlagValues) -> None:
+    """--trust_code, of verbs that read a work directory."""
+    flags.DEFINE_bool(
+        "trust_code", False, "Run the code that the directory's config names, now and later, as long "
+        "as it does not change (docs/extend.md).", flag_values=values)
+
+
+def trust(values: flags.FlagValues, name: str = "workdir") -> str:
+    """The work directory that flag `name` gives, whose code is trusted from here on if asked."""
+    from batiste import main
+
+    workdir = required(values, name)
+    if values.trust_code:
+        main.load_experiment(workdir, trust_code=True)
+    return workdir
+
+
 def define_processes(values: flags.FlagValues) -> None:
     """What says which of several processes this is."""
     flags.DEFINE_bool(

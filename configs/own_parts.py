@@ -28,10 +28,15 @@ def load_own_parts(experiment: Any) -> None:
             table[name] = getattr(module, attribute)
 
 
+def own_files(experiment: Any) -> list[str]:
+    """Every file that parts of an experiment's own come from."""
+    return sorted({name.rpartition(":")[0] for _, name, _ in _own(experiment)})
+
+
 def own_code(experiment: Any) -> dict[str, str]:
     """The hash of each file that parts of an experiment's own come from."""
-    paths = sorted({name.rpartition(":")[0] for _, name, _ in _own(experiment)})
-    return {path: xxhash.xxh3_128_hexdigest(pathlib.Path(path).read_bytes()) for path in paths}
+    return {path: xxhash.xxh3_128_hexdigest(pathlib.Path(path).read_bytes())
+            for path in own_files(experiment)}
 
 
 def _own(experiment: Any) -> Iterator[tuple[str, str, dict]]:
