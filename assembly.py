@@ -132,10 +132,12 @@ class Assembly:
             texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
         return texts
 
-    def progress(self) -> tuple[Progress, int]:
-        """The terminal line, and the step at which the run ends by its steps or its FLOP budget."""
+    def progress(self, step: int, records: int) -> tuple[Progress, int]:
+        """The terminal line, and the step at which the run ends by its steps or its FLOP budget.
+
+        records: what the first `step` steps have read.
+        """
         experiment, program = self.experiment, self.program
-        tokens_per_step = experiment.train.batch_size * experiment.data.sequence_length
         length = experiment.data.sequence_length
         two = experiment.model.form == "encoder_decoder"
         flops = flops_per_token(
@@ -147,9 +149,10 @@ class Assembly:
             print(f"{mfu_formula_line(flops, peak)} ({source})", flush=True)
         last_step, budget = experiment.train.num_steps, experiment.train.stop.flops
         if budget is not None:
-            last_step = min(last_step, max(1, int(budget // (flops * tokens_per_step))))
+            left = int(budget // (flops * length)) - records
+            last_step = min(last_step, max(1, step + left // experiment.train.batch_size))
         progress = Progress(
-            last_step, tokens_per_step=tokens_per_step, flops_per_token=flops, peak_flops=peak,
+            last_step, flops_per_token=flops, peak_flops=peak,
             stream=sys.stderr if is_first() else open(os.devnull, "w", encoding="utf-8"),
         )
         return progress, last_step
@@ -166,8 +169,11 @@ class Assembly:
             "data": self.prepared.fingerprint,
         }
 
-    def finish(self, params: Any, ledger: Ledger, step: int) -> Perplexity:
-        """Evaluates on the whole validation split, samples, and (process 0) writes the report."""
+    def finish(self, params: Any, ledger: Ledger, tokens: int) -> Perplexity:
+        """Evaluates on the whole validation split, samples, and (process 0) writes the report.
+
+        tokens: that the run was trained on, padding left out.
+        """
         experiment, manifest = self.experiment, self.prepared.manifest
         ledger.enter("evaluation")
         result = self.measure(params)
@@ -181,7 +187,7 @@ class Assembly:
         facts = ReportFacts(
             name=self.workdir.name,
             parameters=sum(leaf.size for leaf in jax.tree.leaves(params)),
-            tokens=step * experiment.train.batch_size * experiment.data.sequence_length,
+            tokens=tokens,
             device=f"{self.mesh.size} x {jax.devices()[0].device_kind}",
             config=flatten(experiment),
             seconds_by_phase=read_account(self.workdir).seconds,

@@ -3,14 +3,15 @@
 from absl import flags
 
 from batiste.verb_flags import (
-    define_config, define_trust, define_workdir, given_experiment, required, trust,
+    define_config, define_trust, define_workdir, define_written_workdir, given_experiment, required,
+    trust,
 )
 
 
 def define_import(values: flags.FlagValues, argv: list[str]) -> None:
     """The flags of `batiste import`."""
     define_config(values, argv)
-    define_workdir(values)
+    define_written_workdir(values)
     flags.DEFINE_string("from", None, "Directory of a model in Hugging Face's format, the "
                         ".safetensors file in it, or a .gguf file.", flag_values=values)
 
@@ -21,7 +22,8 @@ def import_(values: flags.FlagValues) -> int:
 
     experiment = None if values.config is None else given_experiment(values)
     workdir = required(values, "workdir")
-    experiment = main.import_weights(required(values, "from"), workdir, experiment)
+    experiment = main.import_weights(
+        required(values, "from"), workdir, experiment, values.break_lock)
     verb = "embed" if experiment.model.form == "encoder" else "generate"
     print(f"imported: next, batiste {verb} --workdir={workdir}")
     return 0

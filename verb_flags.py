@@ -20,6 +20,14 @@ def define_workdir(values: flags.FlagValues) -> None:
     flags.DEFINE_string("workdir", None, "Directory of the run.", flag_values=values)
 
 
+def define_written_workdir(values: flags.FlagValues) -> None:
+    """--workdir of a verb that writes to it, and --break_lock."""
+    define_workdir(values)
+    flags.DEFINE_bool(
+        "break_lock", False, "Take the work directory from a process on another machine that gives "
+        "no sign of life.", flag_values=values)
+
+
 def define_trust(values: flags.FlagValues) -> None:
     """--trust_code, of verbs that read a work directory."""
     flags.DEFINE_bool(

@@ -15,7 +15,7 @@ from batiste.exchange_verbs import define_export, define_import, export, import_
 from batiste.task_verbs import define_embed, define_tune, embed, tune
 from batiste.verb_flags import (
     connect_processes, define_config, define_processes, define_trust, define_workdir,
-    given_experiment, required, trust,
+    define_written_workdir, given_experiment, required, trust,
 )
 
 
@@ -30,13 +30,14 @@ class Verb(NamedTuple):
 
 def _define_prepare(values: flags.FlagValues, argv: list[str]) -> None:
     define_config(values, argv)
-    define_workdir(values)
+    define_written_workdir(values)
 
 
 def _prepare(values: flags.FlagValues) -> int:
     from batiste import main
 
-    prepared = main.prepare(given_experiment(values), required(values, "workdir"))
+    prepared = main.prepare(
+        given_experiment(values), required(values, "workdir"), values.break_lock)
     for split in ("train", "validation"):
         print(f"{split}: {prepared.num_records(split):,} records, {prepared.num_bytes(split):,} bytes")
     print(prepared.directory)
@@ -68,7 +69,7 @@ def _train(values: flags.FlagValues) -> int:
         experiment = given_experiment(values)
     prints = connect_processes(values)
     result = main.train(experiment, workdir, values.resume, values.resume_override, values.force,
-                        process_started())
+                        process_started(), values.break_lock)
     if result.validation is None:
         if prints:
             print(f"stopped by {result.reason} after step {result.step}, saved; the same command "
@@ -128,18 +129,18 @@ def _define_supervise(values: flags.FlagValues, argv: list[str]) -> None:
 
 
 def _supervise(values: flags.FlagValues) -> int:
-    from batiste.supervise import Patience, Supervisor
+    from batiste.supervise import Patience, Supervisor, flag_of
 
     command = values.command or []
     # Only what is needed here: whatever else is wrong with them, the command says.
-    told = dict(re.findall(r"--?(workdir|resume)[= ](\S+)", " ".join(command)))
-    if command[:1] != ["train"] or "workdir" not in told:
+    workdir = flag_of(command, "workdir")
+    if command[:1] != ["train"] or not workdir:
         raise ValueError(f"got {' '.join(command) or 'no command'!r} to supervise: expected the "
                          "command after two dashes, as in batiste supervise -- train --workdir=DIR")
     patience = Patience(values.retries, values.wait, values.longest_wait, values.grace)
     supervisor = Supervisor(
-        [sys.executable, "-m", "batiste", *command], pathlib.Path(told["workdir"]), patience)
-    return supervisor.run(told.get("resume", "auto"))
+        [sys.executable, "-m", "batiste", *command], pathlib.Path(workdir), patience)
+    return supervisor.run(flag_of(command, "resume") or "auto")
 
 
 def _define_plan(values: flags.FlagValues, argv: list[str]) -> None:

@@ -12,7 +12,7 @@ from types import ModuleType, TracebackType
 import xxhash
 
 PACKAGE = pathlib.Path(__file__).resolve().parents[1]
-LIBRARIES = tuple(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib"))
+STANDARD_LIBRARY = pathlib.Path(sysconfig.get_path("stdlib")).resolve()
 
 
 def module_name(path: str) -> str:
@@ -76,4 +76,5 @@ def _is_own(name: str, file: pathlib.Path) -> bool:
         return False
     path = pathlib.Path(name).resolve()
     in_package = PACKAGE in path.parents[:2] and (path.parent / "__init__.py").is_file()
-    return path == file or not (in_package or str(path).startswith(LIBRARIES))
+    in_library = "site-packages" in path.parts or STANDARD_LIBRARY in path.parents
+    return path == file or not (in_package or in_library)

@@ -212,14 +212,19 @@ def test_positions_pass_by_what_is_skipped_and_nothing_else():
 
 def test_decisions_are_functions_of_the_step():
     finding = Finding("loss_spike", 50, None, None, (), {}, "", "")
-    going = roll_back(finding, [20, 40, 45, 49], [], back=8)
-    assert (going.to, going.skip) == (40, (42, 50))
-    assert roll_back(finding, [48, 49], [], back=8).to == 48
-    assert roll_back(finding, [], [], back=8) == Decision("roll_back", "loss_spike", 50, 0, (42, 50))
-    again = roll_back(finding, [40], [going], back=8)
-    assert skipped([going, again])[1] == (50, 58)
+    how = {"back": 8, "sizes": [[0, 2]]}
+    going = roll_back(finding, [20, 40, 45, 49], [], **how)
+    assert (going.to, going.skip_records) == (40, (84, 100))
+    assert roll_back(finding, [48, 49], [], **how).to == 48
+    assert roll_back(finding, [], [], **how) == Decision(
+        "roll_back", "loss_spike", 50, 0, (84, 100))
+    again = roll_back(finding, [40], [going], **how)
+    assert skipped([going, again])[1] == (100, 116)
+    # Of batches of two until step 46, then of five.
+    changed = roll_back(finding, [40], [], back=8, sizes=[[0, 2], [46, 5]])
+    assert changed.skip_records == (84, 92 + 4 * 5)
     with pytest.raises(ValueError, match="rolled back to step 40 3 times"):
-        roll_back(finding, [40], [going] * 3, back=8)
+        roll_back(finding, [40], [going] * 3, **how)
     slower = lower(finding)
     assert [learning_rate_factor([slower], step) for step in (51, 52)] == [1, 0.5]
     assert start_of(60, [], [going]) == 40 and start_of(60, [going], [going]) == 60

@@ -161,7 +161,7 @@ def clock(monkeypatch):
 
 
 def progress(stream, peak_flops=1e12):
-    return Progress(1000, tokens_per_step=512, flops_per_token=1e7, peak_flops=peak_flops,
+    return Progress(1000, flops_per_token=1e7, peak_flops=peak_flops,
                     stream=stream)
 
 
@@ -169,11 +169,11 @@ def test_progress_rates_leave_out_the_first_step(clock):
     bar = progress(io.StringIO())
     assert bar.tokens_per_second is None
     clock.now += 300  # compilation
-    bar.update(401, 3.0)
+    bar.update(401, 3.0, 512)
     assert bar.tokens_per_second is None and bar.mfu is None
     for step in range(402, 412):
         clock.now += 0.5
-        bar.update(step, 3.0)
+        bar.update(step, 3.0, 512)
     assert bar.steps_per_second == pytest.approx(2.0)
     assert bar.tokens_per_second == pytest.approx(1024)
     assert bar.mfu == pytest.approx(1024 * 1e7 / 1e12)
@@ -183,7 +183,7 @@ def test_progress_on_a_terminal_rewrites_one_line(clock):
     stream = Terminal()
     bar = progress(stream)
     for step in (500, 501):
-        bar.update(step, 3.25)
+        bar.update(step, 3.25, 512)
         clock.now += 0.5
     bar.close()
     assert stream.getvalue() == (
@@ -195,7 +195,7 @@ def test_progress_in_a_log_is_a_plain_line_now_and_then_and_at_the_end(clock):
     stream = io.StringIO()
     bar = progress(stream, peak_flops=None)
     for step in range(971, 1001):
-        bar.update(step, 3.0)
+        bar.update(step, 3.0, 512)
         clock.now += 1
     bar.close()
     lines = stream.getvalue().splitlines()
@@ -276,6 +276,6 @@ def test_smoothing_follows_a_line_to_both_ends_and_damps_noise():
 def test_a_note_stays_between_the_states_of_the_run():
     for stream, erase in ((io.StringIO(), ""), (Terminal(), "\r\x1b[K")):
         progress = Progress(
-            9, tokens_per_step=5, flops_per_token=1.0, peak_flops=None, stream=stream)
+            9, flops_per_token=1.0, peak_flops=None, stream=stream)
         progress.note("validation loss 3.5")
         assert stream.getvalue() == f"{erase}validation loss 3.5\n"

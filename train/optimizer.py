@@ -136,8 +136,26 @@ def make_optimizer(config: OptimizerConfig, schedule: optax.Schedule,
         _with_standard_promotion(_preconditioner(config, letters_tree)),
         optax.add_decayed_weights(config.weight_decay, jax.tree.map(is_decayed, letters_tree)),
         optax.stateless(lambda updates, _: jax.tree.map(jnp.multiply, multipliers, updates)),
-        optax.scale_by_learning_rate(schedule),
+        _scale_by_rate_of_step(schedule),
     )
+
+
+def _scale_by_rate_of_step(schedule: optax.Schedule) -> optax.GradientTransformationExtraArgs:
+    """Scales by minus the learning rate of `step`, an argument of the update.
+
+    Optax's own transformation counts the updates that were made, and falls behind the steps of a
+    run for ever where one is skipped (float16, train.health.policies). Its state is kept, and what
+    it counts is used where no step is given.
+    """
+    def update(updates, state, params=None, *, step=None, **_):
+        del params
+        count = state.count if step is None else step
+        rate = -schedule(count)
+        updates = jax.tree.map(lambda update: jnp.array(rate, dtype=update.dtype) * update, updates)
+        return updates, optax.ScaleByScheduleState(count=count + 1)
+
+    return optax.GradientTransformationExtraArgs(
+        lambda params: optax.ScaleByScheduleState(count=jnp.zeros([], jnp.int32)), update)
 
 
 def _with_standard_promotion(

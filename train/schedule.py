@@ -115,8 +115,10 @@ def make_schedule(config: ScheduleConfig, total_steps: int) -> optax.Schedule:
     curve = _decay(config, total_steps - 1 - peak_step)
     if peak_step > 0:
         curve = optax.join_schedules([_warmup(config, peak_step), curve], [peak_step])
-    # Optax mixes the step with floats, which strict dtype promotion refuses for an integer.
-    return lambda step: jnp.asarray(curve(jnp.asarray(step, jnp.float32)), jnp.float32)
+    # Optax mixes the step with floats, which strict dtype promotion refuses for an integer. What
+    # ends at 0 must not end at -1e-11, as rounding would have it.
+    return lambda step: jnp.maximum(
+        jnp.asarray(curve(jnp.asarray(step, jnp.float32)), jnp.float32), 0.0)
 
 
 def _warmup(config: ScheduleConfig, peak_step: int) -> optax.Schedule:
