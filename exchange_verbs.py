@@ -3,7 +3,8 @@
 from absl import flags
 
 from batiste.verb_flags import (
-    define_config, define_workdir, define_written_workdir, given_experiment, required,
+    define_config, define_trust, define_workdir, define_written_workdir, given_experiment, required,
+    trust,
 )
 
 
@@ -32,6 +33,7 @@ def define_export(values: flags.FlagValues, argv: list[str]) -> None:
     """The flags of `batiste export`."""
     del argv
     define_workdir(values)
+    define_trust(values)
     flags.DEFINE_string("to", None, "Directory to write.", flag_values=values)
     flags.DEFINE_string("verify", None, "Directory that an export wrote, to check against its "
                         "certificate, instead of --workdir and --to.", flag_values=values)
@@ -58,7 +60,7 @@ def export(values: flags.FlagValues) -> int:
         print(f"{values.verify}: every file is what was written, and logits differ by {error:.1e} "
               "of the largest")
         return 0
-    workdir, target = required(values, "workdir"), required(values, "to")
+    workdir, target = trust(values), required(values, "to")
     if values.format == "stablehlo":
         for flag in ("family", "dtype", "part"):
             if getattr(values, flag) is not None:

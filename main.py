@@ -15,8 +15,10 @@ import jax
 from batiste.assembly import Assembly, assemble
 from batiste.configs.experiment import Experiment, flatten, from_dict
 from batiste.configs.own_parts import load_own_parts, own_code
+from batiste.configs.trusted_code import check_code, remember_code
 from batiste.data import Prepared, load_prepared, special_ids
 from batiste.data import prepare as prepare_data
+from batiste.data.json_files import read_json
 from batiste.evaluation import Detection, Perplexity
 from batiste.exchange import (
     Export, chat_prompt, export_model, export_stablehlo, import_model, imported,
@@ -161,6 +163,7 @@ def _train(
         changed += check_same(stored["data"], identity, resume_override)
     ledger.enter("initialization")
     assembly = assemble(experiment, workdir, prepared, experiment.mesh)
+    remember_code(workdir, experiment)
     arrays = arrays_of(assembly.program.abstract_state)
     if found.step is not None:
         check_same(stored["arrays"], arrays)
@@ -258,6 +261,7 @@ def import_weights(
     with _lock(workdir, break_lock):
         experiment = import_model(str(source), str(workdir), experiment)
         _save_config(experiment, pathlib.Path(workdir))
+        remember_code(workdir, experiment)
     return experiment
 
 
@@ -283,15 +287,27 @@ def export_program(workdir: str | os.PathLike, to: str | os.PathLike) -> int:
     return export_stablehlo(given, str(to))
 
 
-def load_experiment(workdir: str | os.PathLike) -> Experiment:
-    """The experiment that a work directory remembers; ValueError if it holds none."""
+def load_experiment(workdir: str | os.PathLike, trust_code: bool = False) -> Experiment:
+    """The experiment that a work directory remembers, with its own parts loaded.
+
+    trust_code: remembers that this directory may run the code that it names (docs/extend.md).
+    Raises ValueError if there is no config, one that cannot be read, or one that names code which
+    was not used with this directory on this machine.
+    """
     path = pathlib.Path(workdir, CONFIG_FILE)
     if not path.is_file():
         raise ValueError(
             f"workdir={workdir}: no {CONFIG_FILE} there, so no run; expected the --workdir of a "
             "`batiste train`"
         )
-    experiment = from_dict(Experiment, json.loads(path.read_text()))
+    try:
+        experiment = from_dict(Experiment, read_json(path))
+    except ValueError as error:
+        place = "" if str(error).startswith(str(path)) else f"{path}: "
+        raise ValueError(f"{place}{error}") from None
+    if trust_code:
+        remember_code(workdir, experiment)
+    check_code(workdir, experiment)
     load_own_parts(experiment)
     return experiment
 

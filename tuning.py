@@ -13,6 +13,7 @@ from batiste import main
 from batiste.configs.experiment import flatten
 from batiste.configs.own_parts import load_module
 from batiste.data import TextReader, text_reader
+from batiste.data.json_files import check_json, read_json
 from batiste.exchange import imported
 from batiste.models import TransformerConfig
 from batiste.tasks import Embedder, Example, Given, TaskConfig, Tuned, read_examples
@@ -21,6 +22,9 @@ from batiste.tasks.baselines import bag_of_words, majority
 from batiste.train import Checkpoints, work_directory_lock
 
 TASK_FILE = "task.json"
+# What `embedder` reads of it.
+TASK_KINDS = {"encoder": str, "max_length": int, "heads": list}
+HEAD_KINDS = {"kind": str, "pool": str | None}
 COLUMNS = ("accuracy", "exact_match", "f1", "precision_macro", "recall_macro", "f1_macro",
            "f1_micro", "roc_auc", "retrieval", "examples")
 
@@ -112,20 +116,30 @@ def table(config: TaskConfig, tuned: Tuned) -> str:
     return "\n".join(lines)
 
 
-def embedder(workdir: str | os.PathLike, max_length: int = 256) -> Embedder:
+def embedder(
+    workdir: str | os.PathLike, max_length: int = 256, trust_code: bool = False
+) -> Embedder:
     """What makes unit vectors of texts, by an encoder's work directory or a tuned one's.
 
     A tuned one pools as its similarity head does, if it has one; all others take the mean.
+    trust_code: as for `batiste.main.load_experiment`. Raises ValueError for a model whose vectors
+    say nothing of texts.
     """
-    folder, pool = pathlib.Path(workdir), "mean"
+    folder, pool, pools = pathlib.Path(workdir), "mean", []
     path = folder / TASK_FILE
     encoder = folder
     if path.is_file():
-        task = json.loads(path.read_text())
+        task = read_json(path, TASK_KINDS)
+        for index, head in enumerate(task["heads"]):
+            check_json(head, HEAD_KINDS, str(path), f"heads[{index}]")
         encoder = pathlib.Path(task["encoder"])
         max_length = min(max_length, task["max_length"])
         pools = [head["pool"] for head in task["heads"] if head["kind"] == "similarity"]
         pool = next((each for each in pools if each is not None), pool)
+    form = main.load_experiment(encoder, trust_code).model.form
+    if form == "encoder_decoder" or (form == "decoder" and not pools):
+        raise ValueError(f"workdir={workdir}: its model is of form {form!r}; expected an encoder, or "
+                         "a decoder with a similarity head of `batiste tune`")
     assembly, params = main.load_model(encoder)
     if path.is_file():
         params = _tuned_encoder(folder, assembly)

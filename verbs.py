@@ -14,8 +14,8 @@ from batiste import exit_codes
 from batiste.exchange_verbs import define_export, define_import, export, import_
 from batiste.task_verbs import define_embed, define_tune, embed, tune
 from batiste.verb_flags import (
-    connect_processes, define_config, define_processes, define_workdir, define_written_workdir,
-    given_experiment, required,
+    connect_processes, define_config, define_processes, define_trust, define_workdir,
+    define_written_workdir, given_experiment, required, trust,
 )
 
 
@@ -47,6 +47,7 @@ def _prepare(values: flags.FlagValues) -> int:
 def _define_train(values: flags.FlagValues, argv: list[str]) -> None:
     _define_prepare(values, argv)
     define_processes(values)
+    define_trust(values)
     flags.DEFINE_string(
         "resume", "auto", "auto: continue if there is a checkpoint; must: demand one; never: "
         "refuse to find one.", flag_values=values)
@@ -63,7 +64,7 @@ def _train(values: flags.FlagValues) -> int:
 
     workdir = required(values, "workdir")
     if values.config is None:
-        experiment = main.load_experiment(workdir)
+        experiment = main.load_experiment(workdir, values.trust_code)
     else:
         experiment = given_experiment(values)
     prints = connect_processes(values)
@@ -181,12 +182,13 @@ def _define_evaluate(values: flags.FlagValues, argv: list[str]) -> None:
     del argv
     define_workdir(values)
     define_processes(values)
+    define_trust(values)
 
 
 def _evaluate(values: flags.FlagValues) -> int:
     from batiste import main
 
-    workdir = required(values, "workdir")
+    workdir = trust(values)
     prints = connect_processes(values)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # jax takes it, for training alone to ask about.
     result = main.evaluate(workdir)
@@ -212,7 +214,7 @@ def _generate(values: flags.FlagValues) -> int:
 
     from batiste import main
 
-    workdir = required(values, "workdir")
+    workdir = trust(values)
     config = main.load_experiment(workdir).sample
     given = {name: values[name].value for name in
              ("temperature", "top_k", "top_p", "seed", "max_tokens") if values[name].present}

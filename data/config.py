@@ -2,16 +2,16 @@
 
 import dataclasses
 import difflib
-import math
 
 from batiste.data.record_objective import RecordObjective, validate_objectives
+from batiste.fields import Config, check_types
 
 TOKENIZERS = ("bpe", "unigram", "characters", "bytes")
 PACKINGS = ("concatenate", "first_fit")
 
 
 @dataclasses.dataclass
-class SourceConfig:
+class SourceConfig(Config):
     """One place that documents come from.
 
     path: "stdlib", the modules of the running interpreter's standard library without its tests;
@@ -27,9 +27,11 @@ class SourceConfig:
 
 
 @dataclasses.dataclass
-class DataConfig:
+class DataConfig(Config):
     """A corpus, its tokenizer and its records.
 
+    sources: where documents come from, each with the share of records drawn from it. On the command
+        line a list of paths, --config.data.sources=FIRST,SECOND, makes one source of each.
     validation_fraction: the share of documents held out, chosen by the hash of their text.
     tokenizer: "bpe", "unigram", "characters", "bytes", or the path of a SentencePiece .model or of the
         tokenizer.json of a work directory that `batiste import` made.
@@ -55,6 +57,7 @@ class DataConfig:
 
     def validate(self) -> None:
         """Raises ValueError naming the first field that cannot work."""
+        check_types(self, "data.")
         if not self.sources:
             raise ValueError("data.sources=(): expected at least one SourceConfig")
         for index, source in enumerate(self.sources):
@@ -62,7 +65,7 @@ class DataConfig:
             if not source.path:
                 raise ValueError(f"{name}.path={source.path!r}: expected stdlib, tfds:NAME, "
                                  "tfds:DIRECTORY or a glob of files")
-            if not (math.isfinite(source.weight) and source.weight > 0):
+            if not source.weight > 0:
                 raise ValueError(f"{name}.weight={source.weight}: expected a number above 0; "
                                  "leave a source out to give it no share")
         if not 0 < self.validation_fraction < 1:
@@ -74,7 +77,7 @@ class DataConfig:
         _require_choice("packing", self.packing, PACKINGS)
         for field, least in (("vocab_size", 1), ("sequence_length", 2), ("seed", 0)):
             value = getattr(self, field)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            if value < least:
                 raise ValueError(
                     f"data.{field}={value!r}: expected a whole number of at least {least}")
         validate_objectives(self.objectives)

@@ -13,6 +13,9 @@ os.environ["XLA_FLAGS"] = (
     "--xla_cpu_collective_call_terminate_timeout_seconds=600"
 )
 
+# What runs remember of a user (the code that they trust) is not this user's.
+os.environ["XDG_STATE_HOME"] = str(pathlib.Path(__file__).parents[1] / ".jax_cache" / "state")
+
 import jax
 import pytest
 
