@@ -96,18 +96,21 @@ class Assembly:
         """Continues each prompt, a text or tokens; yields the text that each step adds to each."""
         tokenizer, data = self.prepared.tokenizer, self.experiment.data
         special = special_ids(data, tokenizer)
-        # A prompt is what the decoder begins with, or the source of an encoder, which has no BOS.
-        begin = tokenizer.begin_ids if self.experiment.model.form == "decoder" else []
-        ids = [[*begin, *encode_prompt(tokenizer, special, prompt)] if isinstance(prompt, str)
-               else prompt for prompt in prompts]
+        # A prompt is what the decoder begins with, or what an encoder reads.
+        reads = self.experiment.model.form == "encoder_decoder"
+        begin = tokenizer.source_begin_ids if reads else tokenizer.begin_ids
+        close = tokenizer.source_end_ids if reads else ()
+        ids = [[*begin, *encode_prompt(tokenizer, special, prompt), *close]
+               if isinstance(prompt, str) else prompt for prompt in prompts]
         # Some tokenizers put nothing before a prompt, but something must be there.
         ids = [row or [tokenizer.bos_id] for row in ids]
         decoders = [tokenizer.stream() for _ in prompts]
         model = nnx.merge(self.program.graphdef, self.plain(params))
         kinds = {objective.kind for objective in data.objectives}
-        whole = kinds == {"prefix"} and self.experiment.model.form == "decoder"  # As trained.
-        ends = tokenizer.end_id
-        for tokens in generate(model, ids, ends, config, whole_prompts=whole):
+        whole = kinds == {"prefix"} and not reads  # As trained.
+        starts = tokenizer.start_ids if reads else ()
+        for tokens in generate(
+                model, ids, tokenizer.stop_ids, config, whole_prompts=whole, start_ids=starts):
             # A model may have more tokens than the tokenizer (a padded vocabulary): no text.
             yield [
                 "" if token is None or token >= tokenizer.vocab_size else decoder.push(token)

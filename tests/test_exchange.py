@@ -138,7 +138,7 @@ def test_greedy_decoding_in_bfloat16_is_that_of_transformers_for_64_tokens(expor
     prompts = [tokenizer(text).input_ids for text in ("def f7(self", "    return", "x")]
     assembly, params = main._load(workdir)
     model = nnx.merge(assembly.program.graphdef, params)
-    steps = list(generate(model, prompts, -1, SamplingConfig(temperature=0.0, max_tokens=64)))
+    steps = list(generate(model, prompts, (), SamplingConfig(temperature=0.0, max_tokens=64)))
     likeliest = 0
     for prompt, row in zip(prompts, zip(*steps, strict=True), strict=True):
         with torch.no_grad():
