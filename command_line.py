@@ -73,6 +73,8 @@ def _parse(define: Callable, argv: list[str]) -> flags.FlagValues:
     if command and "command" in values:
         values.command = command
         command = []
+    if "runs" in values and not command:
+        values.runs, rest = [*values.runs, *rest], []
     for argument in (*rest, *command):
         raise ValueError(f"unexpected argument {argument!r}: flags are written --name=value")
     return values

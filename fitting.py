@@ -105,9 +105,8 @@ def _fit_from(
     run = Run(
         train_step=train_step,
         batches=placed,
-        evaluate=lambda state: assembly.measure(
-            state.params, experiment.train.evaluation.max_batches
-        ).loss,
+        evaluate=lambda state: assembly.validation(
+            state.params, experiment.train.evaluation.max_batches),
         last_step=last_step,
     )
     try:
