@@ -96,7 +96,7 @@ def _fit_from(
             lambda step: loader.records(position(step - 1, windows))))
         monitor.remember(assembly.workdir, start or 0)
         placed = monitor.watch(placed)
-    metrics = MetricsWriter(assembly.workdir if is_first() else None, start or 0)
+    metrics = MetricsWriter(assembly.workdir if is_first() else None, start or 0, meta["config"])
     ledger.write("from", step=start or 0, reached=metrics.reached)
     if monitor is not None or decisions_of(meta):
         train_step = steered(
