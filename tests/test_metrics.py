@@ -309,8 +309,8 @@ def test_tensorboard_gets_tokens_mfu_layers_config_and_samples(tmp_path):
     last = {tag: each[-1].simple_value for tag, each in values.items()}
     assert last["train/tokens_in_all"] == 307.0 and last["train/mfu"] == 0.25
     assert last["validation/bits_per_byte"] == 1.5
-    assert last["gradient_norm/layer 01"] == pytest.approx(math.sqrt(2 * 1.5**2))
-    assert last["update_norm/embedding_VD"] == 2.0 and last["rms/layer 00"] == 0.5
+    assert last["gradient_norm/layer_01"] == pytest.approx(math.sqrt(2 * 1.5**2))
+    assert last["update_norm/embedding_VD"] == 2.0 and last["rms/layer_00"] == 0.5
     plugin = HParamsPluginData.FromString(
         values["_hparams_/session_start_info"][0].metadata.plugin_data.content)
     shown = plugin.session_start_info.hparams
@@ -326,5 +326,5 @@ def test_layers_are_shown_to_tensorboard_at_steps_that_grow_apart(tmp_path):
         writer.write_health(step, look(step))
     writer.close()
     steps = [event.step for event in tensorboard_events(tmp_path)
-             for value in event.summary.value if value.tag == "rms/layer 00"]
+             for value in event.summary.value if value.tag == "rms/layer_00"]
     assert steps[:50] == list(range(1, 51)) and 250 < len(steps) < 400 and steps[-1] > 980

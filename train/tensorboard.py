@@ -50,7 +50,7 @@ class TensorBoard:
         if step < self._next_layers:
             return
         self._next_layers = max(step + 1, math.ceil(step * GROWTH))
-        values = {f"{name}/layer {layer:02d}": value
+        values = {f"{name}/layer_{layer:02d}": value
                   for name in BY_LAYER for layer, value in enumerate(record.get(name) or ())}
         for name in BY_PARAMETER:
             values |= norms_of_layers(f"{name}_norm", record[name])
@@ -94,7 +94,7 @@ def norms_of_layers(title: str, norms: dict[str, Any]) -> dict[str, float]:
     """The norm of all stacked parameters of each layer together, and of each other parameter."""
     stacked = [np.asarray(norm, float) for norm in norms.values() if isinstance(norm, list)]
     together = np.sqrt(sum(np.square(norm) for norm in stacked)) if stacked else ()
-    values = {f"{title}/layer {layer:02d}": float(norm) for layer, norm in enumerate(together)}
+    values = {f"{title}/layer_{layer:02d}": float(norm) for layer, norm in enumerate(together)}
     return values | {f"{title}/{name}": norm for name, norm in norms.items()
                      if not isinstance(norm, list)}
 
