@@ -37,13 +37,13 @@ def report(*workdirs: str | os.PathLike) -> tuple[str, pathlib.Path]:
     runs = [read_run(workdir) for workdir in workdirs]
     if len(runs) == 1:
         path = pathlib.Path(workdirs[0], PAGE_FILE)
-        path.writeas_text(_page([runs[0].name], runs), encoding="utf-8")
+        path.write_text(_page([runs[0].name], runs), encoding="utf-8")
         tables = tables_of(runs[0].account)
         return "\n".join([*headline(runs[0].account), *map(as_text, tables)]), path
     names = _distinct_names(workdirs)
     parents = [pathlib.Path(workdir).resolve().parent for workdir in workdirs]
     path = pathlib.Path(os.path.commonpath(parents), COMPARISON_FILE)
-    path.writeas_text(_page(names, runs), encoding="utf-8")
+    path.write_text(_page(names, runs), encoding="utf-8")
     return "\n".join(map(as_text, comparison(names, runs))).lstrip("\n"), path
 
 
@@ -63,14 +63,14 @@ def _page(names: list[str], runs: list[RunData]) -> str:
     one = runs[0] if len(runs) == 1 else None
     title = names[0] if one is not None else f"{len(names)} runs: {', '.join(names)}"
     data = {"runs": [_plotted(name, run) for name, run in zip(names, runs, strict=True)]}
-    parts = [_header(title, runs), _cards(headline_numbers(one)) if one else "", CONTROLS,
-             '<main><section id="plots"></section>',
+    compared = [] if one is not None else [_table(table) for table in comparison(names, runs)]
+    first = [_cards(headline_numbers(runs[0]))] if one is not None else compared[:1]
+    parts = [_header(title, runs), "<main>", *first, CONTROLS,
+             '<section id="plots"></section>',
              '<section id="layers" hidden><h2>Layers</h2><div class="row" id="layer-choice"></div>'
              '<div class="plot" id="layer-map"></div></section>']
-    parts += [_samples(names, runs)]
-    if one is None:
-        parts += [_table(table) for table in comparison(names, runs)]
-    else:
+    parts += [*compared[1:], _samples(names, runs)]
+    if one is not None:
         time, starts, *others = tables_of(one.account)
         events = [_table(table) for table in others if table[0] == "Events"]
         facts = [_table(table) for table in others if table[0] != "Events"]
@@ -80,7 +80,7 @@ def _page(names: list[str], runs: list[RunData]) -> str:
                   _table(time), _table(starts), _config(one), *facts]
     parts.append("</main>")
     room = importlib.resources.files("batiste.train")
-    style, code = ((room / name).readas_text(encoding="utf-8") for name in ("page.css", "page.js"))
+    style, code = ((room / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
     return ('<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
             f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
             '<meta name="viewport" content="width=device-width, initial-scale=1">'

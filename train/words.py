@@ -72,7 +72,7 @@ def _started(event: dict[str, Any]) -> str:
     begun = f"Continued from step {event['step']:,}" if event["step"] else "Started from step 0"
     parts = [f"checkpoint {step} was passed over ({why})"
              for step, why in event["passed_over"].items()]
-    parts += [f"changed: {in_words(each)}" for each in event["changed"]]
+    parts += [f"changed: {in_words(event['changed'])}"] if event["changed"] else []
     return f"{'; '.join([begun, *parts])}."
 
 
