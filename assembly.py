@@ -33,7 +33,7 @@ from batiste.sharding import (
 )
 from batiste.train import (
     Ledger, Program, Progress, ReportFacts, flops_per_token, make_program, mfu_formula_line,
-    read_account, total_peak_flops, write_report,
+    read_account, total_peak_flops, write_report, write_samples,
 )
 
 
@@ -46,6 +46,11 @@ class Assembly:
     prepared: Prepared
     mesh: jax.sharding.Mesh
     program: Program
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers are trained."""
+        return sum(leaf.size for leaf in jax.tree.leaves(self.program.abstract_state.params))
 
     @functools.cached_property
     def row_losses(self) -> Callable[[Any, Batch, jax.Array], RowSums]:
@@ -79,6 +84,16 @@ class Assembly:
             lambda batch: self.row_losses(params, share.place(batch), self.byte_lengths_V),
             itertools.islice(loader.epoch_batches(share.rows), max_batches),
         )
+
+    def validation(self, params: Any, max_batches: int | None = None) -> dict[str, float]:
+        """What `measure` says, as a run writes it down."""
+        return self.measured(self.measure(params, max_batches))
+
+    def measured(self, result: Perplexity) -> dict[str, float]:
+        """What is written down of a measurement."""
+        if self.experiment.data.objectives:  # They do not predict every byte from those before.
+            return {"loss": result.loss}
+        return {"loss": result.loss, "bits_per_byte": result.bits_per_byte}
 
     def plain(self, params: Any) -> Any:
         """The parameters as decoding wants them: layers by depth, on MeshConfig.plain."""
@@ -163,6 +178,7 @@ class Assembly:
     def facts(self) -> dict[str, Any]:
         """What this run is made of, for its ledger."""
         config = json.dumps(flatten(self.experiment), sort_keys=True)
+        defaults = flatten(Experiment())
         return {
             "config": hashlib.sha256(config.encode()).hexdigest()[:12],
             "code": code_version(),
@@ -170,12 +186,16 @@ class Assembly:
             "devices": self.mesh.size,
             "processes": jax.process_count(),
             "data": self.prepared.fingerprint,
+            "parameters": self.parameters,
+            # Which fields are not at the defaults of their classes: the report shows them first.
+            "set": [name for name, value in flatten(self.experiment).items()
+                    if name not in defaults or value != defaults[name]],
         }
 
-    def finish(self, params: Any, ledger: Ledger, tokens: int) -> Perplexity:
+    def finish(self, params: Any, ledger: Ledger, *, step: int, tokens: int) -> Perplexity:
         """Evaluates on the whole validation split, samples, and (process 0) writes the report.
 
-        tokens: that the run was trained on, padding left out.
+        step: the last one. tokens: that the run was trained on, padding left out.
         """
         experiment, manifest = self.experiment, self.prepared.manifest
         ledger.enter("evaluation")
@@ -187,14 +207,18 @@ class Assembly:
         ledger.enter("idle")
         if not is_first():
             return result
+        samples = list(zip(prompts, texts, strict=True))
+        ledger.write("result", step=step, standard_error=result.standard_error,
+                     **self.measured(result))
+        write_samples(self.workdir, step, samples)
         facts = ReportFacts(
             name=self.workdir.name,
-            parameters=sum(leaf.size for leaf in jax.tree.leaves(params)),
+            parameters=self.parameters,
             tokens=tokens,
             device=f"{self.mesh.size} x {jax.devices()[0].device_kind}",
             config=flatten(experiment),
             seconds_by_phase=read_account(self.workdir).seconds,
-            samples=list(zip(prompts, texts, strict=True)),
+            samples=samples,
         )
         if not experiment.data.objectives:  # Others do not predict every byte from those before.
             facts = dataclasses.replace(

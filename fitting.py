@@ -117,7 +117,7 @@ def _fit_from(
             lambda step: loader.records(read(step - 1), read(step) - read(step - 1), windows)))
         monitor.remember(assembly.workdir, start or 0)
         placed = monitor.watch(placed)
-    metrics = MetricsWriter(assembly.workdir if is_first() else None, start or 0)
+    metrics = MetricsWriter(assembly.workdir if is_first() else None, start or 0, meta["config"])
     metrics.say_what_is_missing(ledger)
     ledger.write("from", step=start or 0, reached=metrics.reached, records=read(start or 0))
     if monitor is not None or decisions_of(meta):
@@ -127,9 +127,8 @@ def _fit_from(
     run = Run(
         train_step=train_step,
         batches=placed,
-        evaluate=lambda state: assembly.measure(
-            state.params, experiment.train.evaluation.max_batches
-        ).loss,
+        evaluate=lambda state: assembly.validation(
+            state.params, experiment.train.evaluation.max_batches),
         last_step=last_step,
     )
     try:

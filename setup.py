@@ -22,6 +22,7 @@ setup(
     python_requires=">=3.11",
     package_dir={"batiste": "."},
     packages=["batiste", *(f"batiste.{room}" for room in ROOMS)],
+    package_data={"batiste.train": ["page.css", "page.js"]},
     entry_points={"console_scripts": ["batiste = batiste.command_line:run"]},
     install_requires=[
         "jax>=0.10,<0.13",
@@ -41,6 +42,7 @@ setup(
         "tqdm>=4.66",
         "tensorboardX>=2.6.2",
         "matplotlib>=3.9",
+        "plotly>=6.0",  # its script alone is used, which `batiste report` puts into its page
     ],
     extras_require={
         "tpu": ["jax[tpu]>=0.10,<0.13"],

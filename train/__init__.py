@@ -32,6 +32,7 @@ _MODULES = {
     "replaced": ("ReplacedTerms",),
     "report": ("ReportFacts", "write_report"),
     "resume": ("RESUME_MODES", "arrays_of", "check_mode", "check_override", "check_same"),
+    "samples": ("write_samples",),
     "state": ("Program", "TrainState", "from_checkpoint", "make_program"),
     "step": ("make_train_step",),
 }

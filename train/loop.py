@@ -23,13 +23,14 @@ from batiste.train.stopping import stop_requests
 class Run:
     """What the loop drives.
 
-    batches: Batches on the mesh, the one of step `state.step` first. evaluate: the validation loss
-    of a state in nats per token. last_step: where the run ends, by its steps or its FLOP budget.
+    batches: Batches on the mesh, the one of step `state.step` first. evaluate: what a state makes of
+    the validation split, by name; "loss" in nats per token. last_step: where the run ends, by its
+    steps or its FLOP budget.
     """
 
     train_step: Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]
     batches: Iterator[Any]
-    evaluate: Callable[[TrainState], float]
+    evaluate: Callable[[TrainState], dict[str, float]]
     last_step: int
 
 
@@ -87,8 +88,9 @@ def fit(
             pending = None
             if evaluation_due:
                 ledger.enter("evaluation")
-                loss = run.evaluate(state)
-                records.metrics.write(step, "validation", loss=loss)
+                measured = run.evaluate(state)
+                records.metrics.write(step, "validation", **measured)
+                loss = measured["loss"]
                 records.progress.note(f"step {step:,}  validation loss {loss:.4f}")
                 records.meta["validation"].append([step, loss])
                 if records.monitor is not None:
@@ -123,6 +125,8 @@ def _record(records: Records, step: int, metrics: dict[str, jax.Array]) -> None:
     rate = records.progress.tokens_per_second
     if rate is not None:
         values["tokens_per_second"] = rate
+    if records.progress.mfu is not None:
+        values["mfu"] = records.progress.mfu
     records.metrics.write(step, "train", **values)
     if records.monitor is not None:
         records.monitor.look(records.metrics, step, metrics["health"], values)

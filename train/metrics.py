@@ -97,13 +97,14 @@ class MetricsWriter:
     returns (flushed), so a killed process loses at most the record it was writing. A disk that is
     full does not end the run; what could not be written is written later.
 
-    workdir: None writes nothing, for all processes of a run but the first. `reached` is the last
-    step that was recorded before. A step is recorded once: of several records the last is kept;
-    `repeated` says how many others there were, and `missing` which steps, as [first, last], have no
-    training record though the run has done them.
+    workdir: None writes nothing, for all processes of a run but the first. config: by dotted name,
+    for TensorBoard. `reached` is the last step that was recorded before. A step is recorded once: of
+    several records the last is kept; `repeated` says how many others there were, and `missing` which
+    steps, as [first, last], have no training record though the run has done them.
     """
 
-    def __init__(self, workdir: str | os.PathLike | None, steps_done: int):
+    def __init__(self, workdir: str | os.PathLike | None, steps_done: int,
+                 config: dict[str, Any] | None = None):
         self._lines = self._tensorboard = None
         self.reached, self.missing, self.repeated = steps_done, [], 0
         if workdir is None:
@@ -126,7 +127,8 @@ class MetricsWriter:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        self._lines, self._tensorboard = Lines(path), TensorBoard(workdir, steps_done)
+        self._lines, self._tensorboard = Lines(path), TensorBoard(workdir, steps_done, config)
+        self._tokens = sum(record.get("tokens", 0.0) for record in kept if record["kind"] == "train")
 
     def say_what_is_missing(self, ledger: Ledger) -> None:
         """Writes to the ledger, and in one line, what was wrong with the records before."""
@@ -154,13 +156,18 @@ class MetricsWriter:
             return
         values = {name: float(value) for name, value in values.items()}
         self._write({"step": int(step), "kind": kind, **values})
-        self._tensorboard.write(
-            int(step), {f"{kind}/{name}": value for name, value in values.items()})
+        shown = {f"{kind}/{name}": value for name, value in values.items()}
+        if kind == "train" and "tokens" in values:
+            self._tokens += values["tokens"]
+            shown["train/tokens_in_all"] = self._tokens
+        self._tensorboard.write(int(step), shown)
 
     def write_health(self, step: int, record: dict[str, Any]) -> None:
-        """Writes what a step measured of its own health; to metrics.jsonl alone."""
-        if self._lines is not None:
-            self._write({"step": int(step), "kind": HEALTH, **record})
+        """Writes what a step measured of its own health; by layer to TensorBoard, now and then."""
+        if self._lines is None:
+            return
+        self._write({"step": int(step), "kind": HEALTH, **record})
+        self._tensorboard.write_layers(int(step), record)
 
     def close(self) -> None:
         """Closes the files."""
