@@ -143,6 +143,15 @@ def _of_both_sides(theirs: Mapping) -> int:
     return theirs["decoder_attention_heads"]
 
 
+def _one_vocabulary(theirs: Mapping) -> int:
+    """The vocabulary of both sides, whose embeddings are one table."""
+    sizes = theirs["vocab_size"], theirs["decoder_vocab_size"]
+    if sizes[1] not in (None, sizes[0]):
+        raise ValueError(f"config.json: vocab_size={sizes[0]}, decoder_vocab_size={sizes[1]}: "
+                         "expected the same of both")
+    return sizes[0]
+
+
 def _bart_sides(model: TransformerConfig) -> dict[str, int | bool]:
     return {"encoder_attention_heads": model.num_heads, "encoder_ffn_dim": model.mlp_dim,
             "is_encoder_decoder": True}
@@ -170,7 +179,9 @@ MARIAN = dataclasses.replace(
     BART, model_type="marian", architecture="MarianMTModel",
     rows=(row("model.shared.weight", "embedding_VD", "VD"),
           *_bart_side("encoder"), *_bart_side("decoder")),
-    fields=(*BART.fields, Field("scale_embedding", "scale_embeddings")),
+    # The size is written as `vocab_size` by the fields of BART.
+    fields=(*BART.fields, Field("scale_embedding", "scale_embeddings"),
+            Field(None, "vocab_size", _one_vocabulary)),
     fixed=BART.fixed | {"positions": "sinusoidal", "embedding_norm": False},
     required={"tie_word_embeddings": True, "share_encoder_decoder_embeddings": True},
     repeated=(*BART.repeated, "model.encoder.embed_positions.weight",

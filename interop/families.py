@@ -134,7 +134,18 @@ def _value(theirs: Mapping, name: str) -> Any:
     return theirs[name]
 
 
+def _several(count: int) -> int:
+    """Experts of a token, whose scores are made to add up to 1: of one alone ours stays as it is."""
+    if count < 2:
+        raise ValueError(f"config.json: num_experts_per_tok={count}: expected at least 2, among "
+                         "which scores are normalized")
+    return count
+
+
 def _latent_head_dim(theirs: Mapping) -> int:
+    if (given := theirs.get("head_dim")) not in (None, theirs["qk_rope_head_dim"]):
+        raise ValueError(f"config.json: head_dim={given}: expected qk_rope_head_dim="
+                         f"{theirs['qk_rope_head_dim']}, or none")
     return _value(theirs, "qk_nope_head_dim") + theirs["qk_rope_head_dim"]
 
 
@@ -216,7 +227,7 @@ QWEN3 = Family(
 QWEN3_MOE = Family(
     "qwen3_moe", "Qwen3MoeForCausalLM", QWEN3_MOE_ROWS,
     (*SHARED, Field("moe_intermediate_size", "mlp_dim"),
-     Field("num_experts_per_tok", "experts_per_token"),
+     Field("num_experts_per_tok", "experts_per_token", read=_several),
      Field("num_experts", "num_experts")),
     fixed={"qk_norm": True},
     required=SILU | {"attention_bias": False, "norm_topk_prob": True, "decoder_sparse_step": 1,
@@ -227,28 +238,29 @@ MIXTRAL = Family(
     "mixtral", "MixtralForCausalLM", MIXTRAL_ROWS,
     (*SHARED, DENSE_SIZE,
      Field("num_local_experts", "num_experts"),
-     Field("num_experts_per_tok", "experts_per_token")),
+     Field("num_experts_per_tok", "experts_per_token", read=_several)),
     required=SILU, kinds=_mistral_kinds, rotates=True,
 )
 GEMMA = dict(activation="geglu", norm="rms_plus_one", norm_placement="sandwich",
              scale_embeddings=True)
 GEMMA_FIELDS = (
     Field("query_pre_attn_scalar", "attention_scale", read=from_square, write=to_square),
-    Field("attn_logit_softcapping", "attention_soft_cap", _null),
     Field("final_logit_softcapping", "logit_soft_cap", _null),
 )
 GEMMA_REQUIRED = {"hidden_activation": "gelu_pytorch_tanh", "attention_bias": False,
                   "use_bidirectional_attention": False}
 GEMMA2 = Family(
     "gemma2", "Gemma2ForCausalLM", GEMMA_ROWS,
-    (*SIZED, DENSE_SIZE, *GEMMA_FIELDS),
+    (*SIZED, DENSE_SIZE, *GEMMA_FIELDS,
+     Field("attn_logit_softcapping", "attention_soft_cap", _null)),
     fixed=GEMMA, required=GEMMA_REQUIRED, kinds=lambda theirs: _every(2, theirs),
     has_layer_types=True, rotates=True,
 )
 GEMMA3 = Family(
     "gemma3_text", "Gemma3ForCausalLM", GEMMA_ROWS,
     (*SIZED, DENSE_SIZE, *GEMMA_FIELDS),
-    fixed=GEMMA | {"qk_norm": True}, required=GEMMA_REQUIRED, kinds=_gemma3_kinds,
+    fixed=GEMMA | {"qk_norm": True}, kinds=_gemma3_kinds,
+    required=GEMMA_REQUIRED | {"attn_logit_softcapping": None},
     has_layer_types=True, rotates=True, local_rope_base=10_000.0,
 )
 DEEPSEEK = Family(
@@ -258,7 +270,7 @@ DEEPSEEK = Family(
      Field("kv_lora_rank", "latent_rank"), Field("q_lora_rank", "query_rank", _null),
      Field("first_k_dense_replace", "dense_layers"), Field(None, "dense_mlp_dim", _dense_size),
      Field("moe_intermediate_size", "mlp_dim"), Field("n_routed_experts", "num_experts"),
-     Field("num_experts_per_tok", "experts_per_token"), Field("n_shared_experts", "shared_experts"),
+     Field("num_experts_per_tok", "experts_per_token", read=_several), Field("n_shared_experts", "shared_experts"),
      Field("n_group", "expert_groups"), Field("topk_group", "groups_per_token"),
      Field("routed_scaling_factor", "routed_scale")),
     fixed={"expert_scores": "sigmoid", "router_bias": True},

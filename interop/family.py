@@ -89,9 +89,19 @@ class Family:
             values |= rope.read(theirs, self.local_rope_base)
         values |= self._pattern(theirs)
         dtype = theirs.get("dtype", theirs.get("torch_dtype")) or "float32"
+        if values.get("local_rope_base") is not None and "local" not in values["layer_pattern"]:
+            values["local_rope_base"] = None
         model = TransformerConfig(dtype=dtype, **values)
-        model.validate()
+        self._validate(model)
         return model
+
+    def _validate(self, model: TransformerConfig) -> None:
+        try:
+            model.validate()
+        except ValueError as error:
+            keys = [f"model.{field.ours} is their {field.theirs or 'other keys'}"
+                    for field in self.fields if f"model.{field.ours}=" in str(error)]
+            raise ValueError(f"config.json: {error} ({', '.join(keys)})") from None
 
     def config_of(self, model: TransformerConfig, brought: Mapping[str, Any]) -> dict[str, Any]:
         """Their config of a model; ValueError, with the fields, if the family has no such model.
@@ -139,8 +149,7 @@ class Family:
         if self.switch is not None:
             theirs[self.switch] = model.window is not None
         if self.has_layer_types:
-            names = {ours: name for name, ours in KINDS.items()}
-            theirs["layer_types"] = [names[kind] for kind in model.layer_kinds]
+            theirs["layer_types"] = [_name_of(kind) for kind in model.layer_kinds]
         return theirs
 
     def _read(self, field: Field, theirs: Mapping[str, Any]) -> Any:
@@ -152,10 +161,14 @@ class Family:
 
     def _pattern(self, theirs: Mapping[str, Any]) -> dict[str, Any]:
         """The shortest pattern that gives the kind of each layer, and the window."""
+        given = theirs.get("layer_types")
+        usual = ["global"] * len(given or ()) if self.kinds is None else self.kinds(theirs)
+        kinds = usual if given is None else _kinds_of(given, theirs)
+        if kinds != list(usual) and not self.has_layer_types:
+            raise ValueError(f"config.json: layer_types: expected only {_name_of(usual[0])} of a "
+                             f"{self.model_type}, whose layers are of one kind")
         if self.kinds is None:
             return {}
-        given = theirs.get("layer_types") if self.has_layer_types else None
-        kinds = self.kinds(theirs) if given is None else _kinds_of(given, theirs)
         period = next(
             size for size in range(1, len(kinds) + 1)
             if all(kind == kinds[layer % size] for layer, kind in enumerate(kinds))
@@ -170,11 +183,16 @@ class Family:
         return {"layer_pattern": tuple(kinds[:period]), "window": window}
 
 
+def _name_of(kind: str) -> str:
+    return next(name for name, ours in KINDS.items() if ours == kind)
+
+
 def _kinds_of(layer_types: Sequence[str], theirs: Mapping[str, Any]) -> list[str]:
     """The kind of each layer, as config.json names it."""
-    if len(layer_types) != theirs["num_hidden_layers"]:
+    count = theirs.get("num_hidden_layers", len(layer_types))
+    if len(layer_types) != count:
         raise ValueError(f"config.json: layer_types has {len(layer_types)} entries, but "
-                         f"num_hidden_layers={theirs['num_hidden_layers']}")
+                         f"num_hidden_layers={count}")
     for name in layer_types:
         if name not in KINDS:
             raise ValueError(f"config.json: layer_types has {shown(name)}: expected one of "

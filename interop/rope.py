@@ -27,13 +27,13 @@ def read(theirs: Mapping[str, Any], local_base: float | None) -> dict[str, Any]:
     Raises:
         ValueError: For a scaling that is not known here, and keys that it lacks.
     """
-    given, local = _parameters(theirs, nested=local_base is not None)
+    given, local, key = _parameters(theirs, nested=local_base is not None)
     fields = {"rope_base": _positive(given, "rope_theta", theirs["rope_theta"])}
     if local_base is not None:
         old = theirs.get("rope_local_base_freq") or local_base
         fields["local_rope_base"] = _positive(local, "rope_theta", old)
-    _check_kind(local, theirs, ("default",))
-    kind = _check_kind(given, theirs, SCALINGS)
+    _check_kind(local, theirs, ("default",), key)
+    kind = _check_kind(given, theirs, SCALINGS, key)
     if kind == "default":
         return fields
     # As `transformers`: a length that the scaling does not say is the model's.
@@ -54,8 +54,10 @@ def read(theirs: Mapping[str, Any], local_base: float | None) -> dict[str, Any]:
     return fields
 
 
-def _parameters(theirs: Mapping[str, Any], nested: bool) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Of all layers, or of global and local ones where a family has a rotation for each."""
+def _parameters(
+    theirs: Mapping[str, Any], nested: bool
+) -> tuple[dict[str, Any], dict[str, Any], str]:
+    """Of all layers, or of global and local ones where a family has a rotation for each; the key."""
     new, old = theirs.get("rope_parameters"), theirs.get("rope_scaling")
     key = "rope_scaling" if old and not nested else "rope_parameters"
     given, local = (old or {}) if key == "rope_scaling" else (new or {}), {}
@@ -73,14 +75,17 @@ def _parameters(theirs: Mapping[str, Any], nested: bool) -> tuple[dict[str, Any]
         given = given | (old or {})
     for parameters, name in ((given, key), (local, f"{key}.sliding_attention")):
         check_json(parameters, KINDS, "config.json", name)
-    return given, local
+    return given, local, key
 
 
-def _check_kind(given: Mapping[str, Any], theirs: Mapping[str, Any], known: tuple[str, ...]) -> str:
+def _check_kind(
+    given: Mapping[str, Any], theirs: Mapping[str, Any], known: tuple[str, ...], key: str
+) -> str:
     """The kind of scaling; ValueError for one that is not known, or heads rotated in part."""
     kind = given.get("rope_type") or given.get("type") or "default"
     if kind not in known:
-        raise ValueError(f"config.json: rope_type={shown(kind)}: expected one of {', '.join(known)}")
+        raise ValueError(f"config.json: {key}: rope_type={shown(kind)}: expected one of "
+                         f"{', '.join(known)}")
     for parameters in (given, theirs):
         partial = parameters.get("partial_rotary_factor")
         if partial is not None and partial != 1:

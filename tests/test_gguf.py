@@ -16,7 +16,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 
 from batiste import exchange, interop
 from batiste.data import load_tokenizer, pack_tokenizer
-from batiste.interop import FAMILIES, WeightMap
+from batiste.interop import FAMILIES, WeightMap, gguf_files
 from batiste.interop.gguf_files import GGUFile
 from batiste.interop.gguf_tokenizer import bring_tokenizer
 from batiste.models import Transformer
@@ -200,14 +200,9 @@ def test_tokenizers_cut_text_as_their_models_want(tmp_path):
 ))
 def test_what_is_not_known_is_refused_by_name(
         with_tokenizer, tmp_path, monkeypatch, key, value, expected):
-    reader = gguf.GGUFReader(with_tokenizer[0])
-
-    class Field:
-        def contents(self):
-            return value
-
-    reader.fields[key] = Field()
-    monkeypatch.setattr(gguf, "GGUFReader", lambda path: reader)
+    header = gguf_files.read_header(with_tokenizer[0], gguf_files._sizes(with_tokenizer[0]))
+    header.metadata[key] = value
+    monkeypatch.setattr(gguf_files, "read_header", lambda path, sizes: header)
     with pytest.raises(ValueError, match=expected):
         GGUFile(with_tokenizer[0]).bring(tmp_path)
 
