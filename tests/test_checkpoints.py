@@ -151,6 +151,24 @@ def test_a_full_disk_is_noticed_tried_again_and_survived(tmp_path, capfd):
     assert "Traceback" not in capfd.readouterr().err
 
 
+def test_a_last_save_that_fails_says_why_and_nothing_else(tmp_path, capfd):
+    """TensorStore's writes end after Orbax has closed its event loop, and would say so."""
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig())
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    checkpoints.save(5, state_of(5), {})
+    checkpoints.wait()
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (60, limit[1]))
+        checkpoints.save(10, state_of(10), {})
+        with pytest.raises(ValueError, match="step 10 could not be saved: File too large"):
+            checkpoints.finish(10, state_of(10), {})
+        time.sleep(0.5)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    checkpoints.close()
+    assert capfd.readouterr().err == ""
+
+
 def test_a_directory_that_cannot_be_written_stops_the_run_after_the_failures_allowed(tmp_path):
     reports = Reports()
     checkpoints = Checkpoints(tmp_path, CheckpointConfig(max_failures=2), reports)

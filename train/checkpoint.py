@@ -1,9 +1,11 @@
 """Checkpoints through Orbax: asynchronous, sharded, hashed when written, verified when read."""
 
+import functools
 import json
 import logging
 import pathlib
 import shutil
+import sys
 import threading
 import time
 import warnings
@@ -305,6 +307,19 @@ def _silence_orbax() -> None:
         logger.addFilter(_OrbaxFailures())
         # What it had still wanted to do when the first write failed.
         warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+        sys.excepthook = functools.partial(_pass_on_but_late_writes, sys.excepthook)
+
+
+def _pass_on_but_late_writes(
+    hook: Callable, kind: type[BaseException], error: BaseException, traceback: Any
+) -> None:
+    """Calls `hook`, but not for a write of TensorStore's that ends after its save has failed.
+
+    It then wants to tell an event loop that is closed, from a thread of C++, and prints that.
+    """
+    late = kind is RuntimeError and str(error) == "Event loop is closed"
+    if not (late and threading.current_thread() is not threading.main_thread()):
+        hook(kind, error, traceback)
 
 
 class _OrbaxFailures(logging.Filter):
