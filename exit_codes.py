@@ -6,6 +6,7 @@ DONE = 0
 FAILED = 1  # A person's mistake, in one line; or a defect, with a traceback.
 USAGE = 2
 INTERRUPTED = 128 + signal.SIGINT
+BROKEN_PIPE = 128 + signal.SIGPIPE  # Nobody reads what it prints any more.
 PREEMPTED = 128 + signal.SIGTERM  # Saved and committed.
 # Free numbers above those of signals; XPK starts again what ends with 127 or more.
 LOST_PEER = 200
@@ -15,7 +16,7 @@ BY_REASON = {"SIGINT": INTERRUPTED, "SIGTERM": PREEMPTED}
 TRANSIENT = ("UNAVAILABLE", "ABORTED", "DEADLINE_EXCEEDED")
 _MEANINGS = {
     DONE: "done", FAILED: "failed, as it says above", USAGE: "told how to use it",
-    INTERRUPTED: "interrupted by SIGINT", PREEMPTED: "stopped by SIGTERM, saved",
+    INTERRUPTED: "interrupted by SIGINT", BROKEN_PIPE: "nobody read its output any more", PREEMPTED: "stopped by SIGTERM, saved",
     LOST_PEER: "another process of the run was lost",
     UNAVAILABLE: "a device or the network was not available",
 }

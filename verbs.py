@@ -14,7 +14,8 @@ from batiste import exit_codes
 from batiste.exchange_verbs import define_export, define_import, export, import_
 from batiste.task_verbs import define_embed, define_tune, embed, tune
 from batiste.verb_flags import (
-    connect_processes, define_config, define_processes, define_workdir, given_experiment, required,
+    connect_processes, define_config, define_processes, define_trust, define_workdir,
+    define_written_workdir, given_experiment, required, trust,
 )
 
 
@@ -29,13 +30,14 @@ class Verb(NamedTuple):
 
 def _define_prepare(values: flags.FlagValues, argv: list[str]) -> None:
     define_config(values, argv)
-    define_workdir(values)
+    define_written_workdir(values)
 
 
 def _prepare(values: flags.FlagValues) -> int:
     from batiste import main
 
-    prepared = main.prepare(given_experiment(values), required(values, "workdir"))
+    prepared = main.prepare(
+        given_experiment(values), required(values, "workdir"), values.break_lock)
     for split in ("train", "validation"):
         print(f"{split}: {prepared.num_records(split):,} records, {prepared.num_bytes(split):,} bytes")
     print(prepared.directory)
@@ -45,6 +47,7 @@ def _prepare(values: flags.FlagValues) -> int:
 def _define_train(values: flags.FlagValues, argv: list[str]) -> None:
     _define_prepare(values, argv)
     define_processes(values)
+    define_trust(values)
     flags.DEFINE_string(
         "resume", "auto", "auto: continue if there is a checkpoint; must: demand one; never: "
         "refuse to find one.", flag_values=values)
@@ -61,12 +64,12 @@ def _train(values: flags.FlagValues) -> int:
 
     workdir = required(values, "workdir")
     if values.config is None:
-        experiment = main.load_experiment(workdir)
+        experiment = main.load_experiment(workdir, values.trust_code)
     else:
         experiment = given_experiment(values)
     prints = connect_processes(values)
     result = main.train(experiment, workdir, values.resume, values.resume_override, values.force,
-                        process_started())
+                        process_started(), values.break_lock)
     if result.validation is None:
         if prints:
             print(f"stopped by {result.reason} after step {result.step}, saved; the same command "
@@ -104,10 +107,18 @@ def _doctor_checkpoints(values: flags.FlagValues) -> int:
     return exit_codes.FAILED if any(found.values()) else exit_codes.DONE
 
 
+def _define_report(values: flags.FlagValues, argv: list[str]) -> None:
+    _define_reading(values, argv)
+    flags.DEFINE_multi_string(
+        "runs", [], "Work directories to compare; or all of them after `report`.",
+        flag_values=values)
+
+
 def _report(values: flags.FlagValues) -> int:
     from batiste.train.page import report
 
-    text, page = report(required(values, "workdir"))
+    runs = [*([values.workdir] if values.workdir is not None else []), *values.runs]
+    text, page = report(*(runs or [required(values, "workdir")]))
     print(f"{text}\n\n{page}")
     return 0
 
@@ -126,18 +137,18 @@ def _define_supervise(values: flags.FlagValues, argv: list[str]) -> None:
 
 
 def _supervise(values: flags.FlagValues) -> int:
-    from batiste.supervise import Patience, Supervisor
+    from batiste.supervise import Patience, Supervisor, flag_of
 
     command = values.command or []
     # Only what is needed here: whatever else is wrong with them, the command says.
-    told = dict(re.findall(r"--?(workdir|resume)[= ](\S+)", " ".join(command)))
-    if command[:1] != ["train"] or "workdir" not in told:
+    workdir = flag_of(command, "workdir")
+    if command[:1] != ["train"] or not workdir:
         raise ValueError(f"got {' '.join(command) or 'no command'!r} to supervise: expected the "
                          "command after two dashes, as in batiste supervise -- train --workdir=DIR")
     patience = Patience(values.retries, values.wait, values.longest_wait, values.grace)
     supervisor = Supervisor(
-        [sys.executable, "-m", "batiste", *command], pathlib.Path(told["workdir"]), patience)
-    return supervisor.run(told.get("resume", "auto"))
+        [sys.executable, "-m", "batiste", *command], pathlib.Path(workdir), patience)
+    return supervisor.run(flag_of(command, "resume") or "auto")
 
 
 def _define_plan(values: flags.FlagValues, argv: list[str]) -> None:
@@ -179,12 +190,13 @@ def _define_evaluate(values: flags.FlagValues, argv: list[str]) -> None:
     del argv
     define_workdir(values)
     define_processes(values)
+    define_trust(values)
 
 
 def _evaluate(values: flags.FlagValues) -> int:
     from batiste import main
 
-    workdir = required(values, "workdir")
+    workdir = trust(values)
     prints = connect_processes(values)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # jax takes it, for training alone to ask about.
     result = main.evaluate(workdir)
@@ -210,7 +222,7 @@ def _generate(values: flags.FlagValues) -> int:
 
     from batiste import main
 
-    workdir = required(values, "workdir")
+    workdir = trust(values)
     config = main.load_experiment(workdir).sample
     given = {name: values[name].value for name in
              ("temperature", "top_k", "top_p", "seed", "max_tokens") if values[name].present}
@@ -253,7 +265,8 @@ VERBS = {
                       _define_supervise, _supervise),
     "evaluate": Verb(
         "--workdir=DIR", "loss, perplexity, bits per byte", _define_evaluate, _evaluate),
-    "report": Verb("--workdir=DIR", "where its time went, and plots", _define_reading, _report),
+    "report": Verb("DIR [DIR ...]", "how a run went, as a page; of several, beside each other",
+                   _define_report, _report),
     "doctor": Verb("--workdir=DIR", "what went wrong, where, and what to try", _define_reading,
                    _doctor),
     "doctor checkpoints": Verb(

@@ -3,7 +3,8 @@
 import hashlib
 import json
 import pathlib
-from collections.abc import Iterable, Mapping
+import unicodedata
+from collections.abc import Iterable, Mapping, Set
 from typing import Any
 
 from batiste.data.tokenizer import PROBE, SPACE, Tokenizer
@@ -12,15 +13,20 @@ from batiste.data.wordpiece import VOCABULARY, wordpiece_json
 SUFFIX = ".json"
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "config.json",
          "generation_config.json")
+# What a packed tokenizer knows of the model: a token each, then lists of them. stop_ids end a
+# continuation; begin_ids and close_ids are around a text; start_ids begin what a decoder writes.
+IDS = ("bos_id", "end_id", "pad_id", "stop_ids", "begin_ids", "close_ids", "start_ids")
+# The decoder_start_token_id of classes of `transformers` whose config.json may leave it out; T5's
+# has none, and begins with its padding.
+START_IDS = {"bart": [2], "marian": [58100], "t5": [0]}
 
 
 class HuggingFaceTokenizer(Tokenizer):
     """A byte-level BPE, or one with byte fallback that spells a space U+2581.
 
-    model: JSON with the tokenizer.json as text ("tokenizer"), "bos_id", "end_id", "pad_id" and
-    "begin_ids", what a prompt begins with; `pack` makes it. Text that looks like a special token is
-    text. A dummy prefix is turned off, as for SentencePiece. Raises ValueError for a tokenizer that
-    could not give every text back.
+    model: JSON with the tokenizer.json as text ("tokenizer") and ids (IDS); `pack` makes it. Text
+    that looks like a special token is text. A dummy prefix is turned off, as for SentencePiece.
+    Raises ValueError for a tokenizer that could not give every text back.
     """
 
     file_name = "tokenizer" + SUFFIX
@@ -32,19 +38,34 @@ class HuggingFaceTokenizer(Tokenizer):
             described = json.loads(packed["tokenizer"])
         except (ValueError, KeyError, TypeError):
             raise ValueError("not a tokenizer that `batiste import` wrote") from None
+        if missing := [name for name in IDS if name not in packed]:
+            raise ValueError(f"has no {', '.join(missing)}, so an older batiste imported it: import "
+                             "the model again")
+        _require_special(described, (packed["bos_id"], packed["end_id"]))
         self._tokenizer = tokenizers_package().Tokenizer.from_str(
             json.dumps(_without_dummy_prefix(described)))
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True
         self._byte_ids = None if _is_byte_level(described) else _byte_ids(described)
-        ids = (packed["bos_id"], packed["pad_id"], packed["end_id"], *packed["begin_ids"])
-        super().__init__("huggingface", _needed(_token_bytes(described), ids), *ids[:2])
+        ids = [packed[name] for name in IDS]
+        needed = {*ids[:3], *(token for several in ids[3:] for token in several)}
+        super().__init__("huggingface", _needed(_token_bytes(described), needed),
+                         packed["bos_id"], packed["pad_id"])
         self.special = {token["content"]: token["id"] for token in described["added_tokens"]
                         if token["special"]}
-        self.end_id, self.begin_ids = packed["end_id"], tuple(packed["begin_ids"])
+        self.end_id, self.stop_ids = packed["end_id"], tuple(packed["stop_ids"])
+        self.begin_ids = self.source_begin_ids = tuple(packed["begin_ids"])
+        self.source_end_ids = tuple(packed["close_ids"])
+        self.start_ids = tuple(packed["start_ids"])
         self.hash = hashlib.sha256(model).hexdigest()
-        if self.decode(self.encode(PROBE)) != PROBE:
+        if '"NFC"' in json.dumps(described["normalizer"]):
+            self.normal_form = "NFC"
+        probe = unicodedata.normalize(self.normal_form, PROBE) if self.normal_form else PROBE
+        if self.decode(self.encode(probe)) != probe:
             raise ValueError("the tokenizer normalizes text, so it would not give it back; expected "
-                             "a byte-level one, or one with byte fallback and no normalization")
+                             "a byte-level one, or one with byte fallback, and no normalization "
+                             "but NFC")
 
     def encode_batch(self, texts):
         if self._byte_ids is not None and any(SPACE in text for text in texts):
@@ -71,30 +92,43 @@ def pack(folder: pathlib.Path) -> bytes:
                 for name in FILES if (folder / name).is_file()}
     text = _described(folder)
     tokenizer = tokenizers_package().Tokenizer.from_str(text)
+    begin_ids, close_ids = _template(tokenizer)
 
-    def of(kind: str) -> int | None:
-        for name in reversed(FILES[1:3]):
-            token = settings.get(name, {}).get(f"{kind}_token")
-            token = token.get("content") if isinstance(token, dict) else token
-            if token is not None and tokenizer.token_to_id(token) is not None:
-                return tokenizer.token_to_id(token)
+    def ids_of(kind: str) -> list[int]:
+        """The tokens of a kind, those that the tokenizer's files name before the model's."""
+        named = [settings.get(name, {}).get(f"{kind}_token") for name in reversed(FILES[1:3])]
+        named = [each.get("content") if isinstance(each, dict) else each for each in named]
+        found = [tokenizer.token_to_id(each) for each in named if each is not None]
         for name in reversed(FILES[3:]):
-            found = settings.get(name, {}).get(f"{kind}_token_id")
-            found = found[0] if isinstance(found, list) else found
-            if found is not None:
-                return found
-        return None
+            given = settings.get(name, {}).get(f"{kind}_token_id")
+            found += given if isinstance(given, list) else [given]
+        return list(dict.fromkeys(token for token in found if token is not None))
 
-    begin_ids = tokenizer.encode("").ids
-    bos_id, end_id, pad_id = of("bos"), of("eos"), of("pad")
-    pad_id = tokenizer.token_to_id("[PAD]") if pad_id is None else pad_id  # BERT's.
-    bos_id = next((each for each in (*begin_ids, bos_id, end_id) if each is not None), None)
+    ends = ids_of("eos") or list(close_ids[-1:])
+    bos_id = next(iter((*begin_ids, *ids_of("bos"), *ends)), None)
     if bos_id is None:
         raise ValueError(f"from={folder}: neither tokenizer_config.json nor config.json has a "
                          "bos_token or eos_token, with which documents would begin and end")
-    end_id = bos_id if end_id is None else end_id
-    return json.dumps({"bos_id": bos_id, "end_id": end_id, "begin_ids": begin_ids,
-                       "pad_id": end_id if pad_id is None else pad_id, "tokenizer": text}).encode()
+    ends = ends or [bos_id]
+    pads = [*ids_of("pad"), tokenizer.token_to_id("[PAD]")]  # The last is BERT's.
+    pad_id = next((token for token in pads if token is not None), ends[0])
+    start = ids_of("decoder_start") or START_IDS.get(settings.get("config.json", {}).get("model_type"))
+    return json.dumps({
+        "bos_id": bos_id, "end_id": ends[0], "pad_id": pad_id, "stop_ids": ends,
+        "begin_ids": begin_ids, "close_ids": close_ids,
+        "start_ids": [*(start or [bos_id])[:1], *ids_of("forced_bos")[:1]], "tokenizer": text,
+    }).encode()
+
+
+def _template(tokenizer) -> tuple[list[int], list[int]]:
+    """The special tokens that a tokenizer puts before and after a text."""
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    plain = tokenizer.encode("a", add_special_tokens=False).ids
+    whole = tokenizer.encode("a").ids
+    start = next(start for start in range(len(whole) + 1)
+                 if whole[start:start + len(plain)] == plain)
+    return whole[:start], whole[start + len(plain):]
 
 
 def _described(folder: pathlib.Path) -> str:
@@ -161,7 +195,13 @@ def _token_bytes(described: Mapping[str, Any]) -> list[bytes]:
     return found
 
 
-def _needed(token_bytes: list[bytes], ids: tuple[int, ...]) -> list[bytes]:
+def _require_special(described: dict[str, Any], ids: tuple[int, ...]) -> None:
+    """Makes tokens special, so that no text is read as one of them."""
+    for token in described["added_tokens"]:
+        token["special"] = token["special"] or token["id"] in ids
+
+
+def _needed(token_bytes: list[bytes], ids: Set[int]) -> list[bytes]:
     """Without special tokens at the end, which a model's vocabulary need not have (Gemma 3's)."""
     last = max(index for index, piece in enumerate(token_bytes) if piece or index in ids)
     return token_bytes[: last + 1]

@@ -23,7 +23,8 @@ BROUGHT = (
 )
 # What a model has that ours lack, in a folder of its own.
 ASIDE = "aside"
-IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id",
+       "forced_bos_token_id")
 # By the end of a class's name: what it is for, and which class finds it.
 TASKS = {
     "ElectraForPreTraining": ("feature-extraction", "AutoModelForPreTraining"),

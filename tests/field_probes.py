@@ -229,7 +229,8 @@ def run(experiment: Experiment, corpus: pathlib.Path):
     with tempfile.TemporaryDirectory(dir=corpus) as workdir, _replacing(SHARED):
         workdir = pathlib.Path(workdir)
         result = main.train(experiment, workdir)
-        metrics = [{name: value for name, value in record.items() if name != "tokens_per_second"}
+        metrics = [{name: value for name, value in record.items()
+                    if name not in ("tokens_per_second", "mfu")}
                    for record in read_metrics(workdir)]
         saved = sorted(path.name for path in (workdir / "checkpoints").glob("[0-9]*"))
         samples = re.search(r"^## Samples\n.*?(?=^## |\Z)", (workdir / "report.md").read_text(),

@@ -13,10 +13,13 @@ import textwrap
 import numpy as np
 import pytest
 from tensorboardX.proto import event_pb2
+from tensorboardX.proto.plugin_hparams_pb2 import HParamsPluginData
 
 from batiste.train import progress as progress_module
+from batiste.train.ledger import Ledger, read_ledger
 from batiste.train.metrics import MetricsWriter, read_metrics
 from batiste.train.progress import Progress, duration, mfu_formula_line
+from batiste.train.samples import write_samples
 from batiste.train.report import ReportFacts, smoothed, write_report
 
 
@@ -161,7 +164,7 @@ def clock(monkeypatch):
 
 
 def progress(stream, peak_flops=1e12):
-    return Progress(1000, tokens_per_step=512, flops_per_token=1e7, peak_flops=peak_flops,
+    return Progress(1000, flops_per_token=1e7, peak_flops=peak_flops,
                     stream=stream)
 
 
@@ -169,11 +172,11 @@ def test_progress_rates_leave_out_the_first_step(clock):
     bar = progress(io.StringIO())
     assert bar.tokens_per_second is None
     clock.now += 300  # compilation
-    bar.update(401, 3.0)
+    bar.update(401, 3.0, 512)
     assert bar.tokens_per_second is None and bar.mfu is None
     for step in range(402, 412):
         clock.now += 0.5
-        bar.update(step, 3.0)
+        bar.update(step, 3.0, 512)
     assert bar.steps_per_second == pytest.approx(2.0)
     assert bar.tokens_per_second == pytest.approx(1024)
     assert bar.mfu == pytest.approx(1024 * 1e7 / 1e12)
@@ -183,7 +186,7 @@ def test_progress_on_a_terminal_rewrites_one_line(clock):
     stream = Terminal()
     bar = progress(stream)
     for step in (500, 501):
-        bar.update(step, 3.25)
+        bar.update(step, 3.25, 512)
         clock.now += 0.5
     bar.close()
     assert stream.getvalue() == (
@@ -195,7 +198,7 @@ def test_progress_in_a_log_is_a_plain_line_now_and_then_and_at_the_end(clock):
     stream = io.StringIO()
     bar = progress(stream, peak_flops=None)
     for step in range(971, 1001):
-        bar.update(step, 3.0)
+        bar.update(step, 3.0, 512)
         clock.now += 1
     bar.close()
     lines = stream.getvalue().splitlines()
@@ -276,6 +279,91 @@ def test_smoothing_follows_a_line_to_both_ends_and_damps_noise():
 def test_a_note_stays_between_the_states_of_the_run():
     for stream, erase in ((io.StringIO(), ""), (Terminal(), "\r\x1b[K")):
         progress = Progress(
-            9, tokens_per_step=5, flops_per_token=1.0, peak_flops=None, stream=stream)
+            9, flops_per_token=1.0, peak_flops=None, stream=stream)
         progress.note("validation loss 3.5")
         assert stream.getvalue() == f"{erase}validation loss 3.5\n"
+
+
+def test_a_step_is_recorded_once_and_what_is_missing_is_said_and_written_down(tmp_path, capsys):
+    write_run(tmp_path, 0, 12)
+    path = tmp_path / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    assert len(lines) == 13
+    # Steps 3, 4 and 9 are gone; 6 and 7 are there twice, written by two runs at once.
+    path.write_text("".join([*lines[:2], *lines[4:6], lines[6].replace(":3", ":5"), *lines[5:8],
+                             *lines[9:]]))
+    with Ledger(tmp_path) as ledger:
+        ledger.begin()
+        writer = MetricsWriter(tmp_path, 12)
+        writer.say_what_is_missing(ledger)
+        writer.close()
+    assert [r["step"] for r in read_metrics(tmp_path) if r["kind"] == "train"] == [
+        1, 2, 5, 6, 7, 8, 10, 11, 12]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "it lacks steps 3-4, 9 and 2 of its records were there twice" in line
+    (event,) = [event for event in read_ledger(tmp_path) if event["event"] == "records"]
+    assert (event["missing"], event["repeated"]) == ([[3, 4], [9, 9]], 2)
+    # All of it gone, and a run of which nothing is.
+    path.unlink()
+    writer = MetricsWriter(tmp_path, 12)
+    assert writer.missing == [[1, 12]]
+    writer.close()
+    write_run(tmp_path, 0, 12)
+    writer = MetricsWriter(tmp_path, 5)
+    assert (writer.missing, writer.repeated) == ([], 0)
+    writer.close()
+
+
+def test_a_rate_is_of_the_tokens_that_each_step_had(clock):
+    bar = progress(io.StringIO())
+    for step, tokens in enumerate((900, 300, 500, 100), start=1):
+        clock.now += 0.5
+        bar.update(step, 3.0, tokens)
+    assert bar.tokens_per_second == pytest.approx((300 + 500 + 100) / 1.5)
+
+
+def look(step, layers=2):
+    """A record of a step's health as a run writes it."""
+    by_layer = [0.5 + layer for layer in range(layers)]
+    norms = {"embedding_VD": 2.0, "layers.a_D": by_layer, "layers.b_DF": by_layer}
+    return {"loss": 10.0 / step, "gradient_norm": 1.0, "learning_rate": 0.1, "seconds": 0.5,
+            "wait": 0.1, **dict.fromkeys(("gradient", "parameter", "update"), norms),
+            "rms": by_layer, "largest": by_layer, "row_loss": [1.0, 2.0], "row_checksum": [3, 4]}
+
+
+def test_tensorboard_gets_tokens_mfu_layers_config_and_samples(tmp_path):
+    config = {"model.num_layers": 2, "data.sources": ["a"], "train.faults": None, "x.rate": 0.5}
+    writer = MetricsWriter(tmp_path, 0, config)
+    for step in (1, 2, 3):
+        writer.write(step, loss=2.0, tokens=100.0 * step, mfu=0.25)
+        writer.write_health(step, look(step))
+    writer.write(3, kind="validation", loss=2.0, bits_per_byte=1.5)
+    writer.close()
+    MetricsWriter(tmp_path, 2, config).write(3, loss=1.0, tokens=7.0)  # Continued from step 2.
+    write_samples(tmp_path, 3, [("<b>", "it **is**\nso")])
+    values = {}
+    for event in tensorboard_events(tmp_path):
+        for value in event.summary.value:
+            values.setdefault(value.tag, []).append(value)
+    last = {tag: each[-1].simple_value for tag, each in values.items()}
+    assert last["train/tokens_in_all"] == 307.0 and last["train/mfu"] == 0.25
+    assert last["validation/bits_per_byte"] == 1.5
+    assert last["gradient_norm/layer_01"] == pytest.approx(math.sqrt(2 * 1.5**2))
+    assert last["update_norm/embedding_VD"] == 2.0 and last["rms/layer_00"] == 0.5
+    plugin = HParamsPluginData.FromString(
+        values["_hparams_/session_start_info"][0].metadata.plugin_data.content)
+    shown = plugin.session_start_info.hparams
+    assert shown["model.num_layers"].number_value == 2 and shown["x.rate"].number_value == 0.5
+    assert shown["data.sources"].string_value == "['a']" and "train.faults" not in shown
+    (sample,) = values["samples/0/text_summary"]
+    assert sample.tensor.string_val == [b"    <b>it **is**\n    so\n"]
+
+
+def test_layers_are_shown_to_tensorboard_at_steps_that_grow_apart(tmp_path):
+    writer = MetricsWriter(tmp_path, 0)
+    for step in range(1, 1001):
+        writer.write_health(step, look(step))
+    writer.close()
+    steps = [event.step for event in tensorboard_events(tmp_path)
+             for value in event.summary.value if value.tag == "rms/layer_00"]
+    assert steps[:50] == list(range(1, 51)) and 250 < len(steps) < 400 and steps[-1] > 980

@@ -1,6 +1,5 @@
 """What was wrong with a run, from what its work directory holds: findings, text, plots."""
 
-import json
 import os
 import pathlib
 from typing import Any
@@ -11,6 +10,7 @@ from batiste.train.detector import Detector
 from batiste.train.findings import Finding
 from batiste.train.ledger import LEDGER_FILE, read_ledger
 from batiste.train.metrics import read_all
+from batiste.train.run_data import read_flat_config
 
 DIAGNOSIS_FILE = "doctor.md"
 PICTURE_FILE = "doctor.png"
@@ -23,11 +23,10 @@ def diagnose(workdir: str | os.PathLike) -> list[Finding]:
     data. Raises ValueError where there is no run.
     """
     workdir = pathlib.Path(workdir)
-    path = workdir / "config.json"
-    if not path.is_file():
+    settings = read_flat_config(workdir)
+    if not settings:
         raise ValueError(f"workdir={workdir}: no config.json there, so no run; expected the "
                          "--workdir of a `batiste train`")
-    settings = _flat(json.loads(path.read_text()))
     found = {(finding.kind, finding.step): finding for finding in _written(workdir)}
     if settings["train.health.every"] is not None:
         detector = Detector(settings)
@@ -45,13 +44,6 @@ def diagnose(workdir: str | os.PathLike) -> list[Finding]:
 def _written(workdir: pathlib.Path) -> list[Finding]:
     events = read_ledger(workdir) if (workdir / LEDGER_FILE).is_file() else []
     return [Finding.from_event(event) for event in events if event["event"] == "finding"]
-
-
-def _flat(config: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(config, dict):
-        return {prefix: config}
-    return {name: value for key, part in config.items()
-            for name, value in _flat(part, f"{prefix}.{key}" if prefix else key).items()}
 
 
 def write_diagnosis(workdir: str | os.PathLike) -> str:

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from batiste.fields import Config, check_types
 from batiste.train.schedule import check_choice
 
 POLICIES = ("log", "skip", "roll_back", "lower", "stop")
@@ -42,7 +43,7 @@ def parse_policies(text: str) -> dict[str, str]:
 
 
 @dataclasses.dataclass
-class HealthConfig:
+class HealthConfig(Config):
     """How a run watches over itself.
 
     every: statistics are written and looked at every so many steps; None measures nothing, and the
@@ -59,6 +60,7 @@ class HealthConfig:
 
     def validate(self) -> None:
         """Raises ValueError, naming the field, if a field is out of its range."""
+        check_types(self, "train.health.")
         for field, least in (("every", 1), ("window", 8), ("roll_back", 1)):
             value = getattr(self, field)
             if value is not None and value < least:

@@ -164,6 +164,8 @@ def note(workdir: str | os.PathLike, event: str, **fields: Any) -> None:
 def read_ledger(workdir: str | os.PathLike) -> list[dict[str, Any]]:
     """Returns the events of a work directory in file order; torn lines are left out.
 
+    A line says when to the microsecond, so that an equal one is a copy, and is left out too.
+
     Raises ValueError where there is no ledger.
     """
     path = pathlib.Path(workdir, LEDGER_FILE)
@@ -171,7 +173,7 @@ def read_ledger(workdir: str | os.PathLike) -> list[dict[str, Any]]:
         raise ValueError(f"workdir={workdir}: no {LEDGER_FILE} there, so no run; expected the "
                          "--workdir of a `batiste train`")
     events = []
-    for line in path.read_bytes().split(b"\n"):
+    for line in dict.fromkeys(path.read_bytes().split(b"\n")):
         with contextlib.suppress(ValueError):
             events.append(json.loads(line))
     return [event for event in events if isinstance(event, dict) and "event" in event]

@@ -10,6 +10,7 @@ import numpy as np
 
 from batiste.train.checkpoint import Checkpoints
 from batiste.train.config import TrainConfig
+from batiste.train.finished import out_of_patience
 from batiste.train.ledger import Ledger
 from batiste.train.metrics import MetricsWriter
 from batiste.train.progress import Progress
@@ -22,13 +23,14 @@ from batiste.train.stopping import stop_requests
 class Run:
     """What the loop drives.
 
-    batches: Batches on the mesh, the one of step `state.step` first. evaluate: the validation loss
-    of a state in nats per token. last_step: where the run ends, by its steps or its FLOP budget.
+    batches: Batches on the mesh, the one of step `state.step` first. evaluate: what a state makes of
+    the validation split, by name; "loss" in nats per token. last_step: where the run ends, by its
+    steps or its FLOP budget.
     """
 
     train_step: Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]
     batches: Iterator[Any]
-    evaluate: Callable[[TrainState], float]
+    evaluate: Callable[[TrainState], dict[str, float]]
     last_step: int
 
 
@@ -59,8 +61,11 @@ def fit(
     pending = None
     reason, ledger = "done", records.ledger
     step = first = int(jax.device_get(state.step))
+    last_step = run.last_step
+    if out_of_patience(records.meta["validation"], config.stop.patience):
+        reason, last_step = "patience", first
     with stop_requests() as stop_request, jax.transfer_guard("disallow"):
-        for step in range(first + 1, run.last_step + 1):
+        for step in range(first + 1, last_step + 1):
             ledger.enter("data wait")
             batch = next(run.batches)
             # While the device was still at the step before, nothing has waited for the data.
@@ -74,8 +79,8 @@ def fit(
             pending = (step, metrics)
 
             asked = stop_request()
-            last = step == run.last_step or asked is not None
-            evaluation_due = step % config.evaluation.every == 0 or step == run.last_step
+            last = step == last_step or asked is not None
+            evaluation_due = step % config.evaluation.every == 0 or step == last_step
             save_due = step % config.checkpoint.every == 0 or records.checkpoints.failed(step)
             if not (last or evaluation_due or save_due):
                 continue
@@ -83,13 +88,14 @@ def fit(
             pending = None
             if evaluation_due:
                 ledger.enter("evaluation")
-                loss = run.evaluate(state)
-                records.metrics.write(step, "validation", loss=loss)
+                measured = run.evaluate(state)
+                records.metrics.write(step, "validation", **measured)
+                loss = measured["loss"]
                 records.progress.note(f"step {step:,}  validation loss {loss:.4f}")
                 records.meta["validation"].append([step, loss])
                 if records.monitor is not None:
                     records.monitor.validated(step, loss)
-                if _out_of_patience(records.meta["validation"], config.stop.patience):
+                if out_of_patience(records.meta["validation"], config.stop.patience):
                     reason, last = "patience", True
             if last or save_due:
                 ledger.enter("save blocked")
@@ -113,10 +119,14 @@ def _record(records: Records, step: int, metrics: dict[str, jax.Array]) -> None:
     }
     values = {name: float(np.mean(value)) for name, value in jax.device_get(shown).items()}
     records.ledger.reached(step)
-    records.progress.update(step, values["loss"])
+    tokens = values["real_tokens"]
+    records.meta["tokens"] = records.meta.get("tokens", 0) + round(tokens)
+    records.progress.update(step, values["loss"], tokens)
     rate = records.progress.tokens_per_second
     if rate is not None:
         values["tokens_per_second"] = rate
+    if records.progress.mfu is not None:
+        values["mfu"] = records.progress.mfu
     records.metrics.write(step, "train", **values)
     if records.monitor is not None:
         records.monitor.look(records.metrics, step, metrics["health"], values)
@@ -127,11 +137,3 @@ def _record(records: Records, step: int, metrics: dict[str, jax.Array]) -> None:
             f"train.optimizer.clip_norm; the last checkpoint is of step "
             f"{records.checkpoints.latest_step}"
         )
-
-
-def _out_of_patience(validation: list[list[float]], patience: int | None) -> bool:
-    """Whether the best loss is `patience` evaluations old."""
-    if patience is None:
-        return False
-    best = min(range(len(validation)), key=lambda index: validation[index][1])
-    return len(validation) - 1 - best >= patience

@@ -26,7 +26,9 @@ class LossRules:
     """Looks at records in order. window: looks to compare with; total: looks of the whole run."""
 
     def __init__(self, window: int, total: int):
-        self._loss, self._rows = Series(window), Series(window)
+        self._loss = Series(window)
+        # By look: their number changes with the batch size.
+        self._rows: collections.deque[np.ndarray] = collections.deque(maxlen=window)
         self._block = max(BLOCK[0], 4 * window, int(BLOCK[1] * total))
         self._odd = collections.deque(maxlen=window)
         self._losses: list[float] = []
@@ -59,7 +61,7 @@ class LossRules:
 
     def _usual_row(self) -> tuple[float, float]:
         """Median and robust standard deviation of the rows of a window."""
-        past = self._rows.all
+        past = np.concatenate(self._rows)
         median = float(np.median(past))
         return median, max(NORMAL * float(np.median(np.abs(past - median))), LEAST * median)
 
@@ -76,7 +78,7 @@ class LossRules:
                 evidence = {"loss": loss, "median": median, "standard deviations": z}
                 found.append(Symptom("loss_spike", evidence, rows=tuple(map(int, worst[:4]))))
         self._loss.push(np.array(loss))
-        self._rows.push(np.array(record["row_loss"]))
+        self._rows.append(np.array(record["row_loss"]))
         self._losses.append(loss)
         self._since.append(loss)
         return found + self._plateau()
