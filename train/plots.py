@@ -2,7 +2,6 @@
 
 import base64
 import io
-import json
 import math
 import pathlib
 from collections.abc import Callable
@@ -10,7 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from batiste.data.json_files import parse_json
 from batiste.train.account import DOWN, LOST, Account
+from batiste.train.event_kinds import check_record
 from batiste.train.ledger import PHASES
 from batiste.train.metrics import METRICS_FILE
 from batiste.train.report import draw_losses
@@ -25,11 +26,14 @@ def read_records(workdir: pathlib.Path) -> list[dict[str, Any]]:
     """All records of metrics.jsonl, of whatever kind, as they are; torn lines are left out."""
     path = pathlib.Path(workdir, METRICS_FILE)
     records = []
-    for line in path.read_bytes().split(b"\n") if path.is_file() else ():
+    for number, line in enumerate(path.read_bytes().split(b"\n") if path.is_file() else (), start=1):
+        where = f"{path}, line {number}"
         try:
-            records.append(json.loads(line))
+            record = parse_json(line, where, Any)
         except ValueError:
             continue
+        check_record(record, where)
+        records.append(record)
     return records
 
 
