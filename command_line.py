@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from absl import flags
 
-from batiste import __version__, exit_codes
+from batiste import __version__, compilation_cache, exit_codes
 from batiste.completion import script
 from batiste.config_overrides import find_file
 from batiste.verb_flags import required
@@ -63,6 +63,8 @@ def run(argv: Sequence[str] | None = None) -> None:
 
             command = f"batiste {verb} {shlex.join(argv[1 + words:])}"
             sys.exit(print(as_python(required(values, "config"), command), end=""))
+        if "compilation_cache" in values and values.compilation_cache:
+            compilation_cache.enable()
         sys.exit(VERBS[verb].call(values))
 
 
@@ -195,9 +197,9 @@ def _line(error: Exception) -> str | None:
         rooms = pathlib.Path(last.filename).resolve().parents[:2]
         if ROOT not in rooms or not last.line.startswith("raise"):
             return None
-        return "\n".join([*getattr(error, "__notes__", ()), f"error: {error}"])
-    if isinstance(error, RuntimeError) and "Unable to initialize backend" in str(error):
-        return _no_backend(str(error))
+        return _shown("\n".join([*getattr(error, "__notes__", ()), f"error: {error}"]))
+    if isinstance(error, (AssertionError, RuntimeError)):
+        return _no_backend(error)
     if isinstance(error, OSError) and error.errno in (
         errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT,
         errno.ENOTDIR, errno.EISDIR, errno.EFBIG, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP,
@@ -207,10 +209,25 @@ def _line(error: Exception) -> str | None:
     return None
 
 
-def _no_backend(text: str) -> str:
-    """What is missing where jax has no backend of the kind that JAX_PLATFORMS asks for."""
+def _shown(text: str) -> str:
+    """Text of an error without the control characters that may come from a file or an argument."""
+    if text.replace("\n", "").isprintable():
+        return text
+    from batiste.data.printable import printable
+
+    return printable(text)
+
+
+def _no_backend(error: Exception) -> str | None:
+    """What is missing where jax has no backend of the kind that JAX_PLATFORMS asks for.
+
+    None where it is another error. Some releases of jax fail an assertion there, without a text.
+    """
+    frames = traceback.extract_tb(error.__traceback__)
     asked = os.environ.get("JAX_PLATFORMS", "")
-    reason = " ".join(text.split("(set JAX_PLATFORMS")[0].split())
+    if not asked or not frames[-1].filename.endswith(os.path.join("jax", "_src", "xla_bridge.py")):
+        return None
+    reason = " ".join(str(error).split("(set JAX_PLATFORMS")[0].split()) or "JAX has no such backend"
     extra = next((EXTRAS[name] for name in asked.split(",") if name in EXTRAS), None)
     install = f"install it with `pip install 'batiste[{extra}]'`, or " if extra else ""
     return (f"error: JAX_PLATFORMS={asked}: {reason}; {install}leave JAX_PLATFORMS out, which takes "

@@ -4,6 +4,7 @@ import dataclasses
 import textwrap
 from typing import Any
 
+from batiste.data.printable import printable
 from batiste.fields import Config, texts, type_name, types_of
 
 WIDTH = 100
@@ -65,4 +66,4 @@ def _groups(config: Config, prefix: str) -> list[str]:
 
 def _as_flag(value: Any) -> str:
     """A value as it is written after the equals sign."""
-    return value if isinstance(value, str) and value else repr(value)
+    return printable(value) if isinstance(value, str) and value else repr(value)

@@ -249,6 +249,7 @@ def generate(
     asked = [chat_prompt(pathlib.Path(workdir), prompt) for prompt in prompts] if chat else prompts
     assembly, params = _load(workdir)
     config = assembly.experiment.sample if config is None else config
+    config.validate()
     agree({"prompts": list(prompts), "chat": chat, **dataclasses.asdict(config)})
     return assembly.write(params, asked, config, on_text)
 

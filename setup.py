@@ -38,6 +38,7 @@ setup(
         "absl-py>=2.1",
         "ml_collections>=1.1",
         "numpy>=2.0",
+        "filelock>=3.12",  # jax bounds the size of its compilation cache with it
         "xxhash>=3.4",  # xxh3 of checkpoints and data, at the speed of memory
         "tqdm>=4.66",
         "tensorboardX>=2.6.2",

@@ -5,7 +5,7 @@ import sys
 from absl import flags
 
 from batiste.verb_flags import (
-    define_config, define_trust, define_workdir, define_written_workdir, required,
+    define_compilation_cache, define_config, define_trust, define_workdir, define_written_workdir, required,
 )
 
 
@@ -14,6 +14,7 @@ def define_tune(values: flags.FlagValues, argv: list[str]) -> None:
     define_config(values, argv)
     define_written_workdir(values)
     define_trust(values)
+    define_compilation_cache(values)
     flags.DEFINE_enum("resume", "auto", ("auto", "must", "never"), "Continue if there is a "
                       "checkpoint, or only then, or refuse to.", flag_values=values)
 
@@ -43,6 +44,7 @@ def define_embed(values: flags.FlagValues, argv: list[str]) -> None:
     del argv
     define_workdir(values)
     define_trust(values)
+    define_compilation_cache(values)
     flags.DEFINE_string("to", None, "A .npy file for the vectors, instead of a line of JSON for "
                         "each text on the standard output.", flag_values=values)
     flags.DEFINE_integer("max_length", 256, "Tokens of a text; the rest is cut.", 4,

@@ -45,6 +45,13 @@ def trust(values: flags.FlagValues, name: str = "workdir") -> str:
     return workdir
 
 
+def define_compilation_cache(values: flags.FlagValues) -> None:
+    """--compilation_cache, of verbs that compile what they run."""
+    flags.DEFINE_bool(
+        "compilation_cache", True, "Keep compiled programs in the user's cache folder for the next "
+        "start (compilation_cache.py).", flag_values=values)
+
+
 def define_processes(values: flags.FlagValues) -> None:
     """What says which of several processes this is."""
     flags.DEFINE_bool(

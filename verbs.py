@@ -1,6 +1,5 @@
 """The verbs of the command line: what flags each has, and what each does with them."""
 
-import functools
 import pathlib
 import re
 import signal
@@ -14,7 +13,7 @@ from batiste import exit_codes
 from batiste.exchange_verbs import define_export, define_import, export, import_
 from batiste.task_verbs import define_embed, define_tune, embed, tune
 from batiste.verb_flags import (
-    connect_processes, define_config, define_processes, define_trust, define_workdir,
+    connect_processes, define_compilation_cache, define_config, define_processes, define_trust, define_workdir,
     define_written_workdir, given_experiment, required, trust,
 )
 
@@ -48,6 +47,7 @@ def _define_train(values: flags.FlagValues, argv: list[str]) -> None:
     _define_prepare(values, argv)
     define_processes(values)
     define_trust(values)
+    define_compilation_cache(values)
     flags.DEFINE_string(
         "resume", "auto", "auto: continue if there is a checkpoint; must: demand one; never: "
         "refuse to find one.", flag_values=values)
@@ -94,7 +94,7 @@ def _define_reading(values: flags.FlagValues, argv: list[str]) -> None:
 def _doctor(values: flags.FlagValues) -> int:
     from batiste.train.diagnosis import write_diagnosis
 
-    print(write_diagnosis(required(values, "workdir")), end="")
+    say_text(write_diagnosis(required(values, "workdir")))
     return 0
 
 
@@ -119,7 +119,7 @@ def _report(values: flags.FlagValues) -> int:
 
     runs = [*([values.workdir] if values.workdir is not None else []), *values.runs]
     text, page = report(*(runs or [required(values, "workdir")]))
-    print(f"{text}\n\n{page}")
+    say_text(f"{text}\n\n{page}\n")
     return 0
 
 
@@ -191,6 +191,7 @@ def _define_evaluate(values: flags.FlagValues, argv: list[str]) -> None:
     define_workdir(values)
     define_processes(values)
     define_trust(values)
+    define_compilation_cache(values)
 
 
 def _evaluate(values: flags.FlagValues) -> int:
@@ -227,8 +228,12 @@ def _generate(values: flags.FlagValues) -> int:
     given = {name: values[name].value for name in
              ("temperature", "top_k", "top_p", "seed", "max_tokens") if values[name].present}
     config = dataclasses.replace(config, **given)
+    try:
+        config.validate()
+    except ValueError as error:
+        raise ValueError(re.sub(r"^sample\.(\w+)=", r"--\1=", str(error))) from None
     prompts = values.prompt if values.prompt else list(config.prompts)
-    say = functools.partial(print, end="", flush=True) if connect_processes(values) else lambda text: None
+    say = say_text if connect_processes(values) else lambda text: None
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # As for `evaluate`.
     if len(prompts) == 1:
         say("" if values.chat else prompts[0])
@@ -239,6 +244,13 @@ def _generate(values: flags.FlagValues) -> int:
     for prompt, text in zip(prompts, texts, strict=True):
         say(f"=== {prompt!r}\n{'' if values.chat else prompt}{text}\n")
     return 0
+
+
+def say_text(text: str) -> None:
+    """Prints text of a model or a file: into a file or a pipe as it is, on a terminal escaped."""
+    from batiste.data.printable import printable
+
+    print(printable(text) if sys.stdout.isatty() else text, end="", flush=True)
 
 
 def print_perplexity(result) -> None:

@@ -14,7 +14,8 @@ os.environ["XLA_FLAGS"] = (
     "--xla_cpu_collective_call_terminate_timeout_seconds=600"
 )
 
-# What runs remember of a user (the code that they trust) is not this user's.
+# What runs keep for a user (the code that they trust, compiled programs) is not this user's.
+os.environ["BATISTE_COMPILATION_CACHE"] = "0"
 os.environ["XDG_STATE_HOME"] = str(pathlib.Path(__file__).parents[1] / ".jax_cache" / "state")
 
 import jax

@@ -1,6 +1,7 @@
 """What can go wrong with a run, and what is done about it: the classes, their policies, a finding."""
 
 import dataclasses
+import math
 
 from batiste.fields import Config, check_types
 from batiste.train.schedule import check_choice
@@ -61,8 +62,11 @@ class HealthConfig(Config):
     def validate(self) -> None:
         """Raises ValueError, naming the field, if a field is out of its range."""
         check_types(self, "train.health.")
-        for field, least in (("every", 1), ("window", 8), ("roll_back", 1)):
+        for field, least, most in (
+            ("every", 1, math.inf), ("window", 8, 100_000), ("roll_back", 1, math.inf),
+        ):
             value = getattr(self, field)
-            if value is not None and value < least:
-                raise ValueError(f"train.health.{field}={value}: expected at least {least}")
+            if value is not None and not least <= value <= most:
+                at_most = "" if most == math.inf else f" and at most {most}"
+                raise ValueError(f"train.health.{field}={value}: expected at least {least}{at_most}")
         parse_policies(self.policies)

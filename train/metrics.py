@@ -13,6 +13,8 @@ import pathlib
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from batiste.data.json_files import parse_json
+from batiste.train.event_kinds import check_record
 from batiste.train.ledger import Ledger
 from batiste.train.lines import Lines, complain
 
@@ -51,7 +53,8 @@ def read_all(workdir: str | os.PathLike) -> list[dict[str, Any]]:
 
 def _decode(line: bytes, place: str) -> dict[str, Any]:
     try:
-        record = json.loads(line)
+        record = parse_json(line, place, Any)
+        check_record(record, place)
         step, kind = record.pop("step"), record.pop("kind")
         if kind == HEALTH:
             return {"step": step, "kind": kind, **_each(float, record)}

@@ -1,12 +1,12 @@
 """Everything that a report says of one run, read from its work directory; no jax, no device."""
 
 import dataclasses
-import json
 import os
 import pathlib
 import statistics
 from typing import Any
 
+from batiste.data.json_files import read_json
 from batiste.train.account import RUNNING, Account, read_account
 from batiste.train.curves import as_number, read_records, tokens_of
 from batiste.train.ledger import read_ledger
@@ -75,22 +75,16 @@ def read_run(workdir: str | os.PathLike) -> RunData:
     )
 
 
-def read_flat_config(workdir: pathlib.Path) -> dict[str, Any]:
+def read_flat_config(workdir: pathlib.Path, kind: Any = dict) -> dict[str, Any]:
     """The fields of config.json by dotted name, lists of parts by number; empty where there is none.
 
-    Raises ValueError where the file is not what a run writes.
+    kind: what must be in it, see `check_json`. Raises ValueError where the file is not what a run
+    writes.
     """
     path = workdir / "config.json"
     if not path.is_file():
         return {}
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: expected JSON, got {error}; restore the file from where the run "
-                         "was copied from") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(config).__name__}")
-    return flat(config)
+    return flat(read_json(path, kind))
 
 
 def flat(config: Any, prefix: str = "") -> dict[str, Any]:
