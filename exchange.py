@@ -249,7 +249,8 @@ def export_model(
     write_directory(unfinished, content, given.workdir.resolve().name)
     if brought is None and given.tokenizer is not None:
         try:
-            write_tokenizer(unfinished, given.tokenizer, model.max_length)
+            reads = model.form == "encoder_decoder"
+            write_tokenizer(unfinished, given.tokenizer, model.max_length, reads)
         except ValueError as error:  # The weights are worth having without it.
             print(f"{to}: has no tokenizer.json: {error}", file=sys.stderr, flush=True)
     certificates.write(unfinished, _fingerprint_of(unfinished))

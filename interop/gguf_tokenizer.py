@@ -40,9 +40,13 @@ def bring_tokenizer(said: Mapping[str, Any], folder: pathlib.Path) -> list[str]:
         index = said.get(f"tokenizer.ggml.{key}_token_id")
         if index is not None:
             settings[ours] = pieces[index]
+    ends = [said.get(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot", "eom")]
+    ends = list(dict.fromkeys(index for index in ends if index is not None))
     files = {"tokenizer.json": _tokenizer(said, pre), "tokenizer_config.json": json.dumps(settings)}
     if said.get("tokenizer.chat_template") is not None:
         files["chat_template.jinja"] = said["tokenizer.chat_template"]
+    if len(ends) > 1:  # Of a turn or a message, besides the text's.
+        files["generation_config.json"] = json.dumps({"eos_token_id": ends})
     for name, text in files.items():
         (folder / name).write_text(text)
     return list(files)

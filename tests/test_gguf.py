@@ -150,6 +150,7 @@ def with_tokenizer(tmp_path_factory) -> tuple[pathlib.Path, Tokenizer]:
     writer.add_token_merges([" ".join(each) for each in model["merges"]])
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(1)
+    writer.add_eot_token_id(2)
     writer.add_chat_template("{{ messages[0].content }}")
     for name, parameter in transformers.AutoModelForCausalLM.from_config(config).named_parameters():
         writer.add_tensor(their_name(name), parameter.detach().numpy())
@@ -167,6 +168,7 @@ def test_its_tokenizer_and_chat_template_come_along(with_tokenizer, tmp_path):
         ids = found.encode(text)
         assert ids == tokenizer.encode(text).ids and found.decode(ids) == text
     assert (found.begin_ids, found.bos_id, found.end_id) == ((0,), 0, 1)
+    assert found.stop_ids == (1, 2)  # Of a text, and of a turn.
     files = workdir / "imported" / "files"
     loaded = transformers.AutoTokenizer.from_pretrained(files)
     assert loaded.apply_chat_template([{"content": "hi"}], tokenize=False) == "hi"
