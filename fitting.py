@@ -87,15 +87,14 @@ def _fit_from(
     faulty = faulty_batches(
         parse_fault(experiment.train.faults), zip(places, batches),
         assembly.prepared.tokenizer.vocab_size)
-    placed = map(share.place, faulty)
     progress, last_step = assembly.progress()
-    monitor = None
+    monitor, placed = None, map(share.place, faulty)
     if experiment.train.measures:
         monitor = Monitor(experiment.train, Watched(
             meta, ledger, meta["config"], progress.note,
             lambda step: loader.records(position(step - 1, windows))))
         monitor.remember(assembly.workdir, start or 0)
-        placed = monitor.watch(placed)
+        placed = monitor.watch(map(share.place, monitor.inspect(faulty)))
     metrics = MetricsWriter(assembly.workdir if is_first() else None, start or 0, meta["config"])
     ledger.write("from", step=start or 0, reached=metrics.reached)
     if monitor is not None or decisions_of(meta):

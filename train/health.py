@@ -7,8 +7,8 @@ from batiste.train.schedule import check_choice
 POLICIES = ("log", "skip", "roll_back", "lower", "stop")
 CLASSES = (
     "not_finite", "loss_spike", "gradient_explosion", "vanishing_gradients", "activation_blow_up",
-    "dead_units", "attention", "router_collapse", "update_ratio", "data_fault", "plateau",
-    "overfitting", "slow_input",
+    "dead_units", "attention", "router_collapse", "update_ratio", "frozen_layers", "data_fault",
+    "wrong_targets", "repeated_batch", "plateau", "overfitting", "slow_input",
 )
 STOPS = "not_finite"  # Where nothing is said of it; every other class is said and nothing else.
 
@@ -31,6 +31,11 @@ def parse_policies(text: str) -> dict[str, str]:
             raise ValueError(
                 f"{name}={text!r}: a {kind} is known after the update is made, and cannot be "
                 f"skipped; choose one of {', '.join(each for each in POLICIES if each != 'skip')}"
+            )
+        if policy not in ("log", "stop") and kind == "wrong_targets":
+            raise ValueError(
+                f"{name}={text!r}: wrong targets are wrong in every batch, and each process sees "
+                "its own rows alone: wrong_targets can only be log or stop"
             )
         if policy != "log" and kind == "slow_input":
             raise ValueError(

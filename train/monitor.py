@@ -1,5 +1,6 @@
 """Watches over a run: statistics to records, records to findings, findings to decisions."""
 
+import collections
 import dataclasses
 import pathlib
 import time
@@ -13,7 +14,7 @@ from batiste.train.decisions import RollBack, decide, decisions_of, lower
 from batiste.train.detector import Detector
 from batiste.train.findings import Finding
 from batiste.train.health import parse_policies
-from batiste.train.health_record import health_record
+from batiste.train.health_record import health_record, target_record
 from batiste.train.health_statistics import HealthStatistics
 from batiste.train.ledger import Ledger
 from batiste.train.metrics import MetricsWriter, read_all
@@ -46,6 +47,7 @@ class Monitor:
         self._detector = Detector(watched.settings, watched.examples)
         self._policies = parse_policies(config.health.policies)
         self._waited, self._since, self._skips = 0.0, time.perf_counter(), 0
+        self._targets: collections.deque[dict[str, float]] = collections.deque()
 
     def remember(self, workdir: pathlib.Path, step: int) -> None:
         """Looks at what the run wrote up to a step, so that it goes on as if never interrupted."""
@@ -59,6 +61,12 @@ class Monitor:
                 self._detector.observe(record)
             elif record["kind"] == "health":
                 self._detector.remember(record)
+
+    def inspect(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """The same batches, of the host, one for each `look` to come; sees what their targets are."""
+        for batch in batches:
+            self._targets.append(target_record(batch))
+            yield batch
 
     def watch(self, batches: Iterator[Any]) -> Iterator[Any]:
         """The same batches; measures how long the loop waits for them."""
@@ -82,10 +90,11 @@ class Monitor:
         now = time.perf_counter()
         seconds, waited = now - self._since, self._waited
         self._since, self._waited = now, 0.0
+        targets = self._targets.popleft()
         self._skips = self._skips + 1 if metrics.get("skipped") else 0
         if step % self._config.every and not self._skips:
             return
-        record = health_record(jax.device_get(statistics), metrics, seconds, waited)
+        record = health_record(jax.device_get(statistics), metrics, seconds, waited, targets)
         writer.write_health(step, record)
         # float16 finds its loss scale by overflowing now and then, and skips by itself.
         if not ("loss_scale" in metrics and self._skips):

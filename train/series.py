@@ -61,3 +61,15 @@ class Runs:
         before = self._count.get(name, np.zeros(so.shape, int))
         self._count[name] = np.where(so, before + 1, 0)
         return self._count[name]
+
+
+class Counts:
+    """At how many looks something has been so, by name."""
+
+    def __init__(self):
+        self._count: dict[str, np.ndarray] = {}
+
+    def add(self, name: str, so: np.ndarray) -> np.ndarray:
+        """Counts one more look."""
+        self._count[name] = self._count.get(name, np.zeros(so.shape, int)) + so
+        return self._count[name]
