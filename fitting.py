@@ -95,7 +95,8 @@ def _fit_from(
             lambda step: loader.records(position(step - 1, windows))))
         monitor.remember(assembly.workdir, start or 0)
         placed = monitor.watch(map(share.place, monitor.inspect(faulty)))
-    metrics = MetricsWriter(assembly.workdir if is_first() else None, start or 0, meta["config"])
+    metrics = MetricsWriter(assembly.workdir if is_first() else None, start or 0, meta["config"],
+                            Monitor.look_back(experiment.train.health.window))
     ledger.write("from", step=start or 0, reached=metrics.reached)
     if monitor is not None or decisions_of(meta):
         train_step = steered(

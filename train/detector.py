@@ -71,7 +71,7 @@ class Detector:
 
     def remember(self, record: dict[str, Any]) -> None:
         """Takes in a record of long ago, of which only its loss still counts."""
-        self._losses.loss(record)
+        self._losses.remember(record["loss"])
 
     def observe_validation(self, step: int, loss: float) -> list[Finding]:
         """Findings of a validation loss, in nats per token."""

@@ -11,6 +11,7 @@ from batiste.train.findings import Finding
 from batiste.train.ledger import LEDGER_FILE, read_ledger
 from batiste.train.metrics import read_all
 from batiste.train.run_data import read_flat_config
+from batiste.train.thinning import is_thinned
 
 DIAGNOSIS_FILE = "doctor.md"
 PICTURE_FILE = "doctor.png"
@@ -30,9 +31,15 @@ def diagnose(workdir: str | os.PathLike) -> list[Finding]:
     found = {(finding.kind, finding.step): finding for finding in _written(workdir)}
     if settings["train.health.every"] is not None:
         detector = Detector(settings)
-        for record in read_all(workdir):
+        records = read_all(workdir)
+        # Whole looks between thinned ones are of different times, and compare with nothing.
+        last = max((record["step"] for record in records
+                    if record["kind"] == "health" and is_thinned(record)), default=-1)
+        for record in records:
             new = []
-            if record["kind"] == "health":
+            if record["kind"] == "health" and record["step"] <= last:
+                detector.remember(record)
+            elif record["kind"] == "health":
                 new = detector.observe(record)
             elif record["kind"] == "validation":
                 new = detector.observe_validation(record["step"], record["loss"])
@@ -50,7 +57,8 @@ def write_diagnosis(workdir: str | os.PathLike) -> str:
     """The findings as Markdown; writes it and its plots into the work directory, too."""
     workdir = pathlib.Path(workdir)
     findings = diagnose(workdir)
-    records = [record for record in read_all(workdir) if record["kind"] == "health"]
+    records = [record for record in read_all(workdir)
+               if record["kind"] == "health" and not is_thinned(record)]
     lines = [f"# Health of {workdir.name}", ""]
     if records:
         lines += [f"{len(records):,} looks, up to step {records[-1]['step']:,}; "

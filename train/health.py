@@ -3,6 +3,7 @@
 import dataclasses
 
 from batiste.train.schedule import check_choice
+from batiste.train.series import ENOUGH
 
 POLICIES = ("log", "skip", "roll_back", "lower", "stop")
 CLASSES = (
@@ -64,7 +65,7 @@ class HealthConfig:
 
     def validate(self) -> None:
         """Raises ValueError, naming the field, if a field is out of its range."""
-        for field, least in (("every", 1), ("window", 8), ("roll_back", 1)):
+        for field, least in (("every", 1), ("window", ENOUGH), ("roll_back", 1)):
             value = getattr(self, field)
             if value is not None and value < least:
                 raise ValueError(f"train.health.{field}={value}: expected at least {least}")

@@ -106,9 +106,13 @@ class LossRules:
                 found.append(Symptom("loss_spike", evidence, rows=tuple(map(int, worst[:4]))))
         self._loss.push(np.array(loss))
         self._rows.push(np.array(record["row_loss"]))
+        self.remember(loss)
+        return found + self._plateau()
+
+    def remember(self, loss: float) -> None:
+        """What of a look counts for ever: for plateaus and overfitting."""
         self._losses.append(loss)
         self._since.append(loss)
-        return found + self._plateau()
 
     def _plateau(self) -> list[Symptom]:
         block = self._block

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from batiste.train.lines import Lines
+from batiste.train.thinning import EVERY, thin
 
 METRICS_FILE = "metrics.jsonl"
 KINDS = ("train", "validation")
@@ -85,11 +86,13 @@ class MetricsWriter:
     full does not end the run; what could not be written is written later.
 
     workdir: None writes nothing, for all processes of a run but the first. config: by dotted name,
-    for TensorBoard. `reached` is the last step that was recorded before.
+    for TensorBoard. look_back: health records that a continued run looks at again; older ones are
+    thinned out (train/thinning.py), None keeps them. `reached` is the last step that was recorded before.
     """
 
     def __init__(self, workdir: str | os.PathLike | None, steps_done: int,
-                 config: dict[str, Any] | None = None):
+                 config: dict[str, Any] | None = None, look_back: int | None = None):
+        self._look_back, self._looks = look_back, 0
         self._lines = self._tensorboard = None
         self.reached = steps_done
         if workdir is None:
@@ -109,6 +112,7 @@ class MetricsWriter:
             os.fsync(file.fileno())
         os.replace(temporary, path)
         self._lines, self._tensorboard = Lines(path), TensorBoard(workdir, steps_done, config)
+        self._looks = sum(record["kind"] == HEALTH and "gradient" in record for record in kept)
         self._tokens = sum(record.get("tokens", 0.0) for record in kept if record["kind"] == "train")
 
     def write(self, step: int, kind: str = "train", **values: float) -> None:
@@ -136,6 +140,9 @@ class MetricsWriter:
             return
         self._write({"step": int(step), "kind": HEALTH, **record})
         self._tensorboard.write_layers(int(step), record)
+        self._looks += 1
+        if self._look_back is not None and self._looks % EVERY == 0:
+            thin(self._lines.path, self._look_back)
 
     def close(self) -> None:
         """Closes the files."""

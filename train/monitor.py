@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import math
 import pathlib
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +19,7 @@ from batiste.train.health_record import health_record, target_record
 from batiste.train.health_statistics import HealthStatistics
 from batiste.train.ledger import Ledger
 from batiste.train.metrics import MetricsWriter, read_all
+from batiste.train.thinning import is_thinned
 
 STUCK = 8  # Steps in a row without an update, before the run gives up.
 LOOK_BACK = 4  # Windows of records that a continued run looks at again.
@@ -52,15 +54,26 @@ class Monitor:
     def remember(self, workdir: pathlib.Path, step: int) -> None:
         """Looks at what the run wrote up to a step, so that it goes on as if never interrupted."""
         records = [record for record in read_all(workdir) if record["step"] <= step]
-        looks = [record["step"] for record in records if record["kind"] == "health"]
-        whole = looks[-LOOK_BACK * self._config.window:][:1]
+        looks = [record for record in records if record["kind"] == "health"]
+        again = looks[-self.look_back(self._config.window):]
+        thinned = sum(map(is_thinned, again))
+        if thinned:
+            self._watched.note(f"health: of {thinned} of the last {len(again)} looks only the loss "
+                               "was kept: what is usual is learned anew from those after them")
+            again = again[max(place for place, look in enumerate(again) if is_thinned(look)) + 1:]
+        first = again[0]["step"] if again else math.inf
         for record in records:
             if record["kind"] == "validation":
                 self._detector.observe_validation(record["step"], record["loss"])
-            elif record["kind"] == "health" and record["step"] >= whole[0]:
+            elif record["kind"] == "health" and record["step"] >= first:
                 self._detector.observe(record)
             elif record["kind"] == "health":
                 self._detector.remember(record)
+
+    @staticmethod
+    def look_back(window: int) -> int:
+        """How many looks a continued run looks at again."""
+        return LOOK_BACK * window
 
     def inspect(self, batches: Iterator[Any]) -> Iterator[Any]:
         """The same batches, of the host, one for each `look` to come; sees what their targets are."""
