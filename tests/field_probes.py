@@ -125,7 +125,7 @@ def watched(experiment: Experiment, _):
     metrics = {"loss": 1.0, "gradient_norm": 1.0, "learning_rate": 1.0}
     writer = SimpleNamespace(write_health=lambda step, record: looks.append(step))
     one = monitor()
-    for step in range(1, 5):
+    for step, _ in enumerate(one.inspect([BATCH] * 4), start=1):
         one.look(writer, step, statistics, metrics)
     detector = Detector(flatten(experiment))
     said = []

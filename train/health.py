@@ -52,10 +52,10 @@ class HealthConfig:
     """How a run watches over itself.
 
     every: statistics are written and looked at every so many steps; None measures nothing, and the
-    step is what it would be without. window: of how many looks a robust z-score is, at
-    least 16. roll_back: steps that a roll-back goes back at least, and whose batches are not read again. policies: what is
-    done about which class, "loss_spike=roll_back,plateau=lower"; not_finite stops the run, and of
-    others it is said, where this does not name them.
+    step is what it would be without. window: of how many looks a robust z-score is, at least
+    16. roll_back: steps that a roll-back goes back at least, and whose batches are not read again.
+    policies: what is done about which class, "loss_spike=roll_back,plateau=lower"; not_finite stops
+    the run, and of others it is said, where this does not name them.
     """
 
     every: int | None = 1

@@ -6,7 +6,8 @@ import numpy as np
 
 from batiste.train.findings import Symptom
 from batiste.train.optimizer import parameter_group
-from batiste.train.series import ENOUGH, Counts, Runs, Series
+from batiste.train.router_rules import RouterRules
+from batiste.train.series import ENOUGH, IN_A_ROW, Runs, Series
 
 FAR = 8.0  # Robust standard deviations.
 TIMES = 10.0  # How many times its median a norm must be, besides, to be an explosion.
@@ -14,18 +15,11 @@ TIMES = 10.0  # How many times its median a norm must be, besides, to be an expl
 MANY_TIMES, RESTLESS = 20.0, 4.0  # Times the median; robust standard deviations.
 STILL = 1e-6  # Of the median ratio of update to parameter.
 BEGUN = 3.0  # Where it began is the first place with as many times its median.
-IN_A_ROW = 4  # Looks that a lasting state must last.
 SPREAD = 0.05  # Least standard deviation of a norm, in decades.
 VANISHED = 1e-3  # Of its median.
 DEAD, DEAD_GROWTH = 0.5, 0.3  # Fraction of units; how much of it is new.
 ONE_KEY = 0.05  # Attention's entropy over its maximum.
 SATURATED = 100.0  # Logit from which Kimi K2 clips queries and keys (arXiv:2507.20534).
-IDLE = 0.5  # Of the experts.
-# Experts over which the load spreads, of those that a token takes: 1 where all tokens take the same
-# ones. One expert that every token takes is none of it: others share the rest of its places.
-COLLAPSED = 1.25
-# A router begins at random and prefers some experts within ten steps; most spread out again.
-SETTLED = 64  # Looks, or ENOUGH of a layer that was well.
 HUGE = 0.5  # Update over parameter.
 
 
@@ -57,7 +51,8 @@ class LayerRules:
     """
 
     def __init__(self, window: int, settings: dict[str, Any]):
-        self._settings, self._runs, self._total = settings, Runs(), Counts()
+        self._settings, self._runs = settings, Runs()
+        self._router = RouterRules(settings)
         self._where: list[tuple[str, int | None]] | None = None
         self._series = {name: Series(window) for name in (
             "gradient_norm", "whole", "gradient", "ratio", "rms", "largest", "dead")}
@@ -82,7 +77,7 @@ class LayerRules:
         symptoms = [
             *self._activations(by_layer), *self._units(by_layer),
             *self._gradients(where, gradient, matrix), *self._updates(where, ratio),
-            *self._attention(by_layer), *self._router(by_layer),
+            *self._attention(by_layer), *self._router.look(by_layer),
             *self._frozen(record, where, ratio, matrix & self._meant & (gradient == 0)),
         ]
         self._push("gradient_norm", _decades(self._without_tables(gradient)))
@@ -149,8 +144,10 @@ class LayerRules:
         """What does not move, needing no past; rates of 0 and groups frozen on purpose are not."""
         least = max(1e-9, STILL * float(np.nanmedian(ratio)))
         still = (ratio < least) & self._meant & (record["learning_rate"] > 0)
-        for variant, places in (("gradient", without_gradient), ("update", still)):
-            lasting = self._runs.add(f"frozen {variant}", places) >= IN_A_ROW
+        # What is still all zeros has no ratio, and may not have had its turn.
+        moving = np.isfinite(ratio)
+        for variant, wrong in (("gradient", without_gradient & moving), ("update", still & moving)):
+            lasting = self._runs.add(f"frozen {variant}", wrong) >= IN_A_ROW
             if lasting.any():
                 return [_layers(where, lasting, ratio, variant)]
         return []
@@ -198,24 +195,6 @@ class LayerRules:
                 return [Symptom("attention", evidence, layer, "layers.attention", variant=variant)]
         return []
 
-    def _router(self, by_layer) -> list[Symptom]:
-        if "router_spread" not in by_layer:
-            return []
-        spread_L, idle_L = by_layer["router_spread"], by_layer["router_idle"]
-        experts, chosen = (self._settings[f"model.{name}"]
-                           for name in ("num_experts", "experts_per_token"))
-        collapsed_L = (spread_L * experts < COLLAPSED * chosen) | (idle_L >= IDLE)
-        collapsed_L &= experts > COLLAPSED * chosen
-        looks_L = self._total.add("router", np.ones(len(spread_L), bool))
-        settled_L = (looks_L > SETTLED) | (self._total.add("well", ~collapsed_L) >= ENOUGH)
-        lasting = (self._runs.add("router", collapsed_L) >= IN_A_ROW) & settled_L
-        if not lasting.any():
-            return []
-        layer = int(np.argmax(lasting))
-        evidence = {"experts that the load spreads over": spread_L[layer] * experts,
-                    "of": experts, "experts without a token": idle_L[layer]}
-        return [Symptom("router_collapse", evidence, layer, "layers.mixture.router_DE")]
-
 
 def _at(norms: dict[str, Any], place: tuple[str, int | None]) -> float:
     name, layer = place
@@ -229,7 +208,7 @@ def _decades(values: np.ndarray) -> np.ndarray:
 def _layers(where, wrong, ratio, variant) -> Symptom:
     """The layers all of whose matrices are wrong; one place where there is no such layer."""
     compared = np.isfinite(ratio)
-    indices = np.nonzero(wrong & compared)[0]
+    indices = np.nonzero(wrong)[0]
     by_layer: dict[int, list[bool]] = {}
     for (_, layer), bad, counts in zip(where, wrong, compared):
         if layer is not None and counts:

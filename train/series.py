@@ -3,6 +3,7 @@
 import numpy as np
 
 ENOUGH = 16  # Looks before anything is compared with the past.
+IN_A_ROW = 4  # Looks that a lasting state must last.
 NORMAL = 1.4826  # Standard deviations in a median absolute deviation, where errors are normal.
 
 
