@@ -107,17 +107,17 @@ def _fit_from(
     faulty = faulty_batches(
         parse_fault(experiment.train.faults), zip(places, batches),
         assembly.prepared.tokenizer.vocab_size)
-    placed = map(share.place, faulty)
     progress, last_step = assembly.progress(start or 0, read(start or 0))
     meta["last_step"] = last_step
-    monitor = None
+    monitor, placed = None, map(share.place, faulty)
     if experiment.train.measures:
         monitor = Monitor(experiment.train, Watched(
             meta, ledger, meta["config"], progress.note,
             lambda step: loader.records(read(step - 1), read(step) - read(step - 1), windows)))
         monitor.remember(assembly.workdir, start or 0)
-        placed = monitor.watch(placed)
-    metrics = MetricsWriter(assembly.workdir if is_first() else None, start or 0, meta["config"])
+        placed = monitor.watch(map(share.place, monitor.inspect(faulty)))
+    metrics = MetricsWriter(assembly.workdir if is_first() else None, start or 0, meta["config"],
+                            Monitor.look_back(experiment.train.health.window))
     metrics.say_what_is_missing(ledger)
     ledger.write("from", step=start or 0, reached=metrics.reached, records=read(start or 0))
     if monitor is not None or decisions_of(meta):

@@ -16,7 +16,9 @@ MOST_POINTS = 2000  # Of a curve; of more, the least and the greatest of each of
 MOST_COLUMNS = 240  # Of a heat map; further looks are left out evenly.
 DIGITS = 5  # Significant ones of a number in the page.
 BY_PARAMETER = ("gradient", "parameter", "update")
-BY_LAYER = ("rms", "largest", "entropy", "logit", "dead", "router_load", "router_idle")
+BY_LAYER = (
+    "rms", "largest", "entropy", "logit", "dead", "router_load", "router_idle", "router_spread",
+)
 Curve = dict[str, list]  # {"step": [...], "value": [...]}
 
 
@@ -114,7 +116,7 @@ def layers_of(records: list[dict[str, Any]]) -> dict[str, Any]:
 TITLES = {
     "rms": "activation RMS", "largest": "largest activation", "entropy": "attention entropy",
     "logit": "largest attention logit", "dead": "silent units", "router_load": "busiest expert",
-    "router_idle": "idle experts",
+    "router_idle": "idle experts", "router_spread": "spread over experts",
 }
 
 

@@ -12,6 +12,7 @@ from batiste.train.health import HealthConfig
 from batiste.train.ledger import LEDGER_FILE, read_ledger
 from batiste.train.metrics import read_all
 from batiste.train.run_data import read_flat_config
+from batiste.train.thinning import is_thinned
 
 # What is read of a run's config, without the config classes of later rooms.
 CONFIG = {
@@ -42,9 +43,13 @@ def diagnose(workdir: str | os.PathLike) -> list[Finding]:
     HealthConfig(settings["train.health.every"], settings["train.health.window"]).validate()
     if settings["train.health.every"] is not None:
         detector = Detector(settings)
-        for record in read_all(workdir):
+        records = read_all(workdir)
+        # Whole looks between thinned ones are of different times, and compare with nothing.
+        last_thinned = max((record["step"] for record in records
+                            if record["kind"] == "health" and is_thinned(record)), default=-1)
+        for record in records:
             try:
-                new = _look(detector, record)
+                new = _look(detector, record, last_thinned)
             except (LookupError, TypeError, ValueError) as error:
                 raise ValueError(
                     f"{workdir}/metrics.jsonl: the {record['kind']} record of step {record['step']} "
@@ -54,11 +59,13 @@ def diagnose(workdir: str | os.PathLike) -> list[Finding]:
     return sorted(found.values(), key=lambda finding: finding.step)
 
 
-def _look(detector: Detector, record: dict[str, Any]) -> list[Finding]:
-    """What the detector finds in a record of any kind."""
-    if record["kind"] == "health":
+def _look(detector: Detector, record: dict[str, Any], last_thinned: int) -> list[Finding]:
+    """What the detector finds in a record of any kind; up to a step it only remembers looks."""
+    if record["kind"] == "health" and record["step"] <= last_thinned:
+        detector.remember(record)
+    elif record["kind"] == "health":
         return detector.observe(record)
-    if record["kind"] == "validation":
+    elif record["kind"] == "validation":
         return detector.observe_validation(record["step"], record["loss"])
     return []
 
@@ -72,7 +79,8 @@ def write_diagnosis(workdir: str | os.PathLike) -> str:
     """The findings as Markdown; writes it and its plots into the work directory, too."""
     workdir = pathlib.Path(workdir)
     findings = diagnose(workdir)
-    records = [record for record in read_all(workdir) if record["kind"] == "health"]
+    records = [record for record in read_all(workdir)
+               if record["kind"] == "health" and not is_thinned(record)]
     lines = [f"# Health of {workdir.name}", ""]
     if records:
         lines += [f"{len(records):,} looks, up to step {records[-1]['step']:,}; "

@@ -5,12 +5,13 @@ import math
 
 from batiste.fields import Config, check_types
 from batiste.train.schedule import check_choice
+from batiste.train.series import ENOUGH
 
 POLICIES = ("log", "skip", "roll_back", "lower", "stop")
 CLASSES = (
     "not_finite", "loss_spike", "gradient_explosion", "vanishing_gradients", "activation_blow_up",
-    "dead_units", "attention", "router_collapse", "update_ratio", "data_fault", "plateau",
-    "overfitting", "slow_input",
+    "dead_units", "attention", "router_collapse", "update_ratio", "frozen_layers", "data_fault",
+    "wrong_targets", "repeated_batch", "plateau", "overfitting", "slow_input",
 )
 STOPS = "not_finite"  # Where nothing is said of it; every other class is said and nothing else.
 
@@ -34,6 +35,11 @@ def parse_policies(text: str) -> dict[str, str]:
                 f"{name}={text!r}: a {kind} is known after the update is made, and cannot be "
                 f"skipped; choose one of {', '.join(each for each in POLICIES if each != 'skip')}"
             )
+        if policy not in ("log", "stop") and kind == "wrong_targets":
+            raise ValueError(
+                f"{name}={text!r}: wrong targets are wrong in every batch, and each process sees "
+                "its own rows alone: wrong_targets can only be log or stop"
+            )
         if policy != "log" and kind == "slow_input":
             raise ValueError(
                 f"{name}={text!r}: each process has a clock of its own, and all must act alike: "
@@ -48,10 +54,10 @@ class HealthConfig(Config):
     """How a run watches over itself.
 
     every: statistics are written and looked at every so many steps; None measures nothing, and the
-    step is what it would be without. window: of how many looks a robust z-score is. roll_back: steps
-    that a roll-back goes back at least, and whose batches are not read again. policies: what is
-    done about which class, "loss_spike=roll_back,plateau=lower"; not_finite stops the run, and of
-    others it is said, where this does not name them.
+    step is what it would be without. window: of how many looks a robust z-score is, at least
+    16. roll_back: steps that a roll-back goes back at least, and whose batches are not read again.
+    policies: what is done about which class, "loss_spike=roll_back,plateau=lower"; not_finite stops
+    the run, and of others it is said, where this does not name them.
     """
 
     every: int | None = 1
@@ -63,7 +69,7 @@ class HealthConfig(Config):
         """Raises ValueError, naming the field, if a field is out of its range."""
         check_types(self, "train.health.")
         for field, least, most in (
-            ("every", 1, math.inf), ("window", 8, 100_000), ("roll_back", 1, math.inf),
+            ("every", 1, math.inf), ("window", ENOUGH, 100_000), ("roll_back", 1, math.inf),
         ):
             value = getattr(self, field)
             if value is not None and not least <= value <= most:

@@ -17,6 +17,7 @@ from batiste.data.json_files import parse_json
 from batiste.train.event_kinds import check_record
 from batiste.train.ledger import Ledger
 from batiste.train.lines import Lines, complain
+from batiste.train.thinning import EVERY, thin
 
 METRICS_FILE = "metrics.jsonl"
 KINDS = ("train", "validation")
@@ -101,13 +102,16 @@ class MetricsWriter:
     full does not end the run; what could not be written is written later.
 
     workdir: None writes nothing, for all processes of a run but the first. config: by dotted name,
-    for TensorBoard. `reached` is the last step that was recorded before. A step is recorded once: of
-    several records the last is kept; `repeated` says how many others there were, and `missing` which
-    steps, as [first, last], have no training record though the run has done them.
+    for TensorBoard. look_back: health records that a continued run looks at again; older ones are
+    thinned out (train/thinning.py), None keeps them. `reached` is the last step that was recorded
+    before. A step is recorded once: of several records the last is kept; `repeated` says how many
+    others there were, and `missing` which steps, as [first, last], have no training record though
+    the run has done them.
     """
 
     def __init__(self, workdir: str | os.PathLike | None, steps_done: int,
-                 config: dict[str, Any] | None = None):
+                 config: dict[str, Any] | None = None, look_back: int | None = None):
+        self._look_back, self._looks = look_back, 0
         self._lines = self._tensorboard = None
         self.reached, self.missing, self.repeated = steps_done, [], 0
         if workdir is None:
@@ -131,6 +135,7 @@ class MetricsWriter:
             os.fsync(file.fileno())
         os.replace(temporary, path)
         self._lines, self._tensorboard = Lines(path), TensorBoard(workdir, steps_done, config)
+        self._looks = sum(record["kind"] == HEALTH and "gradient" in record for record in kept)
         self._tokens = sum(record.get("tokens", 0.0) for record in kept if record["kind"] == "train")
 
     def say_what_is_missing(self, ledger: Ledger) -> None:
@@ -171,6 +176,9 @@ class MetricsWriter:
             return
         self._write({"step": int(step), "kind": HEALTH, **record})
         self._tensorboard.write_layers(int(step), record)
+        self._looks += 1
+        if self._look_back is not None and self._looks % EVERY == 0:
+            thin(self._lines.path, self._look_back)
 
     def close(self) -> None:
         """Closes the files."""

@@ -15,7 +15,8 @@ const TITLES = {
   learning_rate: "Learning rate", tokens_per_second: "Tokens per second", mfu: "MFU",
   loss_scale: "Loss scale", skipped: "Skipped updates", cross_entropy: "Cross-entropy" };
 const ORDER = ["loss", "bits_per_byte", "gradient_norm", "learning_rate", "tokens_per_second", "mfu"];
-const LINEAR_MAPS = ["attention entropy", "silent units", "idle experts", "busiest expert"];
+const LINEAR_MAPS = ["attention entropy", "silent units", "idle experts", "busiest expert",
+  "spread over experts"];
 const touch = matchMedia("(pointer: coarse)").matches;
 const plots = [];  // {element, draw}; draw() returns [traces, layout].
 let following = false;

@@ -19,7 +19,9 @@ FOLDER = "tensorboard"
 # Norms of 32 layers are 10 kB a step: shown at steps that grow by 1 %, 800 of the first 100,000.
 GROWTH = 1.01
 BY_PARAMETER = ("gradient", "parameter", "update")
-BY_LAYER = ("rms", "largest", "entropy", "logit", "dead", "router_load", "router_idle")
+BY_LAYER = (
+    "rms", "largest", "entropy", "logit", "dead", "router_load", "router_idle", "router_spread",
+)
 
 
 class TensorBoard:
