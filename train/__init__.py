@@ -27,6 +27,7 @@ _MODULES = {
     "optimizer": ("OWN_KINDS",),
     "progress": ("Progress", "mfu_formula_line"),
     "replaced": ("ReplacedTerms",),
+    "replicas": ("Replicas",),
     "report": ("ReportFacts", "write_report"),
     "resume": ("RESUME_MODES", "arrays_of", "check_mode", "check_override", "check_same"),
     "state": ("Program", "TrainState", "from_checkpoint", "make_program"),

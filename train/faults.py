@@ -13,6 +13,7 @@ the first; what ends by itself lasts one step, or `steps`.
 | dead_layer | the feed-forward units of `layer` answer nothing | no |
 | frozen | the parameters of `layer` do not move; without it, none do | no |
 | slow_host | every batch is `seconds` (1) late | no |
+| flipped_bit | a bit of the last parameter is another on the `device`-th (0) device of the mesh | yes |
 
 Faults of data belong to a batch and not to a step: a run that skips the batch is rid of them.
 """
@@ -32,7 +33,7 @@ from batiste.train.schedule import check_choice
 LASTING = ("learning_rate", "dead_layer", "frozen", "slow_host")
 OF_LAYER = ("nan_gradient", "activation", "dead_layer")
 OF_DATA = ("garbage", "repeated_document")
-KINDS = ("nan_gradient", "activation", *OF_DATA, *LASTING)
+KINDS = ("nan_gradient", "activation", "flipped_bit", *OF_DATA, *LASTING)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +46,7 @@ class Fault:
     layer: int | None = None
     factor: float = 100.0
     seconds: float = 1.0
+    device: int = 0
 
     def now(self, step: Any) -> Any:
         """Whether the fault is there in a step: a boolean, or an array of one."""
@@ -59,7 +61,8 @@ def parse_fault(text: str | None) -> Fault | None:
         return None
     kind, *options = text.split(":")
     check_choice("train.faults", kind, KINDS)
-    types = {"step": int, "steps": int, "layer": int, "factor": float, "seconds": float}
+    types = {"step": int, "steps": int, "layer": int, "factor": float, "seconds": float,
+             "device": int}
     values = {}
     for option in options:
         name, _, value = option.partition("=")
@@ -106,6 +109,25 @@ def faulty_updates(fault: Fault | None, updates: Any, step: jax.Array, places) -
     factor, place = jnp.where(fault.now(step), 0.0, 1.0), places[fault.layer]
     layers = jax.tree.map(lambda leaf: leaf.at[place].multiply(factor), updates["layers"])
     return updates | {"layers": layers}
+
+
+def faulty_state(fault: Fault | None, params: Any, step: jax.Array, like: Any) -> Any:
+    """The parameters after a step. like: the same with their shardings."""
+    if fault is None or fault.kind != "flipped_bit":
+        return params
+    leaves, structure = jax.tree.flatten(params)
+    sharding = jax.tree.leaves(like)[-1].sharding
+
+    def flip(part: jax.Array) -> jax.Array:
+        here = jax.lax.axis_index(sharding.mesh.axis_names) == fault.device
+        words = jax.lax.bitcast_convert_type(part, jnp.uint32).reshape(-1)
+        words = words.at[0].set(jnp.where(here & fault.now(step), words[0] ^ 2, words[0]))
+        return jax.lax.bitcast_convert_type(words.reshape(part.shape), part.dtype)
+
+    leaves[-1] = jax.shard_map(
+        flip, mesh=sharding.mesh, in_specs=sharding.spec, out_specs=sharding.spec, check_vma=False,
+    )(leaves[-1])
+    return jax.tree.unflatten(structure, leaves)
 
 
 def _scaled(tree: Any, path: tuple[str, str], place: int, factor: jax.Array) -> Any:
