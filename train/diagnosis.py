@@ -23,6 +23,8 @@ CONFIG = {
             f"{group}_multiplier": float for group in ("embedding", "head", "matrix", "vector")}},
     },
 }
+MAY_BE_NULL = dict.fromkeys(
+    ("train.health.every", "train.optimizer.clip_norm", "model.num_experts"))
 DIAGNOSIS_FILE = "doctor.md"
 PICTURE_FILE = "doctor.png"
 
@@ -38,7 +40,7 @@ def diagnose(workdir: str | os.PathLike) -> list[Finding]:
     if not path.is_file():
         raise ValueError(f"workdir={workdir}: no config.json there, so no run; expected the "
                          "--workdir of a `batiste train`")
-    settings = _flat(read_json(path, CONFIG))
+    settings = MAY_BE_NULL | _flat(read_json(path, CONFIG))
     found = {(finding.kind, finding.step): finding for finding in _written(workdir)}
     HealthConfig(settings["train.health.every"], settings["train.health.window"]).validate()
     if settings["train.health.every"] is not None:
@@ -46,7 +48,7 @@ def diagnose(workdir: str | os.PathLike) -> list[Finding]:
         for record in read_all(workdir):
             try:
                 new = _look(detector, record)
-            except (LookupError, TypeError, ValueError) as error:
+            except (ArithmeticError, LookupError, StopIteration, TypeError, ValueError) as error:
                 raise ValueError(
                     f"{workdir}/metrics.jsonl: the {record['kind']} record of step {record['step']} "
                     f"does not go with those before: {type(error).__name__}: {error}") from error
