@@ -30,7 +30,7 @@ test: $(VENV)/installed-dev
 # What CI runs on the newest versions; `make test-newest` runs all that needs no torch.
 check-newest: newest-environment
 ifneq ($(NEWEST_PYTHON),)
-	$(NEWEST)/bin/python -m pytest $(SLOW_CORE) --numprocesses=2 --dist=worksteal
+	$(NEWEST)/bin/python -m pytest $(SLOW_CORE) --numprocesses=2 --dist=loadfile
 	$(NEWEST)/bin/python -m pytest $(CORE) --numprocesses=2 --dist=worksteal -m 'not slow'
 endif
 
