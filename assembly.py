@@ -28,8 +28,8 @@ from batiste.evaluation import Perplexity, RowSums, make_row_losses, perplexity
 from batiste.inference import SamplingConfig, generate
 from batiste.models import resolve_attention
 from batiste.sharding import (
-    RULES, MeshConfig, Share, check_host_memory, is_first, make_mesh, make_mesh_like, replicate,
-    restack, shardings,
+    RULES, MeshConfig, Share, check_host_memory, connect_groups, is_first, make_mesh,
+    make_mesh_like, replicate, restack, shardings,
 )
 from batiste.train import (
     Ledger, Program, Progress, ReportFacts, flops_per_token, make_program, mfu_formula_line,
@@ -111,18 +111,21 @@ class Assembly:
         """Continues each prompt, a text or tokens; yields the text that each step adds to each."""
         tokenizer, data = self.prepared.tokenizer, self.experiment.data
         special = special_ids(data, tokenizer)
-        # A prompt is what the decoder begins with, or the source of an encoder, which has no BOS.
-        begin = tokenizer.begin_ids if self.experiment.model.form == "decoder" else []
-        ids = [[*begin, *encode_prompt(tokenizer, special, prompt)] if isinstance(prompt, str)
-               else prompt for prompt in prompts]
+        # A prompt is what the decoder begins with, or what an encoder reads.
+        reads = self.experiment.model.form == "encoder_decoder"
+        begin = tokenizer.source_begin_ids if reads else tokenizer.begin_ids
+        close = tokenizer.source_end_ids if reads else ()
+        ids = [[*begin, *encode_prompt(tokenizer, special, prompt), *close]
+               if isinstance(prompt, str) else prompt for prompt in prompts]
         # Some tokenizers put nothing before a prompt, but something must be there.
         ids = [row or [tokenizer.bos_id] for row in ids]
         decoders = [tokenizer.stream() for _ in prompts]
         model = nnx.merge(self.program.graphdef, self.plain(params))
         kinds = {objective.kind for objective in data.objectives}
-        whole = kinds == {"prefix"} and self.experiment.model.form == "decoder"  # As trained.
-        ends = tokenizer.end_id
-        for tokens in generate(model, ids, ends, config, whole_prompts=whole):
+        whole = kinds == {"prefix"} and not reads  # As trained.
+        starts = tokenizer.start_ids if reads else ()
+        for tokens in generate(
+                model, ids, tokenizer.stop_ids, config, whole_prompts=whole, start_ids=starts):
             # A model may have more tokens than the tokenizer (a padded vocabulary): no text.
             yield [
                 "" if token is None or token >= tokenizer.vocab_size else decoder.push(token)
@@ -147,10 +150,12 @@ class Assembly:
             texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
         return texts
 
-    def progress(self) -> tuple[Progress, int]:
-        """The terminal line, and the step at which the run ends by its steps or its FLOP budget."""
+    def progress(self, step: int, records: int) -> tuple[Progress, int]:
+        """The terminal line, and the step at which the run ends by its steps or its FLOP budget.
+
+        records: what the first `step` steps have read.
+        """
         experiment, program = self.experiment, self.program
-        tokens_per_step = experiment.train.batch_size * experiment.data.sequence_length
         length = experiment.data.sequence_length
         two = experiment.model.form == "encoder_decoder"
         flops = flops_per_token(
@@ -162,9 +167,10 @@ class Assembly:
             print(f"{mfu_formula_line(flops, peak)} ({source})", flush=True)
         last_step, budget = experiment.train.num_steps, experiment.train.stop.flops
         if budget is not None:
-            last_step = min(last_step, max(1, int(budget // (flops * tokens_per_step))))
+            left = int(budget // (flops * length)) - records
+            last_step = min(last_step, max(1, step + left // experiment.train.batch_size))
         progress = Progress(
-            last_step, tokens_per_step=tokens_per_step, flops_per_token=flops, peak_flops=peak,
+            last_step, flops_per_token=flops, peak_flops=peak,
             stream=sys.stderr if is_first() else open(os.devnull, "w", encoding="utf-8"),
         )
         return progress, last_step
@@ -186,8 +192,11 @@ class Assembly:
                     if name not in defaults or value != defaults[name]],
         }
 
-    def finish(self, params: Any, ledger: Ledger, step: int) -> Perplexity:
-        """Evaluates on the whole validation split, samples, and (process 0) writes the report."""
+    def finish(self, params: Any, ledger: Ledger, *, step: int, tokens: int) -> Perplexity:
+        """Evaluates on the whole validation split, samples, and (process 0) writes the report.
+
+        step: the last one. tokens: that the run was trained on, padding left out.
+        """
         experiment, manifest = self.experiment, self.prepared.manifest
         ledger.enter("evaluation")
         result = self.measure(params)
@@ -199,13 +208,11 @@ class Assembly:
         if not is_first():
             return result
         samples = list(zip(prompts, texts, strict=True))
-        ledger.write("result", step=step, standard_error=result.standard_error,
-                     **self.measured(result))
         write_samples(self.workdir, step, samples)
         facts = ReportFacts(
             name=self.workdir.name,
             parameters=self.parameters,
-            tokens=step * experiment.train.batch_size * experiment.data.sequence_length,
+            tokens=tokens,
             device=f"{self.mesh.size} x {jax.devices()[0].device_kind}",
             config=flatten(experiment),
             seconds_by_phase=read_account(self.workdir).seconds,
@@ -237,6 +244,7 @@ def assemble(
         if wanted:
             check_host_memory(mesh, field)
     program = make_program(model, experiment.train, mesh, mesh_config)
+    connect_groups(mesh)
     return Assembly(experiment, workdir, prepared, mesh, program)
 
 

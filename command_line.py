@@ -3,20 +3,28 @@
 import contextlib
 import difflib
 import errno
+import importlib.metadata
+import os
 import pathlib
+import platform
 import re
+import shlex
 import sys
 import traceback
-import typing
 from collections.abc import Callable, Iterator, Sequence
 
 from absl import flags
 
-from batiste import exit_codes
-from batiste.verb_flags import given_config
+from batiste import __version__, compilation_cache, exit_codes
+from batiste.completion import script
+from batiste.config_overrides import find_file
+from batiste.verb_flags import required
 from batiste.verbs import VERBS
 
 ROOT = pathlib.Path(__file__).resolve().parent
+# What a file in the wrong place means, besides what the system calls it.
+PLACES = {errno.ENOTDIR: ": a directory is needed there", errno.EEXIST: ": a directory is needed there"}
+EXTRAS = {"cuda": "cuda", "gpu": "cuda", "tpu": "tpu"}  # JAX_PLATFORMS to an extra of setup.py.
 USAGE = """usage: batiste VERB [--flags]
 
 {verbs}
@@ -25,7 +33,9 @@ Several processes of one run each add --distributed (SLURM, Open MPI, Kubernetes
 --coordinator_address=HOST:PORT --num_processes=N --process_id=I; see docs/launch.md.
 
 FILE is a Python file such as configs/quickstart.py; every field of it is a flag, for instance
---config.model.num_layers=8. `batiste VERB --help` lists the flags.
+--config.model.num_layers=8. `batiste VERB --help` lists the flags, and with --config=FILE the fields;
+`batiste VERB --config=FILE --print_config` prints the whole config; `batiste completion bash` (or zsh)
+prints what completes all of these in a shell; `batiste --version` says what is installed.
 """
 
 
@@ -35,6 +45,10 @@ def run(argv: Sequence[str] | None = None) -> None:
     with _one_line_errors():
         words = 2 if " ".join(argv[1:3]) in VERBS else 1
         verb = " ".join(argv[1:1 + words]) or "help"
+        if verb in ("--version", "version"):
+            sys.exit(print(_version()))
+        if verb == "completion":
+            sys.exit(print(script((*argv[2:], "")[0], VERBS), end=""))
         if verb in ("help", "--help", "-h", "--helpfull"):
             lines = [f"  {name:<20}{each.usage:<31}{each.about}" for name, each in VERBS.items()]
             print(USAGE.format(verbs="\n".join(lines)))
@@ -44,122 +58,98 @@ def run(argv: Sequence[str] | None = None) -> None:
             hint = f"; did you mean {near[0]}?" if near else ""
             raise ValueError(f"verb {verb!r}: expected one of {', '.join(VERBS)}{hint}")
         values = _parse(VERBS[verb].define, [f"batiste {verb}", *argv[1 + words:]])
+        if "print_config" in values and values.print_config:
+            from batiste.config_text import as_python
+
+            command = f"batiste {verb} {shlex.join(argv[1 + words:])}"
+            sys.exit(print(as_python(required(values, "config"), command), end=""))
+        if "compilation_cache" in values and values.compilation_cache:
+            compilation_cache.enable()
         sys.exit(VERBS[verb].call(values))
+
+
+def _version() -> str:
+    """Of Batiste, and of what decides what it computes."""
+    others = (f"{name} {importlib.metadata.version(name)}" for name in ("jax", "jaxlib", "flax"))
+    return f"batiste {__version__} ({', '.join(others)}, Python {platform.python_version()})"
 
 
 def _parse(define: Callable, argv: list[str]) -> flags.FlagValues:
     """Parses flags into values of their own, so that nothing is global and twice is fine."""
+    for argument in argv:
+        if not argument.isprintable() and re.search("[\udc80-\udcff]", argument):
+            raise ValueError(f"argument {argument!r}: is not UTF-8")
     end = argv.index("--") if "--" in argv else len(argv)
     argv, command = argv[:end], argv[end + 1:]
-    argv = [argv[0], *(_find_config(argument) for argument in argv[1:])]
-    argv, absent = _split_none(argv)
-    values = flags.FlagValues()
-    flags.DEFINE_bool("help", False, "Show this help.", short_name="h", flag_values=values)
-    define(values, argv)
+    argv = [argv[0], *(find_file(argument, ROOT) for argument in _config_joined(argv[1:]))]
+    values = _flags(define, argv)
     try:
-        rest = values(argv)[1:]
+        positional = values(argv)[1:]
     except flags.UnrecognizedFlagError as error:
-        names = list(values)
-        near = difflib.get_close_matches(error.flagname, names, n=1)
-        hint = f"; did you mean --{near[0]}?" if near else ""
-        raise ValueError(f"unknown flag --{error.flagname}{hint} ({argv[0]} --help lists all)") from None
-    except (flags.Error, LookupError, AttributeError, TypeError, ValueError, OSError) as error:
-        raise ValueError(_explain(error, argv)) from None
-    for name, text in absent:
-        _set_none(given_config(values), name, text)
+        raise ValueError(_unknown_flag(error.flagname, list(values), argv[0])) from None
+    except (flags.Error, TypeError, ValueError) as error:
+        raise ValueError(_explain(error)) from None
     if values.help:
-        print(f"{argv[0]} flags:\n{values.get_help()}")
+        print(f"{argv[0]} flags:\n{_flags(define, argv[:1]).get_help('', False)}")
+        _print_fields(values)
         sys.exit(0)
     if command and "command" in values:
         values.command = command
         command = []
     if "runs" in values and not command:
-        values.runs, rest = [*values.runs, *rest], []
-    for argument in (*rest, *command):
+        values.runs, positional = [*values.runs, *positional], []
+    for argument in (*positional, *command):
         raise ValueError(f"unexpected argument {argument!r}: flags are written --name=value")
     return values
 
 
-def _split_none(argv: list[str]) -> tuple[list[str], list[tuple[str, str]]]:
-    """Takes out --config.NAME=None, which config_flags takes for a number; NAMEs, and as written."""
-    found = {argument: re.fullmatch(r"--?config\.([^=]+)=([Nn]one)", argument) for argument in argv}
-    rest = [argument for argument in argv if not found[argument]]
-    return rest, [match.groups() for match in found.values() if match]
+def _flags(define: Callable, argv: list[str]) -> flags.FlagValues:
+    """The flags of a verb; what is set of a config at once is taken out of `argv`."""
+    values = flags.FlagValues()
+    flags.DEFINE_bool("help", False, "Show this help.", short_name="h", flag_values=values)
+    define(values, argv)
+    return values
 
 
-def _set_none(experiment, name: str, text: str) -> None:
-    """Makes a field absent, or a word "none" (model.remat has it among its choices).
-
-    Raises ValueError where there is no such field, or it can be neither.
-    """
-    *path, last = re.findall(r"\w+", name)
-    owner = experiment
-    try:
-        for part in path:
-            owner = owner[int(part)] if part.isdigit() else getattr(owner, part)
-        hint = typing.get_type_hints(type(owner))[last]
-    except (AttributeError, LookupError, TypeError):
-        raise ValueError(_unknown_field(name, type(experiment))) from None
-    word = hint is str and text == "none"
-    if not word and type(None) not in typing.get_args(hint):
-        raise ValueError(f"--config.{name}=None: expected a value, this field cannot be absent")
-    setattr(owner, last, text if word else None)
-
-
-def _find_config(argument: str) -> str:
-    """Lets --config=configs/x.py be found in the package when not in the current directory."""
-    match = re.fullmatch(r"--?config=([^:]+)((?::.*)?)", argument)
-    if not match or pathlib.Path(match[1]).is_file():
-        return argument
-    if (ROOT / match[1]).is_file():
-        return f"--config={ROOT / match[1]}{match[2]}"
-    known = sorted(f"configs/{path.name}" for path in (ROOT / "configs").glob("*.py")
-                   if "def get_config" in path.read_text())
-    near = difflib.get_close_matches(match[1], known, n=1, cutoff=0.4)
-    hint = f"; did you mean {near[0]}?" if near else ""
-    raise ValueError(f"config={match[1]}: no such file; known are {', '.join(known)}{hint}")
-
-
-def _explain(error: Exception, argv: list[str]) -> str:
-    """What is wrong with an override, with the nearest name that exists or the type expected."""
-    from batiste.configs.experiment import flatten
-
-    text = " ".join(str(error).split())
-    kind = _config_of(argv[0])
-    names = list(flatten(kind()))
+def _config_joined(argv: list[str]) -> list[str]:
+    """--config FILE as one argument."""
+    joined: list[str] = []
     for argument in argv:
-        match = re.match(r"--?(?:no)?config\.([^=]+)", argument)
-        if not match:
-            continue
-        if re.sub(r"\[\d+\]", "[0]", match[1]) not in names:
-            return _unknown_field(match[1], kind)
-        if isinstance(error, IndexError) and "[" in match[1]:
-            return f"unknown field --config.{match[1]}: the config has fewer sources than that"
+        if joined and joined[-1] in ("--config", "-config"):
+            joined[-1] += f"={argument}"
+        else:
+            joined.append(argument)
+    return joined
+
+
+def _print_fields(values: flags.FlagValues) -> None:
+    """Lists the fields of the config that is given, of verbs that take one."""
+    if "config" not in values:
+        return
+    if values.config is None:
+        print("\nWith --config=FILE this lists every field of it, with its value, type and text.")
+        return
+    from batiste.config_text import field_list
+
+    print(field_list(values.config))
+
+
+def _unknown_flag(name: str, names: Sequence[str], command: str) -> str:
+    """The message about a flag that a verb does not have."""
+    if name.startswith("config.") and "config" in names:
+        return f"--{name} is a field of --config=FILE, which is left out"
+    near = difflib.get_close_matches(name, names, n=1)
+    hint = f"; did you mean --{near[0]}?" if near else ""
+    return f"unknown flag --{name}{hint} ({command} --help lists all)"
+
+
+def _explain(error: Exception) -> str:
+    """What is wrong with a value, with the type that its flag has."""
+    text = " ".join(str(error).split())
     wrong = re.match(r"flag --(config\.[^=]+=.*?): (invalid literal for int|could not convert|"
                      r"\('Non-boolean)", text)
     kinds = {"inv": "a whole number", "cou": "a number", "('N": "true or false"}
     return f"--{wrong[1]}: expected {kinds[wrong[2][:3]]}" if wrong else text
-
-
-def _config_of(command: str) -> type:
-    """What the configs of a command ("batiste train") are."""
-    if command == "batiste tune":
-        from batiste.tasks import TaskConfig
-
-        return TaskConfig
-    from batiste.configs.experiment import Experiment
-
-    return Experiment
-
-
-def _unknown_field(name: str, kind: type) -> str:
-    from batiste.configs.experiment import flatten
-
-    names = list(flatten(kind()))
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    last = [known for known in names if known.rsplit(".")[-1] == name.rsplit(".")[-1]]
-    hint = f"; did you mean --config.{(last or near)[0]}?" if last or near else ""
-    return f"unknown field --config.{name}{hint}"
 
 
 @contextlib.contextmanager
@@ -170,7 +160,15 @@ def _one_line_errors() -> Iterator[None]:
     device's or the network's failure, and keeps its traceback.
     """
     try:
-        yield
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # Who read the output is gone; Python would complain once more when it flushes at its end.
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(exit_codes.BROKEN_PIPE)
     except KeyboardInterrupt:
         print("interrupted; the same command continues", file=sys.stderr)
         sys.exit(exit_codes.INTERRUPTED)
@@ -178,7 +176,7 @@ def _one_line_errors() -> Iterator[None]:
         line = _line(error)
         code = exit_codes.FAILED
         if line is None and exit_codes.transient(error):
-            code = exit_codes.UNAVAILABLE
+            line, code = exit_codes.transient_line(error), exit_codes.UNAVAILABLE
         text = line or traceback.format_exc()
         sharding = sys.modules.get("batiste.sharding")
         if sharding is not None and sharding.leave(code, text):
@@ -197,11 +195,40 @@ def _line(error: Exception) -> str | None:
         last = traceback.extract_tb(error.__traceback__)[-1]
         # A room is one folder deep; what lies deeper is a virtual environment in the clone.
         rooms = pathlib.Path(last.filename).resolve().parents[:2]
-        return f"error: {error}" if ROOT in rooms and last.line.startswith("raise") else None
+        if ROOT not in rooms or not last.line.startswith("raise"):
+            return None
+        return _shown("\n".join([*getattr(error, "__notes__", ()), f"error: {error}"]))
+    if isinstance(error, (AssertionError, RuntimeError)):
+        return _no_backend(error)
     if isinstance(error, OSError) and error.errno in (
         errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT,
-        errno.ENOTDIR, errno.EISDIR, errno.EFBIG,
+        errno.ENOTDIR, errno.EISDIR, errno.EFBIG, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP,
     ):
         place = f": {error.filename}" if error.filename else ""
-        return f"error: {error.strerror}{place}"
+        return f"error: {error.strerror}{place}{PLACES.get(error.errno, '')}"
     return None
+
+
+def _shown(text: str) -> str:
+    """Text of an error without the control characters that may come from a file or an argument."""
+    if text.replace("\n", "").isprintable():
+        return text
+    from batiste.data.printable import printable
+
+    return printable(text)
+
+
+def _no_backend(error: Exception) -> str | None:
+    """What is missing where jax has no backend of the kind that JAX_PLATFORMS asks for.
+
+    None where it is another error. Some releases of jax fail an assertion there, without a text.
+    """
+    frames = traceback.extract_tb(error.__traceback__)
+    asked = os.environ.get("JAX_PLATFORMS", "")
+    if not asked or not frames[-1].filename.endswith(os.path.join("jax", "_src", "xla_bridge.py")):
+        return None
+    reason = " ".join(str(error).split("(set JAX_PLATFORMS")[0].split()) or "JAX has no such backend"
+    extra = next((EXTRAS[name] for name in asked.split(",") if name in EXTRAS), None)
+    install = f"install it with `pip install 'batiste[{extra}]'`, or " if extra else ""
+    return (f"error: JAX_PLATFORMS={asked}: {reason}; {install}leave JAX_PLATFORMS out, which takes "
+            "what there is")

@@ -2,13 +2,16 @@
 
 from absl import flags
 
-from batiste.verb_flags import define_config, define_workdir, given_experiment, required
+from batiste.verb_flags import (
+    define_config, define_trust, define_workdir, define_written_workdir, given_experiment, required,
+    trust,
+)
 
 
 def define_import(values: flags.FlagValues, argv: list[str]) -> None:
     """The flags of `batiste import`."""
     define_config(values, argv)
-    define_workdir(values)
+    define_written_workdir(values)
     flags.DEFINE_string("from", None, "Directory of a model in Hugging Face's format, the "
                         ".safetensors file in it, or a .gguf file.", flag_values=values)
 
@@ -19,7 +22,8 @@ def import_(values: flags.FlagValues) -> int:
 
     experiment = None if values.config is None else given_experiment(values)
     workdir = required(values, "workdir")
-    experiment = main.import_weights(required(values, "from"), workdir, experiment)
+    experiment = main.import_weights(
+        required(values, "from"), workdir, experiment, values.break_lock)
     verb = "embed" if experiment.model.form == "encoder" else "generate"
     print(f"imported: next, batiste {verb} --workdir={workdir}")
     return 0
@@ -29,6 +33,7 @@ def define_export(values: flags.FlagValues, argv: list[str]) -> None:
     """The flags of `batiste export`."""
     del argv
     define_workdir(values)
+    define_trust(values)
     flags.DEFINE_string("to", None, "Directory to write.", flag_values=values)
     flags.DEFINE_string("verify", None, "Directory that an export wrote, to check against its "
                         "certificate, instead of --workdir and --to.", flag_values=values)
@@ -55,7 +60,7 @@ def export(values: flags.FlagValues) -> int:
         print(f"{values.verify}: every file is what was written, and logits differ by {error:.1e} "
               "of the largest")
         return 0
-    workdir, target = required(values, "workdir"), required(values, "to")
+    workdir, target = trust(values), required(values, "to")
     if values.format == "stablehlo":
         for flag in ("family", "dtype", "part"):
             if getattr(values, flag) is not None:

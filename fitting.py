@@ -1,6 +1,7 @@
 """Training from a checkpoint or from nothing to the end, with what was decided about the run."""
 
 import dataclasses
+import functools
 import itertools
 import json
 import pathlib
@@ -14,9 +15,10 @@ from batiste.data import Loader, position
 from batiste.exchange import beginning
 from batiste.sharding import MeshConfig, Share, is_first, replicate, together
 from batiste.train import (
-    Checkpoints, Decision, Ledger, MetricsWriter, Monitor, Records, RollBack, Run, Watched, decide,
-    decided, decisions_of, faulty_batches, fit, from_checkpoint, make_train_step, parse_fault,
-    roll_back, skipped, start_of, steered,
+    Checkpoints, Decision, Ledger, MetricsWriter, Monitor, Records, RollBack, Run, Watched,
+    all_decisions, batch_sizes_of, decide, decided, decisions_of, faulty_batches, fit,
+    from_checkpoint, make_train_step, parse_fault, records_before, roll_back, skipped, start_of,
+    steered, with_batch_size,
 )
 
 
@@ -28,11 +30,15 @@ def train_from(
     What was decided about the run before holds, also what the checkpoint does not know yet.
     """
     train = assembly.experiment.train
-    known, everything = decisions_of(meta), _decided(assembly.workdir)
+    known, written = decisions_of(meta), _decided(assembly.workdir)
+    everything = all_decisions(known, written)
+    for decision in everything:
+        if decision not in written:  # Lines of the ledger are gone.
+            ledger.write("decision", **dataclasses.asdict(decision))
     meta["decisions"] = [dataclasses.asdict(decision) for decision in everything]
     before, start = start, start_of(start, known, everything)
     if start != before:
-        meta = _rewound(checkpoints, meta, start)
+        _rewind(checkpoints, meta, start)
     train_step = make_train_step(assembly.program, train, assembly.mesh)
     while True:
         try:
@@ -40,10 +46,11 @@ def train_from(
         except RollBack as asked:
             checkpoints.wait()
             decision = roll_back(
-                asked.finding, checkpoints.verified(), decisions_of(meta), train.health.roll_back)
+                asked.finding, checkpoints.verified(), decisions_of(meta), train.health.roll_back,
+                batch_sizes_of(meta))
             decide(decision, meta, ledger)
             start = decision.to or None
-            meta = _rewound(checkpoints, meta, start)
+            _rewind(checkpoints, meta, start)
 
 
 def _decided(workdir: pathlib.Path) -> list[Decision]:
@@ -55,12 +62,22 @@ def _decided(workdir: pathlib.Path) -> list[Decision]:
         "read what was decided", read if is_first() else str)[0])})
 
 
-def _rewound(checkpoints: Checkpoints, meta: dict[str, Any], start: int | None) -> dict[str, Any]:
-    """Sets aside what was saved after `start`; the meta of a run that continues there."""
+def _rewind(checkpoints: Checkpoints, meta: dict[str, Any], start: int | None) -> None:
+    """Sets aside what was saved after `start`; makes `meta` that of a run that continues there."""
     checkpoints.set_aside_from((start or 0) + 1)
+    kept = {name: meta[name] for name in ("config", "data", "arrays", "decisions")}
     stored = {} if start is None else checkpoints.meta(start)
-    return {"validation": [], **stored} | {
-        name: meta[name] for name in ("config", "data", "arrays", "decisions")}
+    meta.clear()
+    meta.update({"validation": [], **stored} | kept)
+
+
+def _count_on(assembly: Assembly, meta: dict[str, Any], stored: dict[str, Any], start: int) -> None:
+    """Lets the batch sizes and the tokens in `meta` go on from those that were stored."""
+    train, length = assembly.experiment.train, assembly.experiment.data.sequence_length
+    sizes = batch_sizes_of(stored) if start else []
+    meta["batch_sizes"] = with_batch_size(sizes, start, train.batch_size)
+    # A version that did not count them took all places of the records for tokens.
+    meta.setdefault("tokens", records_before(meta["batch_sizes"], start) * length)
 
 
 def _fit_from(
@@ -69,35 +86,40 @@ def _fit_from(
 ) -> tuple[Any, str]:
     """The same, until the monitor asks to go back, which is a RollBack."""
     experiment = assembly.experiment
+    stored = {} if start is None else checkpoints.meta(start)
+    _count_on(assembly, meta, stored, start or 0)
     if start is None:
         state = beginning(assembly)
     else:
         ledger.enter("restore")
         state = checkpoints.restore(start, assembly.program.abstract_state)
-        state = from_checkpoint(assembly.program, state, stored_mesh(checkpoints.meta(start)))
+        state = from_checkpoint(assembly.program, state, stored_mesh(stored))
         if is_first():
             print(f"continuing from step {start} of {assembly.workdir}", flush=True)
     ledger.enter("initialization")
     loader = Loader(assembly.prepared, "train", experiment.train.batch_size, experiment.data.seed,
                     assembly.transform)
     share = Share(assembly.mesh, experiment.train.batch_size)
-    windows = skipped(decisions_of(meta))
-    batches = loader.iterate(start or 0, share.rows, windows)
-    places = (position(step, windows) for step in itertools.count(start or 0))
+    windows, rows = skipped(decisions_of(meta)), experiment.train.batch_size
+    read = functools.partial(records_before, meta["batch_sizes"])
+    batches = loader.iterate(read(start or 0), share.rows, windows)
+    places = (int(position(read(step), windows)) // rows for step in itertools.count(start or 0))
     faulty = faulty_batches(
         parse_fault(experiment.train.faults), zip(places, batches),
         assembly.prepared.tokenizer.vocab_size)
-    progress, last_step = assembly.progress()
     monitor, placed = None, map(share.place, faulty)
+    progress, last_step = assembly.progress(start or 0, read(start or 0))
+    meta["last_step"] = last_step
     if experiment.train.measures:
         monitor = Monitor(experiment.train, Watched(
             meta, ledger, meta["config"], progress.note,
-            lambda step: loader.records(position(step - 1, windows))))
+            lambda step: loader.records(read(step - 1), read(step) - read(step - 1), windows)))
         monitor.remember(assembly.workdir, start or 0)
         placed = monitor.watch(map(share.place, monitor.inspect(faulty)))
     metrics = MetricsWriter(assembly.workdir if is_first() else None, start or 0, meta["config"],
                             Monitor.look_back(experiment.train.health.window))
-    ledger.write("from", step=start or 0, reached=metrics.reached)
+    metrics.say_what_is_missing(ledger)
+    ledger.write("from", step=start or 0, reached=metrics.reached, records=read(start or 0))
     if monitor is not None or decisions_of(meta):
         train_step = steered(
             train_step, meta, lambda factor: replicate(assembly.mesh, np.float32(factor)),

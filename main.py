@@ -7,7 +7,7 @@ import json
 import os
 import pathlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,9 +15,11 @@ import jax
 from batiste.assembly import Assembly, assemble
 from batiste.configs.experiment import Experiment, flatten, from_dict
 from batiste.configs.own_parts import load_own_parts, own_code
+from batiste.configs.trusted_code import check_code, remember_code
 from batiste.data import Prepared, load_prepared, special_ids
 from batiste.data import prepare as prepare_data
-from batiste.evaluation import Perplexity
+from batiste.data.json_files import read_json
+from batiste.evaluation import Detection, Perplexity
 from batiste.exchange import (
     Export, chat_prompt, export_model, export_stablehlo, import_model, imported,
 )
@@ -28,8 +30,8 @@ from batiste.sharding import (
     MeshConfig, agree, check_connected, check_shared, is_first, restack, together,
 )
 from batiste.train import (
-    Checkpoints, Found, Ledger, arrays_of, check_mode, check_override, check_same,
-    compilation_booked, complain, last_saved,
+    FINISHED, Checkpoints, Found, Ledger, arrays_of, check_mode, check_override, check_same,
+    compilation_booked, complain, last_saved, measured_at_end, why_ended, work_directory_lock,
 )
 
 CONFIG_FILE = "config.json"
@@ -50,11 +52,19 @@ class Result(NamedTuple):
     validation: Perplexity | None
 
 
-def prepare(experiment: Experiment, workdir: str | os.PathLike) -> Prepared:
+def prepare(
+    experiment: Experiment, workdir: str | os.PathLike, break_lock: bool = False
+) -> Prepared:
     """Turns raw text into records under `workdir`/data, or finds that this is already done.
 
     Of several processes the first does it, and the others wait and read what it made.
+    break_lock: as for `train`.
     """
+    with _lock(workdir, break_lock):
+        return _prepare(experiment, workdir)
+
+
+def _prepare(experiment: Experiment, workdir: str | os.PathLike) -> Prepared:
     experiment.data.validate()
 
     def make() -> str:
@@ -83,23 +93,40 @@ def train(
     resume_override: Sequence[str] = (),
     force: bool = False,
     started: float | None = None,
+    break_lock: bool = False,
 ) -> Result:
     """Prepares, trains, evaluates, samples, and writes it all under `workdir`.
 
     resume: "auto" continues from the newest checkpoint if there is one, "must" demands one,
     "never" refuses to find one. resume_override: fields (or beginnings of their names), "data" and
     "tokenizer", that may differ from the checkpoint's. force: trains although the memory will not
-    suffice. started: the time.monotonic() from which the ledger counts, None for now. Raises
-    ValueError for a config that cannot run, or that differs from the checkpoint's. Several
-    processes all call this alike, after `batiste.sharding.connect` or
-    `jax.distributed.initialize`; the first writes.
+    suffice. started: the time.monotonic() from which the ledger counts, None for now. break_lock:
+    takes the work directory from a process on a machine that gives no sign of life. Raises
+    ValueError for a config that cannot run, or that differs from the checkpoint's, or where another
+    process writes to the work directory. Several processes all call this alike, after
+    `batiste.sharding.connect` or `jax.distributed.initialize`; the first writes. A run that has
+    ended, by its steps or its patience, is only said to have.
     """
-    ledger = Ledger(workdir if is_first() else None, started)
-    with ledger, compilation_booked(ledger):
-        workdir = pathlib.Path(workdir)
-        result = _train(experiment, workdir, resume, resume_override, force, ledger)
-        ledger.close(result.reason)
-    return result
+    with _lock(workdir, break_lock):
+        ledger = Ledger(workdir if is_first() else None, started)
+        with ledger, compilation_booked(ledger):
+            workdir = pathlib.Path(workdir)
+            result = _train(experiment, workdir, resume, resume_override, force, ledger)
+            ledger.close(result.reason)
+        return result
+
+
+@contextlib.contextmanager
+def _lock(workdir: str | os.PathLike, break_lock: bool = False) -> Iterator[None]:
+    """Process 0 holds the work directory; all hear of it where it is refused."""
+    check_connected()
+    with contextlib.ExitStack() as stack:
+        def take() -> str:
+            stack.enter_context(work_directory_lock(workdir, break_lock))
+            return ""
+
+        together(f"hold {workdir}", take if is_first() else str)
+        yield
 
 
 def _train(
@@ -107,23 +134,28 @@ def _train(
     force: bool, ledger: Ledger,
 ) -> Result:
     experiment.validate_on(len(jax.devices()))
-    check_connected()
     flat = flatten(experiment)
     agree({"workdir": str(workdir), "resume": resume, "resume_override": list(resume_override),
            **flat})
     check_override(resume_override, [*flat, *IDENTITY])
-    if not force:
-        check_memory(experiment)
     found, stored = _stored(workdir, experiment)
     begun = imported(workdir)
     # Imported weights are something to continue from, unless a checkpoint was lost.
     mode = "auto" if resume == "must" and begun is not None else resume
-    check_mode(mode, found, last_saved(workdir), str(workdir))
+    check_mode(mode, found, workdir)
     free = (*_free_to_change(experiment), *resume_override)
     changed = [] if found.step is None else check_same(stored["config"], flat, free)
+    # Whoever changes what is not free to change, or the texts to write, wants more than to be told.
+    if found.step is not None and not any(
+            change.startswith(("sample.", *resume_override)) for change in changed):
+        ended = _ended(workdir, stored, found.step, flat)
+        if ended is not None:
+            return ended
+    if not force:
+        check_memory(experiment)
     check_shared(workdir)
     ledger.enter("data preparation")
-    prepared = prepare(experiment, workdir)
+    prepared = _prepare(experiment, workdir)
     own = " ".join(f"{path}={code}" for path, code in own_code(experiment).items())
     identity = dict(zip(
         IDENTITY, (prepared.fingerprint, prepared.tokenizer.hash, own or None), strict=True))
@@ -131,15 +163,19 @@ def _train(
         changed += check_same(stored["data"], identity, resume_override)
     ledger.enter("initialization")
     assembly = assemble(experiment, workdir, prepared, experiment.mesh)
+    remember_code(workdir, experiment)
     arrays = arrays_of(assembly.program.abstract_state)
     if found.step is not None:
         check_same(stored["arrays"], arrays)
     if begun is not None:
         begun.check(experiment, assembly.program.abstract_state.params)
-    if is_first():
-        _save_config(experiment, workdir)
+    known = last_saved(workdir)
     ledger.begin(**assembly.facts())
     ledger.write("started", step=found.step or 0, passed_over=found.passed_over, changed=changed)
+    if found.step is not None and (known is None or known < found.step):
+        ledger.write("saved", step=found.step)  # Killed before it was written, or lines are gone.
+    if is_first():
+        _save_config(experiment, workdir)
     meta = {"validation": [], **stored, "config": flat, "data": identity, "arrays": arrays}
     report = functools.partial(_report, ledger)
     apart = experiment.train.local.steps or 1
@@ -147,10 +183,48 @@ def _train(
     with contextlib.closing(opened) as checkpoints:
         state, reason = train_from(assembly, checkpoints, ledger, meta, found.step)
     step = int(state.step)
-    finished = not reason.startswith("SIG")
-    validation = assembly.finish(state.params, ledger, step) if finished else None
+    validation = None
+    if not reason.startswith("SIG"):
+        validation = assembly.finish(state.params, ledger, step=step, tokens=meta["tokens"])
+        fields = validation._asdict()
+        if validation.detection is not None:
+            fields["detection"] = validation.detection._asdict()
+        ledger.write(FINISHED, reason=reason, step=step, validation=fields)
     together("finish the run")
     return Result(reason, step, validation)
+
+
+def _ended(
+    workdir: pathlib.Path, stored: dict[str, Any], step: int, config: dict[str, Any]
+) -> Result | None:
+    """How a run has ended that has nothing left to do, not even its report; None otherwise."""
+    reason = why_ended(stored, step, config)
+    if reason is None:
+        return None
+
+    def read() -> str:
+        return json.dumps(measured_at_end(workdir, reason, step))
+
+    fields = json.loads(together("read how the run has ended", read if is_first() else str)[0])
+    if fields is None:
+        return None
+    if is_first():
+        print(f"{workdir} has finished after step {step:,}: {_how_to_go_on(reason, config)}",
+              flush=True)
+    detection = fields["detection"]
+    return Result(reason, step, Perplexity(**fields | {
+        "detection": None if detection is None else Detection(**detection)}))
+
+
+def _how_to_go_on(reason: str, config: dict[str, Any]) -> str:
+    """Why a run has ended, and which flags would continue it."""
+    if reason == "patience":
+        return ("the validation loss no longer falls; to go on, raise --config.train.stop.patience="
+                f"{config['train.stop.patience']}")
+    if config["train.stop.flops"] is not None:
+        return f"its budget is spent; to go on, raise --config.train.stop.flops={config['train.stop.flops']:g}"
+    return (f"all of its steps are done; to go on, raise --config.train.num_steps="
+            f"{config['train.num_steps']}, with --resume_override=train.num_steps")
 
 
 def evaluate(workdir: str | os.PathLike) -> Perplexity:
@@ -175,16 +249,20 @@ def generate(
     asked = [chat_prompt(pathlib.Path(workdir), prompt) for prompt in prompts] if chat else prompts
     assembly, params = _load(workdir)
     config = assembly.experiment.sample if config is None else config
+    config.validate()
     agree({"prompts": list(prompts), "chat": chat, **dataclasses.asdict(config)})
     return assembly.write(params, asked, config, on_text)
 
 
 def import_weights(
-    source: str | os.PathLike, workdir: str | os.PathLike, experiment: Experiment | None = None
+    source: str | os.PathLike, workdir: str | os.PathLike, experiment: Experiment | None = None,
+    break_lock: bool = False,
 ) -> Experiment:
     """Makes a work directory of a model in Hugging Face's format: `exchange.import_model`."""
-    experiment = import_model(str(source), str(workdir), experiment)
-    _save_config(experiment, pathlib.Path(workdir))
+    with _lock(workdir, break_lock):
+        experiment = import_model(str(source), str(workdir), experiment)
+        _save_config(experiment, pathlib.Path(workdir))
+        remember_code(workdir, experiment)
     return experiment
 
 
@@ -210,15 +288,27 @@ def export_program(workdir: str | os.PathLike, to: str | os.PathLike) -> int:
     return export_stablehlo(given, str(to))
 
 
-def load_experiment(workdir: str | os.PathLike) -> Experiment:
-    """The experiment that a work directory remembers; ValueError if it holds none."""
+def load_experiment(workdir: str | os.PathLike, trust_code: bool = False) -> Experiment:
+    """The experiment that a work directory remembers, with its own parts loaded.
+
+    trust_code: remembers that this directory may run the code that it names (docs/extend.md).
+    Raises ValueError if there is no config, one that cannot be read, or one that names code which
+    was not used with this directory on this machine.
+    """
     path = pathlib.Path(workdir, CONFIG_FILE)
     if not path.is_file():
         raise ValueError(
             f"workdir={workdir}: no {CONFIG_FILE} there, so no run; expected the --workdir of a "
             "`batiste train`"
         )
-    experiment = from_dict(Experiment, json.loads(path.read_text()))
+    try:
+        experiment = from_dict(Experiment, read_json(path))
+    except ValueError as error:
+        place = "" if str(error).startswith(str(path)) else f"{path}: "
+        raise ValueError(f"{place}{error}") from None
+    if trust_code:
+        remember_code(workdir, experiment)
+    check_code(workdir, experiment)
     load_own_parts(experiment)
     return experiment
 
@@ -270,7 +360,7 @@ def _load(workdir: str | os.PathLike, for_data: bool = False) -> tuple[Assembly,
         prepared = prepare(experiment, workdir) if for_data else begun
         assembly = assemble(experiment, workdir, prepared, MeshConfig())
         return assembly, begun.parameters(experiment, assembly.program)
-    check_mode("must", found, None, str(workdir))
+    check_mode("must", found, workdir)
     fingerprint = stored["data"]["data fingerprint"]
     prepared = load_prepared(pathlib.Path(workdir, "data", fingerprint[:12]))
     assembly = assemble(experiment, workdir, prepared, MeshConfig())

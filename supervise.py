@@ -15,6 +15,19 @@ from batiste.train.ledger import last_saved, note
 PR_SET_PDEATHSIG = 1  # prctl(2), Linux
 
 
+def flag_of(command: Sequence[str], name: str) -> str | None:
+    """The value of a flag in a list of arguments: --NAME=VALUE or --NAME VALUE; the last counts.
+
+    It may hold spaces and quotes: what the shell has taken apart is never joined again.
+    """
+    value, arguments = None, iter(command)
+    for argument in arguments:
+        given, equals, text = argument.partition("=")
+        if given in (f"--{name}", f"-{name}"):
+            value = text if equals else next(arguments, None)
+    return value
+
+
 @dataclasses.dataclass
 class Patience:
     """retries: starts without a new committed step before giving up. wait, longest_wait: seconds

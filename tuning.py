@@ -13,29 +13,37 @@ from batiste import main
 from batiste.configs.experiment import flatten
 from batiste.configs.own_parts import load_module
 from batiste.data import TextReader, text_reader
+from batiste.data.json_files import check_json, read_json
 from batiste.exchange import imported
 from batiste.models import TransformerConfig
 from batiste.tasks import Embedder, Example, Given, TaskConfig, Tuned, read_examples
 from batiste.tasks import tune as tune_task
 from batiste.tasks.baselines import bag_of_words, majority
-from batiste.train import Checkpoints
+from batiste.train import Checkpoints, work_directory_lock
 
 TASK_FILE = "task.json"
+# What `embedder` reads of it.
+TASK_KINDS = {"encoder": str, "max_length": int, "heads": list}
+HEAD_KINDS = {"kind": str, "pool": str | None}
 COLUMNS = ("accuracy", "exact_match", "f1", "precision_macro", "recall_macro", "f1_macro",
            "f1_micro", "roc_auc", "retrieval", "examples")
 
 
-def tune(config: TaskConfig, workdir: str | os.PathLike, resume: str = "auto") -> Tuned:
+def tune(
+    config: TaskConfig, workdir: str | os.PathLike, resume: str = "auto", break_lock: bool = False
+) -> Tuned:
     """Trains the heads of a task and the encoder under them, and measures them.
 
-    The same call continues where it stopped. Raises ValueError for a task that cannot be.
+    The same call continues where it stopped. break_lock: as for `batiste.main.train`. Raises
+    ValueError for a task that cannot be, or where another process writes to the work directory.
     """
     config.validate_on(len(jax.devices()))
     folder = pathlib.Path(workdir)
-    tuned = tune_task(config, given_of(config), folder, flatten(config), resume)
-    text = json.dumps(dataclasses.asdict(config), indent=1) + "\n"
-    (folder / f"{TASK_FILE}.tmp").write_text(text)
-    os.replace(folder / f"{TASK_FILE}.tmp", folder / TASK_FILE)
+    with work_directory_lock(folder, break_lock):
+        tuned = tune_task(config, given_of(config), folder, flatten(config), resume)
+        text = json.dumps(dataclasses.asdict(config), indent=1) + "\n"
+        (folder / f"{TASK_FILE}.tmp").write_text(text)
+        os.replace(folder / f"{TASK_FILE}.tmp", folder / TASK_FILE)
     return tuned
 
 
@@ -108,20 +116,30 @@ def table(config: TaskConfig, tuned: Tuned) -> str:
     return "\n".join(lines)
 
 
-def embedder(workdir: str | os.PathLike, max_length: int = 256) -> Embedder:
+def embedder(
+    workdir: str | os.PathLike, max_length: int = 256, trust_code: bool = False
+) -> Embedder:
     """What makes unit vectors of texts, by an encoder's work directory or a tuned one's.
 
     A tuned one pools as its similarity head does, if it has one; all others take the mean.
+    trust_code: as for `batiste.main.load_experiment`. Raises ValueError for a model whose vectors
+    say nothing of texts.
     """
-    folder, pool = pathlib.Path(workdir), "mean"
+    folder, pool, pools = pathlib.Path(workdir), "mean", []
     path = folder / TASK_FILE
     encoder = folder
     if path.is_file():
-        task = json.loads(path.read_text())
+        task = read_json(path, TASK_KINDS)
+        for index, head in enumerate(task["heads"]):
+            check_json(head, HEAD_KINDS, str(path), f"heads[{index}]")
         encoder = pathlib.Path(task["encoder"])
         max_length = min(max_length, task["max_length"])
         pools = [head["pool"] for head in task["heads"] if head["kind"] == "similarity"]
         pool = next((each for each in pools if each is not None), pool)
+    form = main.load_experiment(encoder, trust_code).model.form
+    if form == "encoder_decoder" or (form == "decoder" and not pools):
+        raise ValueError(f"workdir={workdir}: its model is of form {form!r}; expected an encoder, or "
+                         "a decoder with a similarity head of `batiste tune`")
     assembly, params = main.load_model(encoder)
     if path.is_file():
         params = _tuned_encoder(folder, assembly)

@@ -1,27 +1,55 @@
 """Flags that several verbs of the command line have, and what they ask for."""
 
-import dataclasses
 import os
 
 from absl import flags
-from ml_collections import config_flags
 
-from batiste import exit_codes
+from batiste import config_overrides, exit_codes
 
 # Where a launcher says how many processes it has started.
 LAUNCHER_COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
 
 
 def define_config(values: flags.FlagValues, argv: list[str]) -> None:
-    """--config, and every field of it."""
-    config_flags.DEFINE_config_file(
-        "config", None, "Python file with get_config; FILE:ARG passes it ARG.", flag_values=values,
-        sys_argv=argv)
+    """--config and every field of it; what is set at once is taken out of `argv`."""
+    config_overrides.define(values, argv)
 
 
 def define_workdir(values: flags.FlagValues) -> None:
     """--workdir."""
     flags.DEFINE_string("workdir", None, "Directory of the run.", flag_values=values)
+
+
+def define_written_workdir(values: flags.FlagValues) -> None:
+    """--workdir of a verb that writes to it, and --break_lock."""
+    define_workdir(values)
+    flags.DEFINE_bool(
+        "break_lock", False, "Take the work directory from a process on another machine that gives "
+        "no sign of life.", flag_values=values)
+
+
+def define_trust(values: flags.FlagValues) -> None:
+    """--trust_code, of verbs that read a work directory."""
+    flags.DEFINE_bool(
+        "trust_code", False, "Run the code that the directory's config names, now and later, as long "
+        "as it does not change (docs/extend.md).", flag_values=values)
+
+
+def trust(values: flags.FlagValues, name: str = "workdir") -> str:
+    """The work directory that flag `name` gives, whose code is trusted from here on if asked."""
+    from batiste import main
+
+    workdir = required(values, name)
+    if values.trust_code:
+        main.load_experiment(workdir, trust_code=True)
+    return workdir
+
+
+def define_compilation_cache(values: flags.FlagValues) -> None:
+    """--compilation_cache, of verbs that compile what they run."""
+    flags.DEFINE_bool(
+        "compilation_cache", True, "Keep compiled programs in the user's cache folder for the next "
+        "start (compilation_cache.py).", flag_values=values)
 
 
 def define_processes(values: flags.FlagValues) -> None:
@@ -64,14 +92,6 @@ def given_experiment(values: flags.FlagValues):
     required(values, "config")
     if not isinstance(values.config, Experiment):
         raise ValueError(f"config: get_config must return an Experiment, got {type(values.config)}")
-    return values.config
-
-
-def given_config(values: flags.FlagValues):
-    """What --config makes, of whatever kind its verb takes; ValueError where that has no fields."""
-    if not dataclasses.is_dataclass(required(values, "config")):
-        raise ValueError("config: get_config must return an Experiment, or a TaskConfig, got "
-                         f"{type(values.config)}")
     return values.config
 
 

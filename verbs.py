@@ -1,6 +1,5 @@
 """The verbs of the command line: what flags each has, and what each does with them."""
 
-import functools
 import pathlib
 import re
 import signal
@@ -14,7 +13,8 @@ from batiste import exit_codes
 from batiste.exchange_verbs import define_export, define_import, export, import_
 from batiste.task_verbs import define_embed, define_tune, embed, tune
 from batiste.verb_flags import (
-    connect_processes, define_config, define_processes, define_workdir, given_experiment, required,
+    connect_processes, define_compilation_cache, define_config, define_processes, define_trust, define_workdir,
+    define_written_workdir, given_experiment, required, trust,
 )
 
 
@@ -29,13 +29,14 @@ class Verb(NamedTuple):
 
 def _define_prepare(values: flags.FlagValues, argv: list[str]) -> None:
     define_config(values, argv)
-    define_workdir(values)
+    define_written_workdir(values)
 
 
 def _prepare(values: flags.FlagValues) -> int:
     from batiste import main
 
-    prepared = main.prepare(given_experiment(values), required(values, "workdir"))
+    prepared = main.prepare(
+        given_experiment(values), required(values, "workdir"), values.break_lock)
     for split in ("train", "validation"):
         print(f"{split}: {prepared.num_records(split):,} records, {prepared.num_bytes(split):,} bytes")
     print(prepared.directory)
@@ -45,6 +46,8 @@ def _prepare(values: flags.FlagValues) -> int:
 def _define_train(values: flags.FlagValues, argv: list[str]) -> None:
     _define_prepare(values, argv)
     define_processes(values)
+    define_trust(values)
+    define_compilation_cache(values)
     flags.DEFINE_string(
         "resume", "auto", "auto: continue if there is a checkpoint; must: demand one; never: "
         "refuse to find one.", flag_values=values)
@@ -61,12 +64,12 @@ def _train(values: flags.FlagValues) -> int:
 
     workdir = required(values, "workdir")
     if values.config is None:
-        experiment = main.load_experiment(workdir)
+        experiment = main.load_experiment(workdir, values.trust_code)
     else:
         experiment = given_experiment(values)
     prints = connect_processes(values)
     result = main.train(experiment, workdir, values.resume, values.resume_override, values.force,
-                        process_started())
+                        process_started(), values.break_lock)
     if result.validation is None:
         if prints:
             print(f"stopped by {result.reason} after step {result.step}, saved; the same command "
@@ -91,7 +94,7 @@ def _define_reading(values: flags.FlagValues, argv: list[str]) -> None:
 def _doctor(values: flags.FlagValues) -> int:
     from batiste.train.diagnosis import write_diagnosis
 
-    print(write_diagnosis(required(values, "workdir")), end="")
+    say_text(write_diagnosis(required(values, "workdir")))
     return 0
 
 
@@ -116,7 +119,7 @@ def _report(values: flags.FlagValues) -> int:
 
     runs = [*([values.workdir] if values.workdir is not None else []), *values.runs]
     text, page = report(*(runs or [required(values, "workdir")]))
-    print(f"{text}\n\n{page}")
+    say_text(f"{text}\n\n{page}\n")
     return 0
 
 
@@ -134,18 +137,18 @@ def _define_supervise(values: flags.FlagValues, argv: list[str]) -> None:
 
 
 def _supervise(values: flags.FlagValues) -> int:
-    from batiste.supervise import Patience, Supervisor
+    from batiste.supervise import Patience, Supervisor, flag_of
 
     command = values.command or []
     # Only what is needed here: whatever else is wrong with them, the command says.
-    told = dict(re.findall(r"--?(workdir|resume)[= ](\S+)", " ".join(command)))
-    if command[:1] != ["train"] or "workdir" not in told:
+    workdir = flag_of(command, "workdir")
+    if command[:1] != ["train"] or not workdir:
         raise ValueError(f"got {' '.join(command) or 'no command'!r} to supervise: expected the "
                          "command after two dashes, as in batiste supervise -- train --workdir=DIR")
     patience = Patience(values.retries, values.wait, values.longest_wait, values.grace)
     supervisor = Supervisor(
-        [sys.executable, "-m", "batiste", *command], pathlib.Path(told["workdir"]), patience)
-    return supervisor.run(told.get("resume", "auto"))
+        [sys.executable, "-m", "batiste", *command], pathlib.Path(workdir), patience)
+    return supervisor.run(flag_of(command, "resume") or "auto")
 
 
 def _define_plan(values: flags.FlagValues, argv: list[str]) -> None:
@@ -187,12 +190,14 @@ def _define_evaluate(values: flags.FlagValues, argv: list[str]) -> None:
     del argv
     define_workdir(values)
     define_processes(values)
+    define_trust(values)
+    define_compilation_cache(values)
 
 
 def _evaluate(values: flags.FlagValues) -> int:
     from batiste import main
 
-    workdir = required(values, "workdir")
+    workdir = trust(values)
     prints = connect_processes(values)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # jax takes it, for training alone to ask about.
     result = main.evaluate(workdir)
@@ -218,13 +223,17 @@ def _generate(values: flags.FlagValues) -> int:
 
     from batiste import main
 
-    workdir = required(values, "workdir")
+    workdir = trust(values)
     config = main.load_experiment(workdir).sample
     given = {name: values[name].value for name in
              ("temperature", "top_k", "top_p", "seed", "max_tokens") if values[name].present}
     config = dataclasses.replace(config, **given)
+    try:
+        config.validate()
+    except ValueError as error:
+        raise ValueError(re.sub(r"^sample\.(\w+)=", r"--\1=", str(error))) from None
     prompts = values.prompt if values.prompt else list(config.prompts)
-    say = functools.partial(print, end="", flush=True) if connect_processes(values) else lambda text: None
+    say = say_text if connect_processes(values) else lambda text: None
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # As for `evaluate`.
     if len(prompts) == 1:
         say("" if values.chat else prompts[0])
@@ -235,6 +244,13 @@ def _generate(values: flags.FlagValues) -> int:
     for prompt, text in zip(prompts, texts, strict=True):
         say(f"=== {prompt!r}\n{'' if values.chat else prompt}{text}\n")
     return 0
+
+
+def say_text(text: str) -> None:
+    """Prints text of a model or a file: into a file or a pipe as it is, on a terminal escaped."""
+    from batiste.data.printable import printable
+
+    print(printable(text) if sys.stdout.isatty() else text, end="", flush=True)
 
 
 def print_perplexity(result) -> None:

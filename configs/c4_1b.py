@@ -39,7 +39,7 @@ def get_config(arg: str | None = None) -> Experiment:
         mesh=MeshConfig(zero=3),
         train=TrainConfig(
             num_steps=10_490, batch_size=1024, accumulation=8,
-            schedule=ScheduleConfig(learning_rate=4e-4, warmup_steps=2000),
+            schedule=ScheduleConfig(learning_rate=4e-4, warmup_steps=0.1907),  # 2,000 steps
             objective=ObjectiveConfig(loss_chunk=512),
             checkpoint=CheckpointConfig(every=500, keep_every=2000),
             evaluation=EvaluationConfig(every=500, max_batches=20),

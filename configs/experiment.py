@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import reprlib
 import types
 import typing
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from batiste.configs.objective_checks import check_objectives
 from batiste.configs.own_parts import load_own_parts
 from batiste.data import DataConfig, special_tokens
+from batiste.fields import Config, alternatives, check_types, types_of
 from batiste.inference import SamplingConfig
 from batiste.models import TransformerConfig
 from batiste.sharding import AXES, MeshConfig, layer_order
@@ -16,7 +18,7 @@ from batiste.train import TrainConfig, parse_fault
 
 
 @dataclasses.dataclass
-class Experiment:
+class Experiment(Config):
     """A whole run; every field is a flag: --config.model.num_layers=8."""
 
     model: TransformerConfig = dataclasses.field(default_factory=TransformerConfig)
@@ -27,6 +29,7 @@ class Experiment:
 
     def validate(self) -> None:
         """Raises ValueError, naming the field and a fix, for an experiment that cannot run."""
+        check_types(self)
         load_own_parts(self)
         for room in (self.model, self.data, self.mesh, self.train, self.sample):
             room.validate()
@@ -202,22 +205,38 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
 def from_dict(kind: type, values: Any) -> Any:
     """Rebuilds a config from `dataclasses.asdict` after a trip through JSON.
 
-    Raises ValueError naming the fields that this version of the config does not have.
+    Raises ValueError naming the fields that this version of the config does not have, and those
+    whose value is of another type.
     """
-    if isinstance(kind, types.UnionType):
-        (kind,) = (each for each in typing.get_args(kind) if each is not types.NoneType)
-    if values is None:
+    config = _from_json(kind, values, "")
+    check_types(config)
+    return config
+
+
+def _from_json(hint: Any, value: Any, name: str) -> Any:
+    """The value of a field of a declared type; what is neither tuple nor config stays as it is."""
+    (kind, *_) = (each for each in alternatives(hint) if each is not types.NoneType)
+    if value is None:
         return None
     if typing.get_origin(kind) is tuple:
-        return tuple(from_dict(typing.get_args(kind)[0], value) for value in values)
+        if not isinstance(value, (list, tuple)):
+            raise ValueError(f"{name}={reprlib.repr(value)}: expected a list")
+        (item, *_) = typing.get_args(kind)
+        return tuple(_from_json(item, each, f"{name}[{index}]")
+                     for index, each in enumerate(value))
     if not dataclasses.is_dataclass(kind):
-        if isinstance(values, dict):
-            raise ValueError(f"expected one value and not fields {', '.join(values)}: the stored "
-                             "config is of another version of batiste")
-        return values
-    hints = typing.get_type_hints(kind)
-    unknown = sorted(set(values) - set(hints))
+        if isinstance(value, dict):
+            raise ValueError(f"{name}: expected one value and not fields {', '.join(value)}: the "
+                             "stored config is of another version of batiste")
+        return value
+    if not isinstance(value, dict):
+        raise ValueError(f"{name or 'the config'}={reprlib.repr(value)}: expected the fields of a "
+                         f"{kind.__name__}")
+    hints = types_of(kind)
+    unknown = sorted(set(value) - set(hints))
     if unknown:
         raise ValueError(f"{kind.__name__} has no field {', '.join(unknown)}: the stored config is "
                          "of another version of batiste")
-    return kind(**{name: from_dict(hints[name], value) for name, value in values.items()})
+    start = f"{name}." if name else ""
+    return kind(**{field: _from_json(hints[field], each, start + field)
+                   for field, each in value.items()})

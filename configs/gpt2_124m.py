@@ -40,7 +40,7 @@ def get_config(arg: str | None = None) -> Experiment:
         mesh=MeshConfig(zero=1),
         train=TrainConfig(
             num_steps=19_073, batch_size=512, accumulation=4,
-            schedule=ScheduleConfig(learning_rate=6e-4, warmup_steps=715),  # 375 M tokens
+            schedule=ScheduleConfig(learning_rate=6e-4, warmup_steps=0.0375),  # 375 M tokens
             objective=ObjectiveConfig(loss_chunk=256),
             checkpoint=CheckpointConfig(every=1000, keep_every=5000),
             evaluation=EvaluationConfig(every=500, max_batches=20),

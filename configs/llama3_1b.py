@@ -30,5 +30,6 @@ def get_config(arg: str | None = None) -> Experiment:
         mesh=MeshConfig(zero=3),
         train=dataclasses.replace(
             experiment.train, num_steps=23_571, batch_size=128, accumulation=4,
+            schedule=dataclasses.replace(experiment.train.schedule, warmup_steps=0.08485),
         ),
     )

@@ -27,6 +27,7 @@ def get_config(arg: str | None = None) -> Experiment:
         mesh=MeshConfig(tensor=8, zero=3),
         train=dataclasses.replace(
             experiment.train, num_steps=168_213, batch_size=1024, accumulation=4,
-            schedule=dataclasses.replace(experiment.train.schedule, learning_rate=1.5e-4),
+            schedule=dataclasses.replace(
+                experiment.train.schedule, learning_rate=1.5e-4, warmup_steps=0.01189),
         ),
     )

@@ -43,7 +43,7 @@ def get_config(arg: str | None = None) -> Experiment:
         mesh=MeshConfig(expert=4, zero=3),
         train=TrainConfig(
             num_steps=61_400, batch_size=512, accumulation=8,
-            schedule=ScheduleConfig(learning_rate=3e-4, warmup_steps=2000),
+            schedule=ScheduleConfig(learning_rate=3e-4, warmup_steps=0.03257),  # 2,000 steps
             objective=ObjectiveConfig(loss_chunk=512, balance_loss=0.01, router_z_loss=0.001),
             checkpoint=CheckpointConfig(every=500, keep_every=5000),
             evaluation=EvaluationConfig(every=500, max_batches=20),

@@ -56,4 +56,5 @@ def get_config(arg: str | None = None) -> Experiment:
     data = dataclasses.replace(experiment.data, objectives=NAMES[name])
     train = dataclasses.replace(experiment.train, num_steps=300)
     train.checkpoint.every, train.evaluation.every = 100, 100
+    train.schedule.warmup_steps = 1 / 3
     return dataclasses.replace(experiment, model=model, data=data, train=train)

@@ -1,6 +1,5 @@
 """Parts of your own, named FILE.py:NAME in a config: read once, and put where rooms look names up."""
 
-import importlib.util
 import pathlib
 import sys
 from collections.abc import Iterator, Mapping
@@ -9,6 +8,7 @@ from typing import Any
 
 import xxhash
 
+from batiste.configs.user_code import module_name, run_file
 from batiste.data import OWN_KINDS as OBJECTIVES
 from batiste.models import ACTIVATIONS, LAYER_KINDS, MIXERS, NORMS, TURNS
 from batiste.train import OWN_KINDS as OPTIMIZERS
@@ -28,10 +28,15 @@ def load_own_parts(experiment: Any) -> None:
             table[name] = getattr(module, attribute)
 
 
+def own_files(experiment: Any) -> list[str]:
+    """Every file that parts of an experiment's own come from."""
+    return sorted({name.rpartition(":")[0] for _, name, _ in _own(experiment)})
+
+
 def own_code(experiment: Any) -> dict[str, str]:
     """The hash of each file that parts of an experiment's own come from."""
-    paths = sorted({name.rpartition(":")[0] for _, name, _ in _own(experiment)})
-    return {path: xxhash.xxh3_128_hexdigest(pathlib.Path(path).read_bytes()) for path in paths}
+    return {path: xxhash.xxh3_128_hexdigest(pathlib.Path(path).read_bytes())
+            for path in own_files(experiment)}
 
 
 def _own(experiment: Any) -> Iterator[tuple[str, str, dict]]:
@@ -56,13 +61,5 @@ def load_module(field: str, path: str) -> ModuleType:
     if not file.is_file():
         raise ValueError(f"{field}={path}: no such file; expected FILE.py:NAME, the file as seen from "
                          f"{pathlib.Path.cwd()}")
-    name = f"batiste_own_{xxhash.xxh3_64_hexdigest(str(file.resolve()).encode())}"
-    if name not in sys.modules:
-        found = importlib.util.spec_from_file_location(name, file)
-        sys.modules[name] = importlib.util.module_from_spec(found)
-        try:
-            found.loader.exec_module(sys.modules[name])
-        except BaseException:
-            del sys.modules[name]
-            raise
-    return sys.modules[name]
+    name = module_name(path)
+    return sys.modules[name] if name in sys.modules else run_file(field, path)

@@ -35,7 +35,7 @@ def get_config(arg: str | None = None) -> Experiment:
                 kind="muon", weight_decay=0.05, embedding_multiplier=10.0, head_multiplier=0.6,
             ),
             schedule=ScheduleConfig(
-                kind="linear", learning_rate=0.012, warmup_steps=100, final_fraction=0.02,
+                kind="linear", learning_rate=0.012, warmup_steps=0.091, final_fraction=0.02,
             ),
             checkpoint=CheckpointConfig(every=80),
             evaluation=EvaluationConfig(every=220),

@@ -38,7 +38,7 @@ def get_config(arg: str | None = None) -> Experiment:
         train=TrainConfig(
             num_steps=5000, batch_size=64,
             optimizer=OptimizerConfig(beta2=0.99),
-            schedule=ScheduleConfig(learning_rate=1e-3, warmup_steps=100),
+            schedule=ScheduleConfig(learning_rate=1e-3, warmup_steps=0.02),
             evaluation=EvaluationConfig(every=250),
             stop=StopConfig(patience=8),
         ),

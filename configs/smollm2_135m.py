@@ -29,7 +29,7 @@ def get_config(arg: str | None = None) -> Experiment:
         data=DataConfig(sequence_length=512),
         train=TrainConfig(
             num_steps=200, batch_size=8,
-            schedule=ScheduleConfig(kind="linear", learning_rate=1e-4, warmup_steps=20),
+            schedule=ScheduleConfig(kind="linear", learning_rate=1e-4, warmup_steps=0.1),
             evaluation=EvaluationConfig(every=100, max_batches=8),
         ),
     )

@@ -2,35 +2,44 @@
 
 import dataclasses
 import difflib
-import math
 
 from batiste.data.record_objective import RecordObjective, validate_objectives
+from batiste.fields import Config, check_types
 
 TOKENIZERS = ("bpe", "unigram", "characters", "bytes")
 PACKINGS = ("concatenate", "first_fit")
 
 
 @dataclasses.dataclass
-class SourceConfig:
+class SourceConfig(Config):
     """One place that documents come from.
 
     path: "stdlib", the modules of the running interpreter's standard library without its tests;
-        "tfds:NAME" or "tfds:DIRECTORY", the train split of a TFDS data set; or a glob of local
-        files: .jsonl (one document per line) or plain text, each also with .gz.
-    text_field: the field of a JSONL line, or the feature of a TFDS data set, that holds the text.
+        "tfds:NAME" or "tfds:DIRECTORY", the train split of a TFDS data set; or a directory or a glob
+        of local files: JSON lines, a JSON array or objects, or plain text, each also in gzip. A
+        file's content and name say which.
+    text_field: the field of a JSON object, or the feature of a TFDS data set, that holds the text;
+        None reads every file as plain text.
     weight: the share of the training records drawn from this source, relative to the others.
     """
 
     path: str = "stdlib"
-    text_field: str = "text"
+    text_field: str | None = "text"
     weight: float = 1.0
 
 
 @dataclasses.dataclass
-class DataConfig:
+class DataConfig(Config):
     """A corpus, its tokenizer and its records.
 
-    validation_fraction: the share of documents held out, chosen by the hash of their text.
+    sources: where documents come from, each with the share of records drawn from it. On the command
+        line a list of paths, --config.data.sources=FIRST,SECOND, makes one source of each.
+    validation_fraction: the share of documents held out, chosen by the hash of their text; not read
+        where there are validation_sources.
+    validation_sources: text of one's own to validate on; a training document that is in it, too, is
+        left out of training. () holds out a fraction. Weights are not read.
+    normalize: text is brought into Unicode's NFC first. Otherwise a tokenizer that knows text in that
+        form alone, as Qwen's, sets other documents aside (quarantine.jsonl).
     tokenizer: "bpe", "unigram", "characters", "bytes", or the path of a SentencePiece .model or of the
         tokenizer.json of a work directory that `batiste import` made.
     vocab_size: tokens to learn for "bpe" and "unigram", the most to keep for "characters" (rarer
@@ -46,6 +55,8 @@ class DataConfig:
     sources: tuple[SourceConfig, ...] = dataclasses.field(
         default_factory=lambda: (SourceConfig(),))
     validation_fraction: float = 0.05
+    validation_sources: tuple[SourceConfig, ...] = ()
+    normalize: bool = False
     tokenizer: str = "bpe"
     vocab_size: int = 4096
     sequence_length: int = 256
@@ -55,14 +66,16 @@ class DataConfig:
 
     def validate(self) -> None:
         """Raises ValueError naming the first field that cannot work."""
+        check_types(self, "data.")
         if not self.sources:
             raise ValueError("data.sources=(): expected at least one SourceConfig")
-        for index, source in enumerate(self.sources):
-            name = f"data.sources[{index}]"
+        named = [(f"data.{field}[{index}]", source) for field in ("sources", "validation_sources")
+                 for index, source in enumerate(getattr(self, field))]
+        for name, source in named:
             if not source.path:
                 raise ValueError(f"{name}.path={source.path!r}: expected stdlib, tfds:NAME, "
                                  "tfds:DIRECTORY or a glob of files")
-            if not (math.isfinite(source.weight) and source.weight > 0):
+            if not source.weight > 0:
                 raise ValueError(f"{name}.weight={source.weight}: expected a number above 0; "
                                  "leave a source out to give it no share")
         if not 0 < self.validation_fraction < 1:
@@ -74,7 +87,7 @@ class DataConfig:
         _require_choice("packing", self.packing, PACKINGS)
         for field, least in (("vocab_size", 1), ("sequence_length", 2), ("seed", 0)):
             value = getattr(self, field)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            if value < least:
                 raise ValueError(
                     f"data.{field}={value!r}: expected a whole number of at least {least}")
         validate_objectives(self.objectives)

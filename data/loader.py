@@ -7,7 +7,7 @@ import numpy as np
 
 from batiste.data.objectives import Transform, next_tokens
 from batiste.data.order import Order, position
-from batiste.data.packing import Batch
+from batiste.data.packing import PADDING, Batch
 from batiste.data.prepared import Prepared
 
 # Rows of the global batch: a slice, or their indices in ascending order; None for all.
@@ -44,10 +44,10 @@ class Loader:
                 f"one batch of {batch_size}; lower the batch size or data.sequence_length, "
                 "or add text")
         self._batch_size = batch_size
-        tokenizer = prepared.tokenizer
-        self._pad_id = tokenizer.pad_id
-        self._transform = next_tokens(tokenizer) if transform is None else transform
-        weights = [source["weight"] for source in prepared.manifest["config"]["sources"]]
+        self._transform = next_tokens(prepared.tokenizer) if transform is None else transform
+        config = prepared.manifest["config"]
+        own = split == "validation" and config["validation_sources"]
+        weights = [source["weight"] for source in own or config["sources"]]
         pairs = [(reader, weight) for reader, weight in zip(prepared.readers(split), weights)
                  if len(reader)]
         self._readers = [reader for reader, _ in pairs]
@@ -62,26 +62,31 @@ class Loader:
 
     def batch(self, step: int, rows: Rows = None) -> Batch:
         """Returns the global batch of `step`, or only `rows` of it."""
-        start = step * self._batch_size
-        positions = np.arange(start, start + self._batch_size)[_all_if_none(rows)]
-        indices, epochs = self._order.drawn_at(positions)
-        return self._transform(self._read(indices), indices, epochs)
+        return self._batch_at(step * self._batch_size, rows, ())
 
-    def records(self, step: int) -> np.ndarray:
-        """Returns the numbers of the records in the global batch of `step`, by row."""
-        start = step * self._batch_size
-        return self._order.records_at(np.arange(start, start + self._batch_size))
+    def records(
+        self, start: int, count: int, skipped: Sequence[tuple[int, int]] = ()
+    ) -> np.ndarray:
+        """Returns the numbers of the `count` records that are read after the first `start`."""
+        return self._order.records_at(position(np.arange(start, start + count), skipped))
 
     def iterate(
-        self, start_step: int, rows: Rows = None, skipped: Sequence[tuple[int, int]] = ()
+        self, start: int, rows: Rows = None, skipped: Sequence[tuple[int, int]] = ()
     ) -> Iterator[Batch]:
-        """Returns the batches from `start_step` on without end, read ahead in threads.
+        """Returns the batches after the first `start` records without end, read ahead in threads.
 
-        skipped: batches [start, stop) that are left out of the order; those after them move up.
-        `close()` on it stops the threads.
+        skipped: places [start, stop) of records that are left out of the order; those after them
+        move up. `close()` on it stops the threads.
         """
         return _read_ahead(
-            lambda step: self.batch(position(step, skipped), rows), start_step, sys.maxsize)
+            lambda number: self._batch_at(start + number * self._batch_size, rows, skipped),
+            0, sys.maxsize)
+
+    def _batch_at(self, start: int, rows: Rows, skipped: Sequence[tuple[int, int]]) -> Batch:
+        """The global batch of the records after the first `start`, or only `rows` of it."""
+        numbers = np.arange(start, start + self._batch_size)[_all_if_none(rows)]
+        indices, epochs = self._order.drawn_at(position(numbers, skipped))
+        return self._transform(self._read(indices), indices, epochs)
 
     def epoch_batches(self, rows: Rows = None) -> Iterator[Batch]:
         """Returns each record once, in the stored order; rows beyond the last have weight 0.
@@ -94,7 +99,7 @@ class Loader:
         start = step * self._batch_size
         indices = np.arange(start, start + self._batch_size)[_all_if_none(rows)]
         real = indices < self._records
-        records = np.full((len(indices), self._length + 1), self._pad_id, np.int32)
+        records = np.full((len(indices), self._length + 1), PADDING, np.int32)
         records[real] = self._read(indices[real])
         return self._transform(records, indices, np.zeros_like(indices))
 

@@ -95,15 +95,15 @@ def _mix(values: np.ndarray) -> np.ndarray:
     return values ^ (values >> np.uint64(31))
 
 
-def position(step: int, skipped: Sequence[tuple[int, int]]) -> int:
-    """The place in the order of the batch that is read as number `step`, both from 0.
+def position(number: np.ndarray | int, skipped: Sequence[tuple[int, int]]) -> np.ndarray:
+    """The places in the order of the records that are read as the numbers `number`, all from 0.
 
     skipped: places [start, stop) that are never read; everything after them moves up.
     """
-    place, reached = step, 0
+    places, reached = np.asarray(number, np.int64), 0
     for start, stop in sorted(skipped):
         start = max(start, reached)
-        if stop > start and place >= start:
-            place += stop - start
+        if stop > start:
+            places = np.where(places >= start, places + stop - start, places)
             reached = stop
-    return place
+    return places

@@ -2,8 +2,9 @@
 
 import dataclasses
 import difflib
-import math
 from collections.abc import Callable
+
+from batiste.fields import Config, check_types
 
 # Which kinds there are, by the form of model that learns them.
 FORMS = {
@@ -34,7 +35,7 @@ def kinds_of(form: str) -> tuple[str, ...]:
 
 
 @dataclasses.dataclass
-class RecordObjective:
+class RecordObjective(Config):
     """One way to make inputs and targets of a record; docs/objectives.md has them side by side.
 
     kind: "causal", next tokens; "prefix", next tokens after a part that is seen whole; "middle",
@@ -63,6 +64,7 @@ class RecordObjective:
 
     def validate(self, name: str) -> None:
         """Raises ValueError, calling this entry `name`, for the first field that cannot work."""
+        check_types(self, f"{name}.")
         own = self.kind in OWN_KINDS
         if self.kind not in KINDS and not own:
             near = difflib.get_close_matches(str(self.kind), KINDS, n=1)
@@ -76,14 +78,14 @@ class RecordObjective:
                 raise ValueError(
                     f"{name}.{field.name}={value} has no effect on kind={self.kind!r}, but on "
                     f"{', '.join(readers)}: leave it at {field.default}")
-        if not (math.isfinite(self.weight) and self.weight > 0):
+        if not self.weight > 0:
             raise ValueError(f"{name}.weight={self.weight}: expected a number above 0; leave an "
                              "objective out to give it no share")
         most = 1 if self.kind == "middle" or own else 0.9
         if not 0 < self.rate <= most:
             raise ValueError(
                 f"{name}.rate={self.rate}: expected a number above 0 and at most {most}")
-        if not (math.isfinite(self.mean_span) and self.mean_span >= 1):
+        if not self.mean_span >= 1:
             raise ValueError(f"{name}.mean_span={self.mean_span}: expected at least 1 token")
         if self.mode is not None and self.mode not in MODES:
             raise ValueError(

@@ -1,5 +1,7 @@
 """How good a model is."""
 
-from batiste.evaluation.perplexity import Perplexity, RowSums, make_row_losses, perplexity
+from batiste.evaluation.perplexity import (
+    Detection, Perplexity, RowSums, make_row_losses, perplexity,
+)
 
-__all__ = ["Perplexity", "RowSums", "make_row_losses", "perplexity"]
+__all__ = ["Detection", "Perplexity", "RowSums", "make_row_losses", "perplexity"]

@@ -16,17 +16,18 @@ from batiste.sharding import compiler_options
 
 
 def generate(
-    model: Transformer, prompts: Sequence[Sequence[int]], stop_id: int, config: SamplingConfig,
-    whole_prompts: bool = False,
+    model: Transformer, prompts: Sequence[Sequence[int]], stop_ids: Sequence[int],
+    config: SamplingConfig, whole_prompts: bool = False, start_ids: Sequence[int] = (),
 ) -> Iterator[list[int | None]]:
     """Yields, step by step, the next token of each prompt; None for a row that has ended.
 
-    prompts: token ids, at least one each; where there is an encoder, what it reads. A row ends with
-    `stop_id` (which is not yielded), after `config.max_tokens`, or when the model's max_length is
-    full. What a row draws depends on its own prompt, its index and the seed alone, not on the rows
-    beside it. whole_prompts: each token of a prompt sees all of it, as a prefix language model was
-    trained; otherwise those before it.
-    Raises ValueError for an encoder, and when a prompt is empty or leaves no room.
+    prompts: token ids, at least one each; where there is an encoder, what it reads, and start_ids is
+    what the decoder begins with. A row ends with any of `stop_ids` (which is not yielded), after
+    `config.max_tokens`, or when the model's max_length is full. What a row draws depends on its own
+    prompt, its index and the seed alone, not on the rows beside it. whole_prompts: each token of a
+    prompt sees all of it, as a prefix language model was trained; otherwise those before it.
+    Raises ValueError for an encoder, when a prompt is empty or leaves no room, and for start_ids
+    that no decoder beside an encoder begins with, or for none where one does.
     """
     config.validate()
     if model.config.form == "encoder":
@@ -37,6 +38,9 @@ def generate(
     max_length = model.config.max_length
     lengths_B = np.array([len(prompt) for prompt in prompts], np.int32)
     reads = model.config.form == "encoder_decoder"
+    if reads != bool(start_ids):
+        raise ValueError(f"start_ids={list(start_ids)}: expected what the decoder begins with beside "
+                         f"an encoder, and nothing otherwise; model.form={model.config.form!r}")
     least, most = (0, max_length) if reads else (1, max_length - 1)
     if lengths_B.min() < least or lengths_B.max() > most:
         raise ValueError(
@@ -52,17 +56,17 @@ def generate(
     prefill, decode = _compiled(graphdef, config, options, whole_prompts)
     keys_B = jax.random.split(jax.random.key(config.seed), len(prompts))
     start = functools.partial(prefill, params)
-    if reads:  # What is written begins as a document does.
+    if reads:
         sources = tokens_BT, lengths_B
-        tokens_BT = np.full((len(prompts), 1), stop_id, np.int32)
-        lengths_B = np.ones_like(lengths_B)
+        tokens_BT = np.tile(np.array(start_ids, np.int32), (len(prompts), 1))
+        lengths_B = np.full_like(lengths_B, len(start_ids))
         start = functools.partial(start, sources=sources)
     token_B, cache = start(tokens_BT, lengths_B, keys_B)
     budget = max_length if config.max_tokens is None else config.max_tokens
     ended_B = np.zeros(len(prompts), bool)
     for step in range(budget):
         host_B = np.asarray(token_B)
-        ended_B |= (host_B == stop_id) | (lengths_B + step >= max_length)
+        ended_B |= np.isin(host_B, stop_ids) | (lengths_B + step >= max_length)
         if ended_B.all():
             return
         yield [None if ended else int(token) for token, ended in zip(host_B, ended_B, strict=True)]

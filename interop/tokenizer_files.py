@@ -14,9 +14,12 @@ NEVER = -1e6  # A score for names of bytes, "<0x41>": read as one only beside un
 SAMPLE = PROBE.replace("<s>", "").replace(SPACE, "") + "def f(self, x):\n\treturn [x] * 23  # été\n"
 
 
-def write_tokenizer(folder: pathlib.Path, tokenizer: Tokenizer, max_length: int) -> None:
+def write_tokenizer(
+    folder: pathlib.Path, tokenizer: Tokenizer, max_length: int, source: bool = False,
+) -> None:
     """Writes the .model where there is one, then tokenizer.json and tokenizer_config.json.
 
+    source: whether texts are what an encoder reads for a decoder, before which we put nothing.
     Raises ValueError without the package `tokenizers`, and where what was written encodes text in
     another way. As `transformers` has it, U+2581 comes back as a space, and names of special tokens
     in a text are these, like names of bytes ("<0x41>") in the unigram model; and of equally likely
@@ -25,9 +28,12 @@ def write_tokenizer(folder: pathlib.Path, tokenizer: Tokenizer, max_length: int)
     if tokenizer.name == "sentencepiece":
         (folder / tokenizer.file_name).write_bytes(tokenizer.model)
     described = _described(tokenizer)
+    if source and tokenizer.name != "huggingface":
+        described["post_processor"] = None
     text = json.dumps(described, ensure_ascii=False)
     found = tokenizers_package().Tokenizer.from_str(text).encode(SAMPLE).ids
-    expected = [*tokenizer.begin_ids, *tokenizer.encode(SAMPLE)]
+    begin_ids = tokenizer.source_begin_ids if source else tokenizer.begin_ids
+    expected = [*begin_ids, *tokenizer.encode(SAMPLE)]
     if described["model"]["type"] == "Unigram":  # Of equally likely pieces it may take others.
         found, expected = (_likelihood(described, ids) for ids in (found, expected))
     # One that was imported is written as it came, also with a space before every text.

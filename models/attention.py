@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from batiste.models.attention_choice import OneOf, attention
+from batiste.models.attention_choice import OneOf, attention, settled_here
 from batiste.models.config import TransformerConfig
 from batiste.models.layer_sums import AttentionSums, attention_sums
 from batiste.models.layers import Norm, add_bias, project, residual_gain
@@ -51,6 +51,7 @@ class Attend:
         self.alibi = config.positions == "alibi"
         self.dropout_rate = config.dropout
         self.implementation = config.attention
+        self.unsettled = config if config.attention == "auto" else None
 
     def logits(self, q_BTNH: jax.Array) -> dict[str, Any]:
         """What decides the logits, as `reference_logits` takes it."""
@@ -72,8 +73,11 @@ class Attend:
             dropout_seeds_BN = jax.random.bits(dropout_key, shape).astype(jnp.int32)
         if keys is not None:
             keys_values = (constrain(x, keys) for x in keys_values)
+        # A run settles "auto" before it builds its model; a model that is used alone does it here.
+        auto = self.unsettled is not None
+        implementation = settled_here(self.unsettled) if auto else self.implementation
         out_BTNH, _ = attention(
-            self.implementation, constrain(q_BTNH, "BTNH"), *keys_values, mask,
+            implementation, constrain(q_BTNH, "BTNH"), *keys_values, mask,
             **({"sinks_N": None} | logits), dropout_rate=self.dropout_rate,
             dropout_seeds_BN=dropout_seeds_BN,
         )

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import sys
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -59,6 +60,22 @@ def resolve_attention(
     return _replaced(config, chip), f"attention: the kernels of {chip}"
 
 
+def settled_here(config: TransformerConfig) -> str:
+    """What "auto" is on the default device and the ambient mesh; says once which, and why."""
+    device = jax.config.jax_default_device
+    if not isinstance(device, jax.Device):
+        device = jax.devices(device)[0]
+    mesh = jax.sharding.get_abstract_mesh()
+    config, line = resolve_attention(config, device.device_kind, mesh.shape)
+    _say_once(line)
+    return config.attention
+
+
+@functools.cache
+def _say_once(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
 def attention(
     implementation: str,
     q_BTNH: jax.Array,
@@ -75,11 +92,6 @@ def attention(
         masked = functools.partial(_masked, implementation, options)
         branches = [functools.partial(masked, each) for each in mask.masks]
         return jax.lax.switch(mask.index, branches, q_BTNH, k_BSKH, v_BSKH)
-    if implementation == "auto":
-        raise ValueError(
-            "model.attention='auto' must be settled before the model runs: use resolve_attention, or "
-            f"name one of reference, {', '.join(certified.CHIPS)}"
-        )
     if implementation == "reference" and context_size() == 1:
         return reference_attention(q_BTNH, k_BSKH, v_BSKH, mask, **options)
     if options.pop("bias_BNTS", None) is not None:

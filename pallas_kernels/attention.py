@@ -17,21 +17,43 @@ def flash_attention(
     v_BSKH: jax.Array,
     mask: AttentionMask,
     *,
-    scale: float,
-    soft_cap: float | None,
-    sinks_N: jax.Array | None,
-    alibi_slopes_N: jax.Array | None,
-    dropout_rate: float,
-    dropout_seeds_BN: jax.Array | None,
-    chip: str,
+    scale: float | None = None,
+    soft_cap: float | None = None,
+    sinks_N: jax.Array | None = None,
+    alibi_slopes_N: jax.Array | None = None,
+    dropout_rate: float = 0.0,
+    dropout_seeds_BN: jax.Array | None = None,
+    chip: str = "auto",
     interpret: object = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """`reference_attention` as a kernel for `chip`: same arguments, same results, same gradients.
+    """`reference_attention` as a kernel for `chip`: same results, same gradients.
 
-    interpret: passed to `pallas_call`; for tests on a CPU.
-    Raises ValueError for what `certified.check` does not list. FlashAttention-2, arXiv:2307.08691.
+    FlashAttention-2, arXiv:2307.08691.
+
+    Args:
+        q_BTNH: Queries.
+        k_BSKH: Keys, in the dtype of the queries; K divides N.
+        v_BSKH: Values, in the same dtype.
+        mask: Which keys a query sees, such as `AttentionMask(causal=True)`.
+        scale: Multiplies the logits; None is 1 / sqrt(H).
+        soft_cap: c makes c tanh(logits / c) of the logits; None does not.
+        sinks_N: A logit of each head that takes probability and gives no value, float32.
+        alibi_slopes_N: Slope times distance is subtracted from the logits, float32.
+        dropout_rate: The share of probabilities that are set to 0 where there are seeds.
+        dropout_seeds_BN: A seed of each row and head, int32; None turns dropout off.
+        chip: Whose kernels: one of `certified.CHIPS`, the name of a device that has them ("h100",
+            "TPU v6 lite"), or "auto", the default device's.
+        interpret: Passed to `pallas_call`; True runs a GPU's kernels on a CPU,
+            `pltpu.InterpretParams()` a TPU's.
+
+    Returns:
+        out_BTNH in the dtype of the queries, and the log-sum-exp of the logits, lse_BTN in float32.
+
+    Raises:
+        ValueError: For what `certified.check` does not list, and for a device without kernels.
     """
     H = q_BTNH.shape[-1]
+    scale, chip = H**-0.5 if scale is None else scale, chip_named(chip)
     certified.check(chip, certified.conditions(mask), q_BTNH.dtype.name, H)
     certified.check_sparsity(chip, mask)
     q_BTNH, k_BSKH, v_BSKH = (even_heads(x) for x in (q_BTNH, k_BSKH, v_BSKH))
@@ -40,6 +62,18 @@ def flash_attention(
     )
     out_BTNH, lse_BTN = attend(Options(scale, soft_cap, dropout_rate, chip, interpret), operands)
     return out_BTNH[..., :H], lse_BTN
+
+
+def chip_named(name: str) -> str:
+    """The chip, one of `certified.CHIPS`, that a name or "auto" means; ValueError for none."""
+    device = jax.devices()[0].device_kind if name == "auto" else name
+    chip = device if device in certified.CHIPS else certified.chip_of(device)
+    if chip is None:
+        raise ValueError(
+            f"chip={name!r}: no kernel is certified for {device}; expected one of "
+            f"{', '.join(certified.CHIPS)}, or reference_attention, which runs anywhere"
+        )
+    return chip
 
 
 def even_heads(x: jax.Array) -> jax.Array:

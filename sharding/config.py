@@ -3,12 +3,14 @@
 import dataclasses
 import math
 
+from batiste.fields import Config, check_types
+
 AXES = ("slice", "data", "stage", "context", "expert", "tensor")
 CONTEXT_EXCHANGES = ("ring", "all_to_all")
 
 
 @dataclasses.dataclass
-class MeshConfig:
+class MeshConfig(Config):
     """Sizes of the mesh axes; `data=None` takes all devices that the other axes leave.
 
     `slice` counts TPU slices, or groups of devices with a slow network between them; what ZeRO
@@ -24,20 +26,22 @@ class MeshConfig:
     time through fewer layers, so that stages wait less (Narayanan et al. 2021, arXiv:2104.04473).
     """
 
-    slice: int = 1
-    data: int | None = None
-    stage: int = 1
-    context: int = 1
-    expert: int = 1
-    tensor: int = 1
+    slice: int = 1  # TPU slices, or groups of devices with a slow network between them
+    data: int | None = None  # parts of the batch; None: all devices that the other axes leave
+    stage: int = 1  # stages of a pipeline, each with a part of the layers
+    context: int = 1  # parts of each row of tokens
+    expert: int = 1  # parts of the experts of a mixture
+    tensor: int = 1  # parts of heads, feed-forward units and vocabulary
+    # what is sharded over `data`: 0 nothing, 1 optimizer state, 2 and gradients, 3 and parameters
     zero: int = 0
-    offload_optimizer: bool = False
-    context_exchange: str = "ring"
-    micro_batches: int = 1
-    interleave: int = 1
+    offload_optimizer: bool = False  # the optimizer's state is in the host's memory between updates
+    context_exchange: str = "ring"  # how devices along `context` attend: ring or all_to_all
+    micro_batches: int = 1  # parts of the batch that flow through the stages one after another
+    interleave: int = 1  # times that each part passes every stage
 
     def validate(self) -> None:
         """Raises ValueError for an impossible size or choice."""
+        check_types(self, "mesh.")
         for axis in AXES:
             size = getattr(self, axis)
             if size is not None and size < 1:

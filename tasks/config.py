@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+from batiste.fields import Config, check_types
 from batiste.sharding import MeshConfig
 from batiste.train import TrainConfig
 from batiste.train.config import CheckpointConfig, EvaluationConfig
@@ -25,7 +26,7 @@ DEFAULTS = {"pool": "mean", "temperature": 0.05, "longest": 30}
 
 
 @dataclasses.dataclass
-class HeadConfig:
+class HeadConfig(Config):
     """One thing to learn; `weight` is that of its loss among the others.
 
     kind: "sequence" is one of `classes` for a text, "multilabel" any of them, "tags" one for each
@@ -38,13 +39,13 @@ class HeadConfig:
     before the softmax over the batch (None: 0.05). longest: tokens of the longest answer (None: 30).
     """
 
-    name: str = "label"
+    name: str = "label"  # what its metrics, and its labels in the examples, are called
     kind: str = "sequence"
     classes: tuple[str, ...] = ()
-    weight: float = 1.0
+    weight: float = 1.0  # of its loss among those of the other heads
     pool: str | None = None
     class_weights: tuple[float, ...] | None = None
-    balanced_loss: bool = False
+    balanced_loss: bool = False  # class_weights are n / (classes * count)
     focal: float = 0.0
     temperature: float | None = None
     longest: int | None = None
@@ -56,6 +57,7 @@ class HeadConfig:
 
     def validate(self, place: str) -> None:
         """Raises ValueError, naming `place` and the field, for a head that cannot be."""
+        check_types(self, f"{place}.")
         if not self.name.isidentifier():
             raise ValueError(f"{place}.name={self.name!r}: expected a name of letters and digits")
         check_choice(f"{place}.kind", self.kind, KINDS)
@@ -94,7 +96,7 @@ class HeadConfig:
 
 
 @dataclasses.dataclass
-class TaskConfig:
+class TaskConfig(Config):
     """Fine-tuning of an encoder; `batch_size` is in examples, over all devices.
 
     encoder: work directory that `batiste import` or `batiste train` made. train_data,
@@ -108,20 +110,20 @@ class TaskConfig:
     encoder: str | None = None
     train_data: str | None = None
     validation_data: str | None = None
-    heads: tuple[HeadConfig, ...] = (HeadConfig(),)
+    heads: tuple[HeadConfig, ...] = (HeadConfig(),)  # what is learned, all at once
     max_length: int = 128
     balanced: str | None = None
     dropout: float = 0.1
     dtype: str = "float32"
-    seed: int = 0
-    num_steps: int = 300
-    batch_size: int = 16
-    accumulation: int = 1
+    seed: int = 0  # of the heads, dropout and the order of the examples
+    num_steps: int = 300  # updates of the whole run
+    batch_size: int = 16  # examples of a step, over all devices
+    accumulation: int = 1  # parts of a batch that are computed one after another
     patience: int | None = None
     optimizer: OptimizerConfig = dataclasses.field(
         default_factory=lambda: OptimizerConfig(beta2=0.999, weight_decay=0.01))
     schedule: ScheduleConfig = dataclasses.field(
-        default_factory=lambda: ScheduleConfig("linear", 5e-5, warmup_steps=30, final_fraction=0.0))
+        default_factory=lambda: ScheduleConfig("linear", 5e-5, warmup_steps=0.1, final_fraction=0.0))
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
@@ -143,6 +145,7 @@ class TaskConfig:
 
     def validate(self) -> None:
         """Raises ValueError, naming the field and a fix, for a task that cannot be."""
+        check_types(self)
         if not self.heads:
             raise ValueError("heads: expected at least one HeadConfig, got none")
         for index, head in enumerate(self.heads):

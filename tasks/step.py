@@ -36,12 +36,14 @@ def make_task_step(
                 gradient, letters, zero=program.layout.zero >= 1),
             gradients, program.letters)
         updates, optimizer_state = program.optimizer.update(
-            gradients, state.optimizer_state, state.params)
+            gradients, state.optimizer_state, state.params, step=state.step)
         params = optax.apply_updates(state.params, updates)
         metrics = {f"loss_{name}": loss for name, loss in losses.items()} | {
             "loss": weighted(config, losses),
             "gradient_norm": optax.tree.norm(gradients),
             "learning_rate": program.schedule(state.step),
+            "real_tokens": sum((rows.segments_BT != 0).sum(dtype=jnp.float32)
+                               for rows in (batch.rows, batch.second) if rows is not None),
         }
         return TrainState(state.step + 1, params, optimizer_state, None), metrics
 

@@ -24,7 +24,7 @@ from batiste.tasks.rows import Encoded, TaskBatch, encode
 from batiste.tasks.step import Answers, joined, make_answers, make_task_step, weighted
 from batiste.train import (
     Checkpoints, Ledger, MetricsWriter, Progress, Records, Run, TrainState, arrays_of,
-    check_mode, check_same, compilation_booked, fit, last_saved, make_program,
+    check_mode, check_same, compilation_booked, fit, make_program,
 )
 
 # These change where a step is computed and what is recorded, not what it computes.
@@ -165,7 +165,7 @@ def tune(
     with (Ledger(workdir) as ledger, compilation_booked(ledger),
           contextlib.closing(Checkpoints(workdir, config.checkpoint, ledger.write)) as checkpoints):
         found = checkpoints.newest_verified()
-        check_mode(resume, found, last_saved(workdir), str(workdir))
+        check_mode(resume, found, workdir)
         meta: dict[str, Any] = {"validation": [], **identity}
         if found.step is None:
             state = task.begin()
@@ -192,13 +192,12 @@ def _fit(
     config, (checkpoints, ledger, workdir) = task.config, places
     step = int(state.step)
     metrics = MetricsWriter(workdir, step)
-    progress = Progress(
-        config.num_steps, tokens_per_step=config.batch_size * config.max_length,
-        flops_per_token=0.0, peak_flops=None)
+    metrics.say_what_is_missing(ledger)
+    progress = Progress(config.num_steps, flops_per_token=0.0, peak_flops=None)
     run = Run(
         train_step=task.train_step, batches=task.batches(step),
-        evaluate=lambda state: weighted(
-            config, task.answers(state.params, config.evaluation.max_batches).losses),
+        evaluate=lambda state: {"loss": weighted(
+            config, task.answers(state.params, config.evaluation.max_batches).losses)},
         last_step=config.num_steps)
     try:
         return fit(config.train, state, run, Records(checkpoints, metrics, progress, ledger, meta))

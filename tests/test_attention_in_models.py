@@ -9,9 +9,12 @@ import pytest
 from flax import nnx
 from jax.experimental.pallas import tpu as pltpu
 
+from batiste.configs import quickstart
 from batiste.configs.experiment import Experiment
 from batiste.inference import SamplingConfig, generate
-from batiste.models import Transformer, resolve_attention
+from batiste.models import Transformer, attention_choice, resolve_attention
+from batiste.pallas_kernels import AttentionMask, flash_attention, reference_attention
+from batiste.pallas_kernels.attention import chip_named
 from batiste.sharding import MeshConfig, make_mesh
 from batiste.train import ObjectiveConfig
 from batiste.train.objectives import batch_loss
@@ -109,7 +112,7 @@ def test_decoding_with_kernels_gives_the_references_tokens(models, interpreted, 
     if head_dim != 64:
         configs = [dataclasses.replace(model.config, head_dim=head_dim) for model in models]
         models = [Transformer(each, rngs=nnx.Rngs(3)) for each in configs]
-    expected, actual = (list(generate(model, prompts, 0, config)) for model in models)
+    expected, actual = (list(generate(model, prompts, (0,), config)) for model in models)
     assert actual == expected
 
 
@@ -137,6 +140,35 @@ def test_a_kernel_asked_for_by_name_is_that_kernel_or_an_error(model_config):
     with pytest.raises(ValueError, match="head dim 320: the nearest certified one is 256"):
         wide = dataclasses.replace(config, head_dim=320)
         resolve_attention(wide, "TPU v6 lite", NO_AXES)
-    with pytest.raises(ValueError, match="must be settled"):
-        auto = Transformer(dataclasses.replace(model_config, attention="auto"), rngs=nnx.Rngs(0))
-        auto(jnp.zeros((1, 4), jnp.int32))
+
+
+def test_a_model_alone_with_a_presets_config_runs_and_says_once_how(capsys):
+    attention_choice._say_once.cache_clear()
+    config = dataclasses.replace(quickstart.get_config().model, num_layers=2, vocab_size=40)
+    assert config.attention == "auto"
+    tokens_BT = jnp.arange(8, dtype=jnp.int32).reshape(2, 4)
+    found = Transformer(config, rngs=nnx.Rngs(0))(tokens_BT)
+    explicit = dataclasses.replace(config, attention="reference")
+    assert (found == Transformer(explicit, rngs=nnx.Rngs(0))(tokens_BT)).all()
+    nnx.jit(lambda model: model(tokens_BT[:1]))(Transformer(config, rngs=nnx.Rngs(0)))
+    said = capsys.readouterr().err
+    assert said == "attention: reference (no kernel is certified for cpu)\n"
+
+
+def test_flash_attention_needs_four_arguments_and_knows_the_names_of_devices():
+    q_BTNH = jax.random.normal(jax.random.key(0), (1, 20, 2, 64))
+    k_BSKH, v_BSKH = jax.random.normal(jax.random.key(1), (2, 1, 20, 1, 64))
+    mask = AttentionMask(causal=True)
+    out_BTNH, lse_BTN = flash_attention(q_BTNH, k_BSKH, v_BSKH, mask, chip="h100", interpret=True)
+    expected_BTNH, expected_BTN = reference_attention(
+        q_BTNH, k_BSKH, v_BSKH, mask, scale=64**-0.5, soft_cap=None, sinks_N=None,
+        alibi_slopes_N=None, dropout_rate=0.0, dropout_seeds_BN=None)
+    np.testing.assert_allclose(out_BTNH, expected_BTNH, atol=2e-5)
+    np.testing.assert_allclose(lse_BTN, expected_BTN, atol=2e-5)
+    for name, chip in (("h100", "hopper"), ("H200", "hopper"), ("a100", "ampere"), ("v6e", "v6e"),
+                       ("TPU v5 lite", "v5e"), ("hopper", "hopper"), ("tpu7x", "tpu7x")):
+        assert chip_named(name) == chip
+    with pytest.raises(ValueError, match="chip='auto': no kernel is certified for cpu; expected"):
+        flash_attention(q_BTNH, k_BSKH, v_BSKH, mask)
+    with pytest.raises(ValueError, match="chip='t4': no kernel"):
+        flash_attention(q_BTNH, k_BSKH, v_BSKH, mask, chip="t4")

@@ -31,9 +31,9 @@ def model(model_config) -> Transformer:
     return nnx.merge(graphdef, params)
 
 
-def rows_of(model, prompts, config, stop_id=-1) -> list[list[int]]:
+def rows_of(model, prompts, config, stop_ids=()) -> list[list[int]]:
     """Everything that each prompt is continued with."""
-    steps = list(generate(model, prompts, stop_id, config))
+    steps = list(generate(model, prompts, stop_ids, config))
     return [[token for token in row if token is not None] for row in zip(*steps)]
 
 
@@ -60,7 +60,7 @@ def test_a_batch_of_unequal_prompts_equals_the_first_row_alone(model, config):
 def test_rows_end_at_the_stop_token_and_at_the_end_of_the_model(model):
     rows = rows_of(model, PROMPTS, GREEDY)
     stop = rows[0][2]
-    stopped = rows_of(model, PROMPTS, GREEDY, stop_id=stop)
+    stopped = rows_of(model, PROMPTS, GREEDY, stop_ids=(stop,))
     for row, short in zip(rows, stopped):
         assert short == (row[: row.index(stop)] if stop in row else row)
     endless = rows_of(model, PROMPTS, dataclasses.replace(GREEDY, max_tokens=None))
@@ -69,9 +69,9 @@ def test_rows_end_at_the_stop_token_and_at_the_end_of_the_model(model):
 
 def test_prompts_that_do_not_fit_are_refused(model):
     with pytest.raises(ValueError, match="expected 1 to 15.*model.max_length=16"):
-        next(generate(model, [[1] * 16], 0, GREEDY))
+        next(generate(model, [[1] * 16], (0,), GREEDY))
     with pytest.raises(ValueError, match="expected 1 to 15"):
-        next(generate(model, [[]], 0, GREEDY))
+        next(generate(model, [[]], (0,), GREEDY))
 
 
 def draws(config, logits, count=4000):

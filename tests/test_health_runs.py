@@ -115,9 +115,9 @@ def test_rolling_back_ends_as_good_as_if_it_had_never_been(run):
     assert healed.validation.loss == pytest.approx(unharmed.validation.loss, rel=0.01)
     (decision,), (finding,) = events(workdir, "decision"), events(workdir, "finding")
     assert finding["kind"] == "data_fault" and finding["step"] == POISON
-    assert (decision["to"], decision["skip"]) == (30, [36, 40])
+    assert (decision["to"], decision["skip_records"]) == (30, [8 * 36, 8 * 40])
     meta = json.loads((workdir / "checkpoints" / str(STEPS) / "meta.json").read_text())
-    assert [fields["skip"] for fields in meta["decisions"]] == [[36, 40]]
+    assert [fields["skip_records"] for fields in meta["decisions"]] == [[8 * 36, 8 * 40]]
 
     (found,) = diagnose(workdir)
     assert (found.kind, found.step) == ("data_fault", POISON) and len(found.examples) == 8

@@ -16,6 +16,7 @@ from tensorboardX.proto import event_pb2
 from tensorboardX.proto.plugin_hparams_pb2 import HParamsPluginData
 
 from batiste.train import progress as progress_module
+from batiste.train.ledger import Ledger, read_ledger
 from batiste.train.metrics import MetricsWriter, read_metrics
 from batiste.train.progress import Progress, duration, mfu_formula_line
 from batiste.train.samples import write_samples
@@ -163,7 +164,7 @@ def clock(monkeypatch):
 
 
 def progress(stream, peak_flops=1e12):
-    return Progress(1000, tokens_per_step=512, flops_per_token=1e7, peak_flops=peak_flops,
+    return Progress(1000, flops_per_token=1e7, peak_flops=peak_flops,
                     stream=stream)
 
 
@@ -171,11 +172,11 @@ def test_progress_rates_leave_out_the_first_step(clock):
     bar = progress(io.StringIO())
     assert bar.tokens_per_second is None
     clock.now += 300  # compilation
-    bar.update(401, 3.0)
+    bar.update(401, 3.0, 512)
     assert bar.tokens_per_second is None and bar.mfu is None
     for step in range(402, 412):
         clock.now += 0.5
-        bar.update(step, 3.0)
+        bar.update(step, 3.0, 512)
     assert bar.steps_per_second == pytest.approx(2.0)
     assert bar.tokens_per_second == pytest.approx(1024)
     assert bar.mfu == pytest.approx(1024 * 1e7 / 1e12)
@@ -185,7 +186,7 @@ def test_progress_on_a_terminal_rewrites_one_line(clock):
     stream = Terminal()
     bar = progress(stream)
     for step in (500, 501):
-        bar.update(step, 3.25)
+        bar.update(step, 3.25, 512)
         clock.now += 0.5
     bar.close()
     assert stream.getvalue() == (
@@ -197,7 +198,7 @@ def test_progress_in_a_log_is_a_plain_line_now_and_then_and_at_the_end(clock):
     stream = io.StringIO()
     bar = progress(stream, peak_flops=None)
     for step in range(971, 1001):
-        bar.update(step, 3.0)
+        bar.update(step, 3.0, 512)
         clock.now += 1
     bar.close()
     lines = stream.getvalue().splitlines()
@@ -278,9 +279,47 @@ def test_smoothing_follows_a_line_to_both_ends_and_damps_noise():
 def test_a_note_stays_between_the_states_of_the_run():
     for stream, erase in ((io.StringIO(), ""), (Terminal(), "\r\x1b[K")):
         progress = Progress(
-            9, tokens_per_step=5, flops_per_token=1.0, peak_flops=None, stream=stream)
+            9, flops_per_token=1.0, peak_flops=None, stream=stream)
         progress.note("validation loss 3.5")
         assert stream.getvalue() == f"{erase}validation loss 3.5\n"
+
+
+def test_a_step_is_recorded_once_and_what_is_missing_is_said_and_written_down(tmp_path, capsys):
+    write_run(tmp_path, 0, 12)
+    path = tmp_path / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    assert len(lines) == 13
+    # Steps 3, 4 and 9 are gone; 6 and 7 are there twice, written by two runs at once.
+    path.write_text("".join([*lines[:2], *lines[4:6], lines[6].replace(":3", ":5"), *lines[5:8],
+                             *lines[9:]]))
+    with Ledger(tmp_path) as ledger:
+        ledger.begin()
+        writer = MetricsWriter(tmp_path, 12)
+        writer.say_what_is_missing(ledger)
+        writer.close()
+    assert [r["step"] for r in read_metrics(tmp_path) if r["kind"] == "train"] == [
+        1, 2, 5, 6, 7, 8, 10, 11, 12]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "it lacks steps 3-4, 9 and 2 of its records were there twice" in line
+    (event,) = [event for event in read_ledger(tmp_path) if event["event"] == "records"]
+    assert (event["missing"], event["repeated"]) == ([[3, 4], [9, 9]], 2)
+    # All of it gone, and a run of which nothing is.
+    path.unlink()
+    writer = MetricsWriter(tmp_path, 12)
+    assert writer.missing == [[1, 12]]
+    writer.close()
+    write_run(tmp_path, 0, 12)
+    writer = MetricsWriter(tmp_path, 5)
+    assert (writer.missing, writer.repeated) == ([], 0)
+    writer.close()
+
+
+def test_a_rate_is_of_the_tokens_that_each_step_had(clock):
+    bar = progress(io.StringIO())
+    for step, tokens in enumerate((900, 300, 500, 100), start=1):
+        clock.now += 0.5
+        bar.update(step, 3.0, tokens)
+    assert bar.tokens_per_second == pytest.approx((300 + 500 + 100) / 1.5)
 
 
 def look(step, layers=2):

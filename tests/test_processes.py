@@ -19,6 +19,7 @@ import time
 import jax
 import numpy as np
 import pytest
+from jax._src import distributed
 
 from batiste.exit_codes import LOST_PEER
 from batiste.main import evaluate, generate, load_experiment, train
@@ -41,9 +42,9 @@ def get_config(arg):
 PROGRAM = """
 import json, pathlib, sys
 from jax.experimental import multihost_utils
-from batiste import main, sharding
+from batiste import assembly, main, sharding
 from batiste.data import order
-from test_processes import experiment, program_checks
+from test_processes import connected_groups, experiment, program_checks
 
 address, index, corpus, workdir = sys.argv[1:]
 sharding.connect(address, 2, int(index))
@@ -51,10 +52,13 @@ asked, ask = [], multihost_utils.reached_preemption_sync_point
 multihost_utils.reached_preemption_sync_point = lambda at: (asked.append(at), ask(at))[1]
 read, drawn_at = [], order.Order.drawn_at
 order.Order.drawn_at = lambda self, at: (read.extend(at.tolist()), drawn_at(self, at))[1]
+connect_groups, cliques = assembly.connect_groups, []
+assembly.connect_groups = lambda mesh: (connect_groups(mesh), cliques.append(connected_groups()))
 result = main.train(experiment(corpus, "zero"), workdir)
+cliques.append(connected_groups())
 evaluated = main.evaluate(workdir)
 found = {"read": read, "asked": asked, "result": list(result), "evaluated": list(evaluated),
-         **program_checks(pathlib.Path(workdir))}
+         "cliques": cliques, **program_checks(pathlib.Path(workdir))}
 pathlib.Path(f"{workdir}_{index}.json").write_text(json.dumps(found))
 """
 STEPS = 10
@@ -68,6 +72,12 @@ def experiment(corpus: str, mesh: str):
     experiment.train.num_steps = 5000 if mesh == "tensor" else STEPS
     experiment.train.checkpoint.every = 5000 if mesh == "tensor" else 5
     return experiment
+
+
+def connected_groups() -> list[str]:
+    """The groups of devices that gloo has connected, as it names them to the other processes."""
+    client = distributed.global_state.client
+    return sorted({key.rsplit("/", 1)[0] for key, _ in client.key_value_dir_get_bytes("cpu:gloo/")})
 
 
 def budget(experiment, steps: int) -> float:
@@ -269,6 +279,13 @@ def test_each_process_asks_after_each_step_whether_to_stop_and_nobody_else_does(
     """What the preemption service is asked about has no gap, or a signal could fall into it."""
     for found in program[1]:
         assert found["asked"] == list(range(1, STEPS + 2))
+
+
+def test_no_group_of_devices_is_connected_after_the_start(program):
+    """Where one is, the others wait 30 s for a process that still compiles, and end the run."""
+    for found in program[1]:
+        at_the_start, *_, at_the_end = found["cliques"]
+        assert at_the_start == at_the_end and len(at_the_start) > 1
 
 
 def test_shares_of_meshes_that_mix_the_processes(program):

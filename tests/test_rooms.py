@@ -14,7 +14,7 @@ from batiste.models import Transformer, letters_tree
 from batiste.sharding import ALPHABET
 
 ROOT = pathlib.Path(__file__).parents[1]
-# A room may import the rooms named for it, and nothing else of batiste.
+# A room may import fields.py and the rooms named for it, and nothing else of batiste.
 MAY_IMPORT = {
     "pallas_kernels": set(),
     "sharding": set(),
@@ -51,7 +51,12 @@ def test_imports_flow_one_way(path, room):
             assert name != "batiste", f"{path} imports the whole package"
             continue
         target = name.split(".")[1]
-        assert target == room or target in MAY_IMPORT[room], f"{path} imports {name}"
+        allowed = {room, "fields", *MAY_IMPORT[room]}
+        assert target in allowed, f"{path} imports {name}"
+
+
+def test_the_base_of_all_configs_imports_nothing_of_batiste():
+    assert not any(name.startswith("batiste") for name in imported_modules(ROOT / "fields.py"))
 
 
 def test_every_room_is_installed_and_listed():

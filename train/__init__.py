@@ -8,17 +8,20 @@ import importlib
 
 _MODULES = {
     "account": ("Account", "read_account"),
+    "batch_sizes": ("batch_sizes_of", "records_before", "with_batch_size"),
     "checkpoint": ("Checkpoints",),
     "decisions": (
-        "Decision", "RollBack", "decide", "decided", "decisions_of", "roll_back", "skipped",
-        "start_of", "steered",
+        "Decision", "RollBack", "all_decisions", "decide", "decided", "decisions_of", "roll_back",
+        "skipped", "start_of", "steered",
     ),
     "diagnosis": ("diagnose", "write_diagnosis"),
     "faults": ("faulty_batches", "parse_fault"),
+    "finished": ("FINISHED", "measured_at_end", "why_ended"),
     "config": ("ObjectiveConfig", "TrainConfig"),
     "flops": ("flops_per_token", "total_peak_flops"),
     "ledger": ("Ledger", "compilation_booked", "last_saved"),
     "lines": ("complain",),
+    "lock": ("work_directory_lock",),
     "loop": ("Records", "Run", "fit"),
     "manifest": ("Found",),
     "metrics": ("MetricsWriter",),

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from batiste.fields import Config, check_types
 from batiste.train.faults import parse_fault
 from batiste.train.health import HealthConfig
 from batiste.train.local_steps import LocalStepsConfig
@@ -11,8 +12,8 @@ from batiste.train.schedule import ScheduleConfig, make_schedule
 
 
 @dataclasses.dataclass
-class ObjectiveConfig:
-    """The loss: label_smoothing in [0, 1), z_loss weight (arXiv:2204.02311), tokens per chunk.
+class ObjectiveConfig(Config):
+    """The loss, and how much of it is computed at a time.
 
     loss_chunk: logits are computed for so many positions of each row at a time, and never all at
     once; None computes all.
@@ -21,8 +22,8 @@ class ObjectiveConfig:
     balance_loss, router_z_loss: weights of the losses of each layer's router (models/router.py).
     """
 
-    label_smoothing: float = 0.0
-    z_loss: float = 0.0
+    label_smoothing: float = 0.0  # share of the target that all tokens get alike, in [0, 1)
+    z_loss: float = 0.0  # weight of the squared log of the softmax's sum (arXiv:2204.02311)
     loss_chunk: int | None = None
     fused: bool = False
     balance_loss: float = 0.0
@@ -30,47 +31,47 @@ class ObjectiveConfig:
 
 
 @dataclasses.dataclass
-class CheckpointConfig:
+class CheckpointConfig(Config):
     """When to save: every `every` steps. What to keep: the last `keep`, and more if asked.
 
     keep_every: also each step that is a multiple. keep_best: also so many of the lowest validation
     loss. max_failures: so many saves that fail in a row stop the run; None never does.
     """
 
-    every: int = 100
-    keep: int = 2
+    every: int = 100  # steps between two checkpoints
+    keep: int = 2  # the last so many are kept
     keep_every: int | None = None
     keep_best: int | None = None
     max_failures: int | None = 5
 
 
 @dataclasses.dataclass
-class EvaluationConfig:
+class EvaluationConfig(Config):
     """When to measure the validation loss: every `every` steps, over at most `max_batches`."""
 
-    every: int = 100
-    max_batches: int | None = None
+    every: int = 100  # steps between two measurements of the validation loss
+    max_batches: int | None = None  # batches of a measurement; None: all there are
 
 
 @dataclasses.dataclass
-class StopConfig:
+class StopConfig(Config):
     """Early stopping: after `patience` evaluations without a better loss; at a budget of FLOPs."""
 
-    patience: int | None = None
-    flops: float | None = None
+    patience: int | None = None  # evaluations without a better validation loss; None: no limit
+    flops: float | None = None  # floating-point operations of the whole run; None: no limit
 
 
 @dataclasses.dataclass
-class TrainConfig:
+class TrainConfig(Config):
     """`batch_size` is in sequences, over all devices; `accumulation` splits it in time.
 
     faults: what to do to a run on purpose (train/faults.py).
     """
 
-    seed: int = 0
-    num_steps: int = 1000
-    batch_size: int = 16
-    accumulation: int = 1
+    seed: int = 0  # of the initial parameters, dropout and what else is drawn in a step
+    num_steps: int = 1000  # updates of the whole run
+    batch_size: int = 16  # sequences of a step, over all devices
+    accumulation: int = 1  # parts of a batch that are computed one after another
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = dataclasses.field(default_factory=ScheduleConfig)
     objective: ObjectiveConfig = dataclasses.field(default_factory=ObjectiveConfig)
@@ -89,6 +90,7 @@ class TrainConfig:
 
     def validate(self) -> None:
         """Raises ValueError, naming the field and a fix, for a run that cannot be."""
+        check_types(self, "train.")
         self.optimizer.validate()
         make_schedule(self.schedule, self.num_steps)
         self.loss_scale.validate()

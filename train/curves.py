@@ -1,6 +1,5 @@
 """Curves and heat maps of a run from its records, few enough points for a page to draw quickly."""
 
-import json
 import math
 import pathlib
 from collections.abc import Sequence
@@ -8,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from batiste.data.json_files import parse_json
+from batiste.train.event_kinds import check_record
 from batiste.train.metrics import HEALTH, METRICS_FILE
 from batiste.train.report import smoothed
 
@@ -22,16 +23,17 @@ Curve = dict[str, list]  # {"step": [...], "value": [...]}
 
 
 def read_records(workdir: pathlib.Path) -> list[dict[str, Any]]:
-    """All records of metrics.jsonl, of whatever kind, as they are; what is no record is left out."""
+    """All records of metrics.jsonl, of whatever kind, as they are; torn lines are left out."""
     path = pathlib.Path(workdir, METRICS_FILE)
     records = []
-    for line in path.read_bytes().split(b"\n") if path.is_file() else ():
+    for number, line in enumerate(path.read_bytes().split(b"\n") if path.is_file() else (), start=1):
+        where = f"{path}, line {number}"
         try:
-            record = json.loads(line)
+            record = parse_json(line, where, Any)
         except ValueError:
             continue
-        if isinstance(record, dict) and isinstance(record.get("step"), int):
-            records.append(record)
+        check_record(record, where)
+        records.append(record)
     return records
 
 
@@ -56,7 +58,8 @@ def curves_of(records: list[dict[str, Any]]) -> dict[str, Curve]:
 
 def tokens_of(records: list[dict[str, Any]]) -> tuple[Curve, float]:
     """How many tokens had been trained on by which step, thinned, and in all."""
-    train = {record["step"]: as_number(record.get("tokens")) or 0.0
+    # Records of before padding was left out count the targets that have a weight.
+    train = {record["step"]: as_number(record.get("real_tokens", record.get("tokens"))) or 0.0
              for record in records if record.get("kind") == "train"}
     steps = sorted(train)
     sums = np.cumsum([train[step] for step in steps]) if steps else np.zeros(1)

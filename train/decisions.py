@@ -12,6 +12,7 @@ from typing import Any
 import jax
 
 from batiste.data import position
+from batiste.train.batch_sizes import records_before
 from batiste.train.findings import Finding
 from batiste.train.ledger import LEDGER_FILE, Ledger, read_ledger
 
@@ -23,24 +24,32 @@ MOST = 3  # Roll-backs for one class to one step, before the run gives up.
 class Decision:
     """One action. kind, step: of the finding.
 
-    action: "roll_back" or "lower". to: the step that a roll-back goes to, 0 for the start. skip:
-    positions [start, stop) of batches that are no longer read. since: the first step whose learning
-    rate is lowered.
+    action: "roll_back" or "lower". to: the step that a roll-back goes to, 0 for the start.
+    skip_records: places [start, stop) in the order of the records, which are no longer read. since:
+    the first step whose learning rate is lowered.
     """
 
     action: str
     kind: str
     step: int
     to: int | None = None
-    skip: tuple[int, int] | None = None
+    skip_records: tuple[int, int] | None = None
     since: int | None = None
 
     @classmethod
     def of(cls, fields: dict[str, Any]) -> "Decision":
-        """The decision of a dict as JSON makes it, other fields left out."""
-        known = {field.name: fields[field.name] for field in dataclasses.fields(cls)}
-        skip = known["skip"]
-        return cls(**known | {"skip": None if skip is None else tuple(skip)})
+        """The decision of a dict as JSON makes it, other fields left out.
+
+        Raises ValueError for one of a version that counted batches and not records.
+        """
+        if fields.get("skip") is not None:
+            raise ValueError(
+                f"the decision to {fields['action']} because of {fields['kind']} at step "
+                f"{fields['step']} is from a version of Batiste that counted the batches to skip and "
+                "not the records: continue this run with that version, or choose another --workdir")
+        known = {field.name: fields.get(field.name) for field in dataclasses.fields(cls)}
+        skip = known["skip_records"]
+        return cls(**known | {"skip_records": None if skip is None else tuple(skip)})
 
 
 class RollBack(Exception):
@@ -70,8 +79,8 @@ def learning_rate_factor(decisions: Sequence[Decision], step: int) -> float:
 
 
 def skipped(decisions: Sequence[Decision]) -> list[tuple[int, int]]:
-    """The positions that are not read."""
-    return [decision.skip for decision in decisions if decision.skip is not None]
+    """The places of records that are not read."""
+    return [decision.skip_records for decision in decisions if decision.skip_records is not None]
 
 
 def steered(
@@ -100,12 +109,14 @@ def lower(finding: Finding) -> Decision:
 
 
 def roll_back(
-    finding: Finding, saved: Sequence[int], decisions: Sequence[Decision], back: int
+    finding: Finding, saved: Sequence[int], decisions: Sequence[Decision], back: int,
+    sizes: list[list[int]],
 ) -> Decision:
     """To go back at least `back` steps from a finding, and never to read their batches again.
 
     saved: steps that have a checkpoint. Where none is old enough it is the oldest, and the start of
-    the run where there is none at all. Raises ValueError if that has been tried before.
+    the run where there is none at all. sizes: of the run's batches (train/batch_sizes.py). Raises
+    ValueError if that has been tried before.
     """
     old = [step for step in saved if step <= finding.step - back]
     older = [step for step in saved if step < finding.step]
@@ -118,7 +129,8 @@ def roll_back(
         )
     windows = skipped(decisions)
     first = max(to, finding.step - back)
-    window = position(first, windows), position(finding.step - 1, windows) + 1
+    start, stop = (records_before(sizes, step) for step in (first, finding.step))
+    window = int(position(start, windows)), int(position(stop - 1, windows)) + 1
     return Decision("roll_back", finding.kind, finding.step, to, window)
 
 
@@ -128,6 +140,16 @@ def decided(workdir: pathlib.Path) -> list[Decision]:
         return []
     events = read_ledger(workdir)
     return [Decision.of(event) for event in events if event["event"] == "decision"]
+
+
+def all_decisions(stored: Sequence[Decision], written: Sequence[Decision]) -> list[Decision]:
+    """Every decision about a run, of its checkpoint and of its ledger, of which lines may be gone.
+
+    stored: the decisions in the checkpoint, which is never ahead of a ledger that is whole.
+    """
+    if list(written[: len(stored)]) == list(stored):
+        return list(written)
+    return [*stored, *(decision for decision in written if decision not in stored)]
 
 
 def start_of(

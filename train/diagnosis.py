@@ -8,11 +8,22 @@ import numpy as np
 
 from batiste.train.detector import Detector
 from batiste.train.findings import Finding
+from batiste.train.health import HealthConfig
 from batiste.train.ledger import LEDGER_FILE, read_ledger
 from batiste.train.metrics import read_all
 from batiste.train.run_data import read_flat_config
 from batiste.train.thinning import is_thinned
 
+# What is read of a run's config, without the config classes of later rooms.
+CONFIG = {
+    "model": {"dropout": float, "num_experts": int | None, "experts_per_token": int},
+    "train": {
+        "num_steps": int, "schedule": {"learning_rate": float, "warmup_steps": float},
+        "health": {"every": int | None, "window": int}, "objective": {"balance_loss": float},
+        "optimizer": {"clip_norm": float | None, "weight_decay": float, **{
+            f"{group}_multiplier": float for group in ("embedding", "head", "matrix", "vector")}},
+    },
+}
 DIAGNOSIS_FILE = "doctor.md"
 PICTURE_FILE = "doctor.png"
 
@@ -24,11 +35,12 @@ def diagnose(workdir: str | os.PathLike) -> list[Finding]:
     data. Raises ValueError where there is no run.
     """
     workdir = pathlib.Path(workdir)
-    settings = read_flat_config(workdir)
+    settings = read_flat_config(workdir, CONFIG)
     if not settings:
         raise ValueError(f"workdir={workdir}: no config.json there, so no run; expected the "
                          "--workdir of a `batiste train`")
     found = {(finding.kind, finding.step): finding for finding in _written(workdir)}
+    HealthConfig(settings["train.health.every"], settings["train.health.window"]).validate()
     if settings["train.health.every"] is not None:
         detector = Detector(settings)
         records = read_all(workdir)
@@ -36,16 +48,26 @@ def diagnose(workdir: str | os.PathLike) -> list[Finding]:
         last = max((record["step"] for record in records
                     if record["kind"] == "health" and is_thinned(record)), default=-1)
         for record in records:
-            new = []
-            if record["kind"] == "health" and record["step"] <= last:
-                detector.remember(record)
-            elif record["kind"] == "health":
-                new = detector.observe(record)
-            elif record["kind"] == "validation":
-                new = detector.observe_validation(record["step"], record["loss"])
+            try:
+                new = _look(detector, record, record["step"] > last)
+            except (LookupError, TypeError, ValueError) as error:
+                raise ValueError(
+                    f"{workdir}/metrics.jsonl: the {record['kind']} record of step {record['step']} "
+                    f"does not go with those before: {type(error).__name__}: {error}") from error
             for finding in new:
                 found.setdefault((finding.kind, finding.step), finding)
     return sorted(found.values(), key=lambda finding: finding.step)
+
+
+def _look(detector: Detector, record: dict[str, Any], whole: bool) -> list[Finding]:
+    """What the detector finds in a record of any kind; not `whole`: of a look its loss counts."""
+    if record["kind"] == "health" and not whole:
+        detector.remember(record)
+    elif record["kind"] == "health":
+        return detector.observe(record)
+    if record["kind"] == "validation":
+        return detector.observe_validation(record["step"], record["loss"])
+    return []
 
 
 def _written(workdir: pathlib.Path) -> list[Finding]:

@@ -4,6 +4,8 @@ import dataclasses
 import math
 from typing import Any
 
+from batiste.train.schedule import in_steps
+
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
@@ -68,14 +70,14 @@ def explain(symptom: Symptom, settings: dict[str, Any]) -> tuple[str, str]:
     cause, remedy = causes[symptom.variant] if isinstance(causes, dict) else causes
     rate = settings["train.schedule.learning_rate"]
     clip = settings["train.optimizer.clip_norm"]
+    warmup = in_steps(settings["train.schedule.warmup_steps"], settings["train.num_steps"])
     values = {
         "half_rate": f"--config.train.schedule.learning_rate={rate / 2:g}",
         "rate": f"{rate:g}",
         "less_rate": f"--config.train.schedule.learning_rate={rate / 10:g}",
         "more_rate": f"--config.train.schedule.learning_rate={rate * 2:g}",
         "clip": f"--config.train.optimizer.clip_norm={1.0 if clip is None else clip / 2:g}",
-        "warmup": "--config.train.schedule.warmup_steps="
-                  f"{max(2 * settings['train.schedule.warmup_steps'], 100)}",
+        "warmup": f"--config.train.schedule.warmup_steps={max(2 * warmup, 100)}",
         "decay": "--config.train.optimizer.weight_decay="
                  f"{max(2 * settings['train.optimizer.weight_decay'], 0.1):g}",
         "dropout": f"--config.model.dropout={max(0.1, settings['model.dropout']):g}",

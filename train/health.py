@@ -1,7 +1,9 @@
 """What can go wrong with a run, and what is done about it: the classes, their policies, a finding."""
 
 import dataclasses
+import math
 
+from batiste.fields import Config, check_types
 from batiste.train.schedule import check_choice
 from batiste.train.series import ENOUGH
 
@@ -48,7 +50,7 @@ def parse_policies(text: str) -> dict[str, str]:
 
 
 @dataclasses.dataclass
-class HealthConfig:
+class HealthConfig(Config):
     """How a run watches over itself.
 
     every: statistics are written and looked at every so many steps; None measures nothing, and the
@@ -65,8 +67,12 @@ class HealthConfig:
 
     def validate(self) -> None:
         """Raises ValueError, naming the field, if a field is out of its range."""
-        for field, least in (("every", 1), ("window", ENOUGH), ("roll_back", 1)):
+        check_types(self, "train.health.")
+        for field, least, most in (
+            ("every", 1, math.inf), ("window", ENOUGH, 100_000), ("roll_back", 1, math.inf),
+        ):
             value = getattr(self, field)
-            if value is not None and value < least:
-                raise ValueError(f"train.health.{field}={value}: expected at least {least}")
+            if value is not None and not least <= value <= most:
+                at_most = "" if most == math.inf else f" and at most {most}"
+                raise ValueError(f"train.health.{field}={value}: expected at least {least}{at_most}")
         parse_policies(self.policies)

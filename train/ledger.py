@@ -16,6 +16,8 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+from batiste.data.json_files import parse_json
+from batiste.train.event_kinds import check_event
 from batiste.train.lines import Lines, append
 
 LEDGER_FILE = "ledger.jsonl"
@@ -164,17 +166,25 @@ def note(workdir: str | os.PathLike, event: str, **fields: Any) -> None:
 def read_ledger(workdir: str | os.PathLike) -> list[dict[str, Any]]:
     """Returns the events of a work directory in file order; torn lines are left out.
 
-    Raises ValueError where there is no ledger.
+    A line says when to the microsecond, so that an equal one is a copy, and is left out too.
+
+    Raises ValueError where there is no ledger, and for an event that is not as it was written.
     """
     path = pathlib.Path(workdir, LEDGER_FILE)
     if not path.is_file():
         raise ValueError(f"workdir={workdir}: no {LEDGER_FILE} there, so no run; expected the "
                          "--workdir of a `batiste train`")
-    events = []
-    for line in path.read_bytes().split(b"\n"):
-        with contextlib.suppress(ValueError):
-            events.append(json.loads(line))
-    return [event for event in events if isinstance(event, dict) and "event" in event]
+    events: dict[bytes, dict[str, Any]] = {}
+    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+        where = f"{path}, line {number}"
+        try:
+            event = parse_json(line, where, Any, allow_nan=True)
+        except ValueError:
+            continue
+        if isinstance(event, dict) and "event" in event:
+            check_event(event, where)
+            events[line] = event
+    return list(events.values())
 
 
 def last_saved(workdir: str | os.PathLike) -> int | None:

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from batiste.fields import Config, check_types
 from batiste.sharding import constrain, per_device, spec
 from batiste.train.compression import COMPRESSIONS, decode, encode
 from batiste.train.precision import LossScale
@@ -27,12 +28,12 @@ from batiste.train.slices import all_gather_bytes, share, split_over_data, summe
 
 
 @dataclasses.dataclass
-class LocalStepsConfig:
+class LocalStepsConfig(Config):
     """How slices take steps of their own; steps None: they sum gradients in every step instead.
 
     steps: between exchanges; step train.num_steps exchanges too. Evaluation, generation and a run
-    that stops early see what the slices last agreed on. outer_learning_rate, outer_momentum
-    (Nesterov's): of the outer optimizer. compression: of what is exchanged (train/compression.py);
+    that stops early see what the slices last agreed on. outer_learning_rate, outer_momentum:
+    of the outer optimizer, SGD with Nesterov's momentum. compression: of what is exchanged (train/compression.py).
     kept_fraction: of the entries, by top_k.
     """
 
@@ -44,6 +45,7 @@ class LocalStepsConfig:
 
     def validate(self) -> None:
         """Raises ValueError, naming the field, if a field is out of its range."""
+        check_types(self, "train.local.")
         check_choice("train.local.compression", self.compression, COMPRESSIONS)
         if self.steps is not None and self.steps < 1:
             raise ValueError(f"train.local.steps: expected >= 1 or None, got {self.steps}")

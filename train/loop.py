@@ -10,6 +10,7 @@ import numpy as np
 
 from batiste.train.checkpoint import Checkpoints
 from batiste.train.config import TrainConfig
+from batiste.train.finished import out_of_patience
 from batiste.train.ledger import Ledger
 from batiste.train.metrics import MetricsWriter
 from batiste.train.progress import Progress
@@ -60,8 +61,11 @@ def fit(
     pending = None
     reason, ledger = "done", records.ledger
     step = first = int(jax.device_get(state.step))
+    last_step = run.last_step
+    if out_of_patience(records.meta["validation"], config.stop.patience):
+        reason, last_step = "patience", first
     with stop_requests() as stop_request, jax.transfer_guard("disallow"):
-        for step in range(first + 1, run.last_step + 1):
+        for step in range(first + 1, last_step + 1):
             ledger.enter("data wait")
             batch = next(run.batches)
             # While the device was still at the step before, nothing has waited for the data.
@@ -75,8 +79,8 @@ def fit(
             pending = (step, metrics)
 
             asked = stop_request()
-            last = step == run.last_step or asked is not None
-            evaluation_due = step % config.evaluation.every == 0 or step == run.last_step
+            last = step == last_step or asked is not None
+            evaluation_due = step % config.evaluation.every == 0 or step == last_step
             save_due = step % config.checkpoint.every == 0 or records.checkpoints.failed(step)
             if not (last or evaluation_due or save_due):
                 continue
@@ -91,7 +95,7 @@ def fit(
                 records.meta["validation"].append([step, loss])
                 if records.monitor is not None:
                     records.monitor.validated(step, loss)
-                if _out_of_patience(records.meta["validation"], config.stop.patience):
+                if out_of_patience(records.meta["validation"], config.stop.patience):
                     reason, last = "patience", True
             if last or save_due:
                 ledger.enter("save blocked")
@@ -115,7 +119,9 @@ def _record(records: Records, step: int, metrics: dict[str, jax.Array]) -> None:
     }
     values = {name: float(np.mean(value)) for name, value in jax.device_get(shown).items()}
     records.ledger.reached(step)
-    records.progress.update(step, values["loss"])
+    tokens = values["real_tokens"]
+    records.meta["tokens"] = records.meta.get("tokens", 0) + round(tokens)
+    records.progress.update(step, values["loss"], tokens)
     rate = records.progress.tokens_per_second
     if rate is not None:
         values["tokens_per_second"] = rate
@@ -131,11 +137,3 @@ def _record(records: Records, step: int, metrics: dict[str, jax.Array]) -> None:
             f"train.optimizer.clip_norm; the last checkpoint is of step "
             f"{records.checkpoints.latest_step}"
         )
-
-
-def _out_of_patience(validation: list[list[float]], patience: int | None) -> bool:
-    """Whether the best loss is `patience` evaluations old."""
-    if patience is None:
-        return False
-    best = min(range(len(validation)), key=lambda index: validation[index][1])
-    return len(validation) - 1 - best >= patience

@@ -33,7 +33,9 @@ class LossRules:
     def __init__(self, window: int, total: int, next_tokens: bool = False):
         self._next_tokens = next_tokens
         self._batches, self._again = collections.deque(maxlen=window), 0
-        self._loss, self._rows = Series(window), Series(window)
+        self._loss = Series(window)
+        # By look: their number changes with the batch size.
+        self._rows: collections.deque[np.ndarray] = collections.deque(maxlen=window)
         self._block = max(BLOCK[0], 4 * window, int(BLOCK[1] * total))
         self._odd = collections.deque(maxlen=window)
         self._losses: list[float] = []
@@ -88,7 +90,7 @@ class LossRules:
 
     def _usual_row(self) -> tuple[float, float]:
         """Median and robust standard deviation of the rows of a window."""
-        past = self._rows.all
+        past = np.concatenate(self._rows)
         median = float(np.median(past))
         return median, max(NORMAL * float(np.median(np.abs(past - median))), LEAST * median)
 
@@ -105,7 +107,7 @@ class LossRules:
                 evidence = {"loss": loss, "median": median, "standard deviations": z}
                 found.append(Symptom("loss_spike", evidence, rows=tuple(map(int, worst[:4]))))
         self._loss.push(np.array(loss))
-        self._rows.push(np.array(record["row_loss"]))
+        self._rows.append(np.array(record["row_loss"]))
         self.remember(loss)
         return found + self._plateau()
 

@@ -10,15 +10,19 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
-from batiste.train.lines import Lines
+from batiste.data.json_files import parse_json
+from batiste.train.event_kinds import check_record
+from batiste.train.ledger import Ledger
+from batiste.train.lines import Lines, complain
 from batiste.train.thinning import EVERY, thin
 
 METRICS_FILE = "metrics.jsonl"
 KINDS = ("train", "validation")
 HEALTH = "health"
+SAID_AT_MOST = 4  # Ranges of steps, in a line.
 
 
 def read_metrics(workdir: str | os.PathLike) -> list[dict[str, Any]]:
@@ -50,7 +54,8 @@ def read_all(workdir: str | os.PathLike) -> list[dict[str, Any]]:
 
 def _decode(line: bytes, place: str) -> dict[str, Any]:
     try:
-        record = json.loads(line)
+        record = parse_json(line, place, Any)
+        check_record(record, place)
         step, kind = record.pop("step"), record.pop("kind")
         if kind == HEALTH:
             return {"step": step, "kind": kind, **_each(float, record)}
@@ -76,6 +81,22 @@ def _each(call: Callable[[Any], Any], value: Any) -> Any:
     return [_each(call, part) for part in value] if isinstance(value, list) else call(value)
 
 
+def _ranges(steps: Iterable[int]) -> list[list[int]]:
+    """Ascending steps as [first, last] of those that follow each other."""
+    ranges: list[list[int]] = []
+    for step in steps:
+        if ranges and ranges[-1][1] == step - 1:
+            ranges[-1][1] = step
+        else:
+            ranges.append([step, step])
+    return ranges
+
+
+def _tokens_of(record: dict[str, Any]) -> float:
+    """Of a step; records of before padding was left out count the targets that have a weight."""
+    return record.get("real_tokens", record.get("tokens", 0.0))
+
+
 class MetricsWriter:
     """Appends records to metrics.jsonl and TensorBoard event files in a work directory.
 
@@ -87,14 +108,17 @@ class MetricsWriter:
 
     workdir: None writes nothing, for all processes of a run but the first. config: by dotted name,
     for TensorBoard. look_back: health records that a continued run looks at again; older ones are
-    thinned out (train/thinning.py), None keeps them. `reached` is the last step that was recorded before.
+    thinned out (train/thinning.py), None keeps them. `reached` is the last step that was recorded
+    before. A step is recorded once: of several records the last is kept; `repeated` says how many
+    others there were, and `missing` which steps, as [first, last], have no training record though
+    the run has done them.
     """
 
     def __init__(self, workdir: str | os.PathLike | None, steps_done: int,
                  config: dict[str, Any] | None = None, look_back: int | None = None):
         self._look_back, self._looks = look_back, 0
         self._lines = self._tensorboard = None
-        self.reached = steps_done
+        self.reached, self.missing, self.repeated = steps_done, [], 0
         if workdir is None:
             return
         from batiste.train.tensorboard import TensorBoard  # 0.3 s that only a writer needs.
@@ -105,15 +129,34 @@ class MetricsWriter:
         temporary = path.with_suffix(".tmp")
         records = read_all(workdir)
         self.reached = max((record["step"] for record in records), default=steps_done)
-        kept = [record for record in records if record["step"] <= steps_done]
+        done = [record for record in records if record["step"] <= steps_done]
+        kept = {(record["step"], record["kind"]): record for record in done}
+        self.repeated = len(done) - len(kept)
+        self.missing = _ranges(
+            step for step in range(1, steps_done + 1) if (step, "train") not in kept)
         with open(temporary, "w", encoding="utf-8") as file:
-            file.writelines(map(_encode, kept))
+            file.writelines(map(_encode, kept.values()))
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
         self._lines, self._tensorboard = Lines(path), TensorBoard(workdir, steps_done, config)
-        self._looks = sum(record["kind"] == HEALTH and "gradient" in record for record in kept)
-        self._tokens = sum(record.get("tokens", 0.0) for record in kept if record["kind"] == "train")
+        self._looks = sum(record["kind"] == HEALTH and "gradient" in record
+                          for record in kept.values())
+        self._tokens = sum(
+            _tokens_of(record) for record in kept.values() if record["kind"] == "train")
+
+    def say_what_is_missing(self, ledger: Ledger) -> None:
+        """Writes to the ledger, and in one line, what was wrong with the records before."""
+        if not self.missing and not self.repeated:
+            return
+        ledger.write("records", missing=self.missing, repeated=self.repeated)
+        steps = ", ".join(f"{first}-{last}" if first < last else str(first)
+                          for first, last in self.missing[:SAID_AT_MOST])
+        more = ", ..." if len(self.missing) > SAID_AT_MOST else ""
+        wrong = [f"it lacks steps {steps}{more}"] if self.missing else []
+        wrong += [f"{self.repeated} of its records were there twice"] if self.repeated else []
+        complain(f"{METRICS_FILE} is not what the run wrote: {' and '.join(wrong)}; the run "
+                 "continues, and its curves do without what is gone")
 
     def write(self, step: int, kind: str = "train", **values: float) -> None:
         """Writes one record; `values` are scalars (loss in nats per token, rates per second).
@@ -129,8 +172,8 @@ class MetricsWriter:
         values = {name: float(value) for name, value in values.items()}
         self._write({"step": int(step), "kind": kind, **values})
         shown = {f"{kind}/{name}": value for name, value in values.items()}
-        if kind == "train" and "tokens" in values:
-            self._tokens += values["tokens"]
+        if kind == "train":
+            self._tokens += _tokens_of(values)
             shown["train/tokens_in_all"] = self._tokens
         self._tensorboard.write(int(step), shown)
 

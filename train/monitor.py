@@ -21,7 +21,9 @@ from batiste.train.ledger import Ledger
 from batiste.train.metrics import MetricsWriter, read_all
 from batiste.train.thinning import is_thinned
 
-STUCK = 8  # Steps in a row without an update, before the run gives up.
+# Steps in a row without an update, before the run gives up; in float16, with a loss scale that can
+# be halved no further: halving it is how it is found.
+STUCK = 8
 LOOK_BACK = 4  # Windows of records that a continued run looks at again.
 
 
@@ -46,6 +48,7 @@ class Monitor:
 
     def __init__(self, config: TrainConfig, watched: Watched):
         self._config, self._watched = config.health, watched
+        self._least_scale = config.loss_scale.minimum
         self._detector = Detector(watched.settings, watched.examples)
         self._policies = parse_policies(config.health.policies)
         self._waited, self._since, self._skips = 0.0, time.perf_counter(), 0
@@ -104,13 +107,15 @@ class Monitor:
         seconds, waited = now - self._since, self._waited
         self._since, self._waited = now, 0.0
         targets = self._targets.popleft()
-        self._skips = self._skips + 1 if metrics.get("skipped") else 0
-        if step % self._config.every and not self._skips:
+        skipped = bool(metrics.get("skipped"))
+        halved = skipped and metrics.get("loss_scale", 0.0) > self._least_scale
+        self._skips = self._skips + 1 if skipped and not halved else 0
+        if step % self._config.every and not skipped:
             return
         record = health_record(jax.device_get(statistics), metrics, seconds, waited, targets)
         writer.write_health(step, record)
         # float16 finds its loss scale by overflowing now and then, and skips by itself.
-        if not ("loss_scale" in metrics and self._skips):
+        if not ("loss_scale" in metrics and skipped):
             self._act(self._detector.observe({"step": step, **record}))
         if self._skips >= STUCK:
             raise ValueError(

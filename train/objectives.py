@@ -30,7 +30,8 @@ class Terms(NamedTuple):
     """Sums over the tokens of each row, float32; of the loss over all rows.
 
     loss: what is minimized, label smoothing, z-loss and the router's losses included.
-    cross_entropy: in nats. tokens: the sum of the loss weights, the denominator of both.
+    cross_entropy: in nats. tokens: the sum of the loss weights, the denominator of both. real: how
+    many of what the model reads are no padding; of two halves, of what the encoder reads.
     router: None without experts. replaced: None but of a discriminator, of which all else but the
     loss is the generator's. layers: what they sum up of each row, if they are measured.
     health: what train/health_statistics.py makes of all this.
@@ -39,6 +40,7 @@ class Terms(NamedTuple):
     loss: jax.Array
     cross_entropy_B: jax.Array
     tokens_B: jax.Array
+    real_B: jax.Array
     router: RouterTerms | None = None
     replaced: ReplacedTerms | None = None
     layers: LayerSums | None = None
@@ -71,7 +73,8 @@ def batch_loss(
         batch.tokens_BT, batch.positions_BT, batch.segments_BT, dropout_key, measured, beside
     )
     rows = Rows(x_BTD, batch.targets_BT, batch.weights_BT)
-    terms = Terms(*_losses(model, rows, config, scale), batch.weights_BT.sum(axis=1))
+    terms = Terms(*_losses(model, rows, config, scale), batch.weights_BT.sum(axis=1),
+                  _real(batch, beside))
     for index in range(model.config.future_heads):
         of_rows = batch.positions_BT, batch.segments_BT
         ahead_BTD = model.ahead(x_BTD, of_rows, index, dropout_key)
@@ -99,7 +102,14 @@ def _with_replaced(
     detection_B, replaced = detection(model.replaced_odds(x_BTD), filled_BT, batch)
     return Terms(
         (loss_B + detection_B).sum(axis=0), cross_entropy_B, batch.weights_BT.sum(axis=1),
-        replaced=replaced, layers=output.sums)
+        _real(batch, beside), replaced=replaced, layers=output.sums)
+
+
+def _real(batch: Any, beside: Beside) -> jax.Array:
+    """How many tokens of each row are no padding."""
+    source = beside.source_segments_BS
+    segments = batch.segments_BT if source is None else source
+    return (segments != 0).astype(jnp.float32).sum(axis=1)
 
 
 def _losses(

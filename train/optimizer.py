@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import optax
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
+from batiste.fields import Config, check_types
 from batiste.train.schedule import check_choice
 
 KINDS = ("adamw", "sgd", "adafactor", "lion", "muon")
@@ -39,7 +40,7 @@ MUON_UPDATE_RMS = 0.2
 
 
 @dataclasses.dataclass
-class OptimizerConfig:
+class OptimizerConfig(Config):
     """How gradients become updates.
 
     `beta1`, `beta2` are read by adamw, lion and the AdamW part of muon; `epsilon` by adamw and
@@ -49,22 +50,23 @@ class OptimizerConfig:
     moves a router's bias, which has no gradient (arXiv:2408.15664 uses 0.001 throughout).
     """
 
-    kind: str = "adamw"
-    beta1: float = 0.9
-    beta2: float = 0.95
-    epsilon: float = 1e-8
-    momentum: float = 0.95
-    weight_decay: float = 0.1
-    clip_norm: float | None = 1.0  # of the whole gradient
-    clip_value: float | None = None  # of each element, before clip_norm
-    embedding_multiplier: float = 1.0
-    head_multiplier: float = 1.0
-    matrix_multiplier: float = 1.0
-    vector_multiplier: float = 1.0
-    router_bias_rate: float = 1e-3
+    kind: str = "adamw"  # adamw, sgd, adafactor, lion, muon, or FILE.py:NAME of your own
+    beta1: float = 0.9  # decay of the mean of gradients (adamw, lion, muon's AdamW part)
+    beta2: float = 0.95  # decay of the mean of their squares, or lion's second decay
+    epsilon: float = 1e-8  # added to the root of the mean of squares (adamw, muon)
+    momentum: float = 0.95  # of sgd, where 0 is plain SGD, and of muon
+    weight_decay: float = 0.1  # decoupled; scaled by the learning rate, as the update is
+    clip_norm: float | None = 1.0  # largest norm of the whole gradient; None: no clipping
+    clip_value: float | None = None  # largest size of each element, before clip_norm; None: none
+    embedding_multiplier: float = 1.0  # of the learning rate of embeddings; 0 freezes them
+    head_multiplier: float = 1.0  # the same of the output matrix
+    matrix_multiplier: float = 1.0  # the same of all other matrices
+    vector_multiplier: float = 1.0  # the same of norms and biases
+    router_bias_rate: float = 1e-3  # how far a step moves the bias of a router, which has no gradient
 
     def validate(self) -> None:
         """Raises ValueError, naming the field, if a field is out of its range."""
+        check_types(self, "train.optimizer.")
         check_choice("train.optimizer.kind", self.kind, (*KINDS, *OWN_KINDS))
         for field in ("beta1", "beta2", "momentum"):
             if not 0 <= getattr(self, field) < 1:
@@ -134,8 +136,26 @@ def make_optimizer(config: OptimizerConfig, schedule: optax.Schedule,
         _with_standard_promotion(_preconditioner(config, letters_tree)),
         optax.add_decayed_weights(config.weight_decay, jax.tree.map(is_decayed, letters_tree)),
         optax.stateless(lambda updates, _: jax.tree.map(jnp.multiply, multipliers, updates)),
-        optax.scale_by_learning_rate(schedule),
+        _scale_by_rate_of_step(schedule),
     )
+
+
+def _scale_by_rate_of_step(schedule: optax.Schedule) -> optax.GradientTransformationExtraArgs:
+    """Scales by minus the learning rate of `step`, an argument of the update.
+
+    Optax's own transformation counts the updates that were made, and falls behind the steps of a
+    run for ever where one is skipped (float16, train.health.policies). Its state is kept, and what
+    it counts is used where no step is given.
+    """
+    def update(updates, state, params=None, *, step=None, **_):
+        del params
+        count = state.count if step is None else step
+        rate = -schedule(count)
+        updates = jax.tree.map(lambda update: jnp.array(rate, dtype=update.dtype) * update, updates)
+        return updates, optax.ScaleByScheduleState(count=count + 1)
+
+    return optax.GradientTransformationExtraArgs(
+        lambda params: optax.ScaleByScheduleState(count=jnp.zeros([], jnp.int32)), update)
 
 
 def _with_standard_promotion(

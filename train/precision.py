@@ -15,20 +15,23 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from batiste.fields import Config, check_types
+
 
 @dataclasses.dataclass
-class LossScaleConfig:
+class LossScaleConfig(Config):
     """Where the scale starts, when it grows, and its bounds."""
 
-    # A loss here is a sum over tokens, so the gradient at a logit is at most the scale itself, and
-    # float16 ends at 65,504. (2^15 is the custom where the loss is a mean.)
+    # The first scale. A loss is a sum over tokens here, so the gradient at a logit is at most the scale
+    # itself, and float16 ends at 65,504. (2^15 is the custom where the loss is a mean.)
     initial: float = 2.0**10
     growth_interval: int = 2000  # good steps in a row before the scale doubles
-    minimum: float = 1.0
-    maximum: float = 2.0**24
+    minimum: float = 1.0  # where halving ends
+    maximum: float = 2.0**24  # where doubling ends
 
     def validate(self) -> None:
         """Raises ValueError, naming the field, if the scale could not move as documented."""
+        check_types(self, "train.loss_scale.")
         for field in ("initial", "minimum", "maximum"):
             value = getattr(self, field)
             if not 0 < value < math.inf or math.frexp(value)[0] != 0.5:

@@ -31,19 +31,23 @@ class Progress:
     WINDOW = 50
     SECONDS_BETWEEN_LINES = 10.0  # where the stream is not a terminal
 
-    def __init__(self, total_steps: int, *, tokens_per_step: int, flops_per_token: float,
+    def __init__(self, total_steps: int, *, flops_per_token: float,
                  peak_flops: float | None, stream: TextIO = sys.stderr):
         self._total_steps = total_steps
-        self._tokens_per_step = tokens_per_step
+        self._tokens = 0
         self._mfu_per_rate = None if peak_flops is None else flops_per_token / peak_flops
         self._stream = stream
         self._recent = collections.deque(maxlen=self.WINDOW)
         self._last_line_at = -math.inf
 
-    def update(self, steps_done: int, loss: float) -> None:
-        """Says that `steps_done` steps of the whole run are complete, the last with `loss`."""
+    def update(self, steps_done: int, loss: float, tokens: float) -> None:
+        """Says that `steps_done` steps of the whole run are complete.
+
+        loss, tokens: of the last one; padding is no token.
+        """
         now = time.monotonic()
-        self._recent.append((now, steps_done))
+        self._tokens += tokens
+        self._recent.append((now, steps_done, self._tokens))
         line = self._line(steps_done, loss)
         if self._stream.isatty():
             # \r to the start of the line, ESC [K erases what a longer line left behind.
@@ -66,16 +70,19 @@ class Progress:
     @property
     def steps_per_second(self) -> float | None:
         """Rate over the recent updates, None before there are two."""
-        if not self._recent or self._recent[-1][0] == self._recent[0][0]:
-            return None
-        (start, first), (end, last) = self._recent[0], self._recent[-1]
-        return (last - first) / (end - start)
+        return self._rate_of(1)
 
     @property
     def tokens_per_second(self) -> float | None:
         """Tokens of all devices per second, None before there are two updates."""
-        rate = self.steps_per_second
-        return None if rate is None else rate * self._tokens_per_step
+        return self._rate_of(2)
+
+    def _rate_of(self, place: int) -> float | None:
+        """What grows in this place of the recent updates, per second."""
+        if not self._recent or self._recent[-1][0] == self._recent[0][0]:
+            return None
+        first, last = self._recent[0], self._recent[-1]
+        return (last[place] - first[place]) / (last[0] - first[0])
 
     @property
     def mfu(self) -> float | None:

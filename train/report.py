@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from batiste.data.printable import printable
 from batiste.train.metrics import read_metrics
 from batiste.train.progress import duration
 
@@ -57,8 +58,8 @@ def write_report(workdir: str | os.PathLike, facts: ReportFacts) -> pathlib.Path
     sections = (_headline(facts, train, validation), _compression(facts), _samples(facts.samples),
                 _seconds(facts.seconds_by_phase), _config(facts.config), _versions())
     path = workdir / REPORT_FILE
-    path.write_text("\n\n".join(section for section in sections if section) + "\n",
-                    encoding="utf-8")
+    text = "\n\n".join(section for section in sections if section) + "\n"
+    path.write_text(printable(text), encoding="utf-8")
     return path
 
 

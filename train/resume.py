@@ -1,21 +1,27 @@
 """Whether a run may continue from what its work directory holds."""
 
+import os
+import pathlib
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 
-from batiste.train.manifest import Found
+from batiste.train.ledger import LEDGER_FILE, last_saved
+from batiste.train.manifest import CHECKPOINT_FOLDER, UNFINISHED, Found
+from batiste.train.metrics import METRICS_FILE
 
 RESUME_MODES = ("auto", "must", "never")
 NAMED_AT_MOST = 8
+# What a run writes besides its checkpoints and its ledger.
+TRACES = (METRICS_FILE, "tensorboard", "report.md", "report.html", "loss.png", "doctor.md")
 
 
-def check_mode(mode: str, found: Found, last_saved: int | None, workdir: str) -> None:
+def check_mode(mode: str, found: Found, workdir: str | os.PathLike) -> None:
     """Raises ValueError when `mode` does not allow what was found.
 
     "auto" continues if there is a checkpoint, "must" demands one, "never" refuses to find one.
-    last_saved: the newest step that was ever saved here. Nothing starts from scratch where one was.
+    Nothing starts from scratch where a step was saved, or where anything else shows that a run was.
     """
     if mode not in RESUME_MODES:
         raise ValueError(f"resume={mode!r}: expected one of {', '.join(RESUME_MODES)}")
@@ -25,23 +31,48 @@ def check_mode(mode: str, found: Found, last_saved: int | None, workdir: str) ->
             f"resume=never, but {workdir} holds a checkpoint of step {there}: choose another "
             "--workdir, or use --resume=auto to continue"
         )
-    if found.step is not None or mode == "never":
+    if found.step is not None:
         return
     if found.passed_over:
         raise ValueError(
             f"{workdir} holds no checkpoint that verifies: {'; '.join(found.passed_over.values())}. "
             "Bring the files back, or choose another --workdir to start from scratch"
         )
-    if last_saved is not None:
+    saved = last_saved(workdir)
+    if saved is not None:
         raise ValueError(
-            f"{workdir} holds no checkpoint, but its ledger says that step {last_saved} was saved: "
+            f"{workdir} holds no checkpoint, but its ledger says that step {saved} was saved: "
             "bring the checkpoints back, or choose another --workdir to start from scratch"
+        )
+    traces = traces_of_a_run(workdir)
+    if traces:
+        raise ValueError(
+            f"{workdir} holds no checkpoint and no ledger, but a run has left {', '.join(traces)} "
+            "there: bring checkpoints/ and ledger.jsonl back; to start from scratch, choose another "
+            "--workdir or remove these"
         )
     if mode == "must":
         raise ValueError(
             f"resume=must, but {workdir} holds no committed checkpoint: check --workdir, or use "
             "--resume=auto to start from scratch"
         )
+
+
+def traces_of_a_run(workdir: str | os.PathLike) -> list[str]:
+    """What only a run leaves in its work directory, where its ledger is gone; relative paths.
+
+    With a ledger there are none: a run that died before its first save has left them too.
+    """
+    folder = pathlib.Path(workdir)
+    if (folder / LEDGER_FILE).is_file():
+        return []
+    found = [name for name in TRACES if (folder / name).exists()]
+    found += [str(path.relative_to(folder))
+              for pattern in (f"{CHECKPOINT_FOLDER}/*.set_aside_*", f"{CHECKPOINT_FOLDER}/*{UNFINISHED}")
+              for path in sorted(folder.glob(pattern))]
+    # A config alone may have been copied here to train by it; an import writes one too.
+    trained = (folder / "data").is_dir() and not (folder / "imported").is_dir()
+    return found + (["config.json"] if trained and (folder / "config.json").exists() else [])
 
 
 def check_same(

@@ -8,11 +8,12 @@ is step warmup_steps − 1, and the final value is the rate of the last update.
 
 import dataclasses
 import difflib
-import math
 from collections.abc import Sequence
 
 import jax.numpy as jnp
 import optax
+
+from batiste.fields import Config, check_types
 
 KINDS = (
     "constant", "linear", "cosine", "inverse_sqrt", "step", "exponential", "warmup_stable_decay",
@@ -22,6 +23,7 @@ WARMUPS = ("linear", "exponential")
 KIND_OF_FIELD = {
     "decay_steps": "warmup_stable_decay", "step_every": "step", "step_factor": "step",
 }
+DURATIONS = ("warmup_steps", "decay_steps", "step_every")
 
 
 def check_choice(field: str, value: str, choices: Sequence[str]) -> None:
@@ -33,27 +35,33 @@ def check_choice(field: str, value: str, choices: Sequence[str]) -> None:
 
 
 @dataclasses.dataclass
-class ScheduleConfig:
+class ScheduleConfig(Config):
     """The learning rate over a run.
 
-    `final_fraction` (final rate / peak) is read by linear, cosine, exponential and
-    warmup_stable_decay, all of which reach it at the last step of the run.
+    A duration is a whole number of steps, or a fraction below 1 of the run's steps, which
+    `in_steps` rounds to whole ones.
+    `final_fraction` is read by linear, cosine, exponential and warmup_stable_decay, all of which
+    reach it at the last step of the run.
     """
 
+    # constant, linear, cosine, inverse_sqrt, step, exponential or warmup_stable_decay
     kind: str = "cosine"
-    learning_rate: float = 1e-3  # the peak
+    learning_rate: float = 1e-3  # at the peak, where the warm-up ends
     warmup: str = "linear"  # linear or exponential (a straight line in log rate)
-    warmup_steps: int = 100
-    final_fraction: float = 0.1
-    decay_steps: int | None = None  # warmup_stable_decay: length of the final linear decay
-    step_every: int | None = None  # step: steps between two drops
+    warmup_steps: int | float = 0.1  # up to the peak: steps, or a fraction of the run below 1
+    final_fraction: float = 0.1  # rate of the last step / peak
+    # warmup_stable_decay: the final linear decay, in steps or as a fraction of the run below 1
+    decay_steps: int | float | None = None
+    # step: between two drops, in steps or as a fraction of the run below 1
+    step_every: int | float | None = None
     step_factor: float | None = None  # step: what one drop multiplies the rate by
 
     def validate(self) -> None:
         """Raises ValueError, naming the field, if the fields do not describe a schedule."""
+        check_types(self, "train.schedule.")
         check_choice("train.schedule.kind", self.kind, KINDS)
         check_choice("train.schedule.warmup", self.warmup, WARMUPS)
-        if not 0 < self.learning_rate < math.inf:
+        if not 0 < self.learning_rate:
             raise ValueError(
                 f"train.schedule.learning_rate: expected a number > 0, got {self.learning_rate}")
         if self.warmup_steps < 0:
@@ -66,6 +74,11 @@ class ScheduleConfig:
             raise ValueError("train.schedule.final_fraction: expected > 0, got 0; an exponential "
                              "never reaches 0: give a small fraction or set kind to linear")
         self._validate_fields_of_one_kind()
+        for field in DURATIONS:
+            value = getattr(self, field)
+            if isinstance(value, float) and value >= 1:
+                raise ValueError(f"train.schedule.{field}: expected a whole number of steps, or a "
+                                 f"fraction of the run below 1, got {value}")
 
     def _validate_fields_of_one_kind(self) -> None:
         for field, kind in KIND_OF_FIELD.items():
@@ -78,6 +91,13 @@ class ScheduleConfig:
                                  f"{kind} reads it and kind is {self.kind}")
 
 
+def in_steps(duration: int | float, total_steps: int) -> int:
+    """A duration in whole steps: a float is a fraction of the run, of which more than 0 is a step."""
+    if isinstance(duration, int):
+        return duration
+    return max(round(duration * total_steps), int(duration > 0))
+
+
 def make_schedule(config: ScheduleConfig, total_steps: int) -> optax.Schedule:
     """Returns the function from a step (0-based update count) to the learning rate.
 
@@ -85,15 +105,20 @@ def make_schedule(config: ScheduleConfig, total_steps: int) -> optax.Schedule:
         ValueError: a field is wrong, or the warm-up or decay does not fit in `total_steps`.
     """
     config.validate()
+    config = dataclasses.replace(config, **{
+        field: in_steps(value, total_steps) for field in DURATIONS
+        if (value := getattr(config, field)) is not None})
     if not config.warmup_steps <= total_steps:
         raise ValueError(f"train.schedule.warmup_steps: expected at most the run's {total_steps} "
-                         f"steps, got {config.warmup_steps}")
+                         f"steps, got {config.warmup_steps}; a fraction such as 0.1 always fits")
     peak_step = max(config.warmup_steps - 1, 0)
     curve = _decay(config, total_steps - 1 - peak_step)
     if peak_step > 0:
         curve = optax.join_schedules([_warmup(config, peak_step), curve], [peak_step])
-    # Optax mixes the step with floats, which strict dtype promotion refuses for an integer.
-    return lambda step: jnp.asarray(curve(jnp.asarray(step, jnp.float32)), jnp.float32)
+    # Optax mixes the step with floats, which strict dtype promotion refuses for an integer. What
+    # ends at 0 must not end at -1e-11, as rounding would have it.
+    return lambda step: jnp.maximum(
+        jnp.asarray(curve(jnp.asarray(step, jnp.float32)), jnp.float32), 0.0)
 
 
 def _warmup(config: ScheduleConfig, peak_step: int) -> optax.Schedule:

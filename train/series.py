@@ -27,11 +27,6 @@ class Series:
         self._usual = None
 
     @property
-    def all(self) -> np.ndarray:
-        """Everything that is remembered, in one row."""
-        return self._ring[:len(self)].ravel()
-
-    @property
     def usual(self) -> tuple[np.ndarray, np.ndarray]:
         """Median and robust standard deviation of each entry."""
         if self._usual is None:

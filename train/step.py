@@ -33,8 +33,8 @@ def make_train_step(
     """Returns the jitted step (state, batch, factor); it donates the state it is given.
 
     The batch is a Batch of global arrays on the mesh. Metrics are float32 scalars: loss and
-    cross_entropy (nats per token), tokens, gradient_norm, learning_rate; loss_scale and skipped
-    when the compute dtype is float16; those of `detection_metrics` of a discriminator, where
+    cross_entropy (nats per token), tokens (that count in the loss), real_tokens (that are no
+    padding), gradient_norm, learning_rate; loss_scale and skipped when the compute dtype is float16; those of `detection_metrics` of a discriminator, where
     cross_entropy is its generator's; router_balance (1 is even), router_z, router_load (of the
     busiest expert, over the mean) with experts; slice_bytes, what a device sends to other slices,
     when there are several. In local steps all but the last are arrays over slices, of each slice's
@@ -122,6 +122,7 @@ def _local_step(program: Program, config: TrainConfig, mesh: jax.sharding.Mesh) 
         scale = None if own.loss_scale is None else own.loss_scale.scale
         gradients, terms = accumulate(program, config, own.params, batch, step, scale)
         state, metrics = _update(program, config, state, gradients, (terms, None))
+        metrics["real_tokens"] *= mesh.shape["slice"]  # The mean over slices is of them all.
         own = Workers(state.params, state.optimizer_state, state.loss_scale, own.residual)
         return jax.tree.map(lambda leaf: leaf[None], (own, metrics))
 
@@ -162,7 +163,7 @@ def _update(
         gradients, program.letters,
     )
     updates, optimizer_state = program.optimizer.update(
-        gradients, state.optimizer_state, state.params
+        gradients, state.optimizer_state, state.params, step=state.step
     )
     updates = faulty_updates(
         parse_fault(config.faults), updates, state.step + 1, _places(program))
@@ -170,6 +171,7 @@ def _update(
         "loss": terms.loss / tokens,
         "cross_entropy": terms.cross_entropy_B / tokens,
         "tokens": terms.tokens_B,
+        "real_tokens": terms.real_B,
         "gradient_norm": optax.tree.norm(gradients),
         "learning_rate": jnp.asarray(program.schedule(state.step), jnp.float32),
     }
