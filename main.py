@@ -31,7 +31,8 @@ from batiste.sharding import (
 )
 from batiste.train import (
     FINISHED, Checkpoints, Found, Ledger, arrays_of, check_mode, check_override, check_same,
-    compilation_booked, complain, last_saved, measured_at_end, why_ended, work_directory_lock,
+    compilation_booked, complain, how_to_go_on, last_saved, measured_at_end, why_ended,
+    work_directory_lock,
 )
 
 CONFIG_FILE = "config.json"
@@ -209,22 +210,11 @@ def _ended(
     if fields is None:
         return None
     if is_first():
-        print(f"{workdir} has finished after step {step:,}: {_how_to_go_on(reason, config)}",
+        print(f"{workdir} has finished after step {step:,}: {how_to_go_on(reason, config)}",
               flush=True)
     detection = fields["detection"]
     return Result(reason, step, Perplexity(**fields | {
         "detection": None if detection is None else Detection(**detection)}))
-
-
-def _how_to_go_on(reason: str, config: dict[str, Any]) -> str:
-    """Why a run has ended, and which flags would continue it."""
-    if reason == "patience":
-        return ("the validation loss no longer falls; to go on, raise --config.train.stop.patience="
-                f"{config['train.stop.patience']}")
-    if config["train.stop.flops"] is not None:
-        return f"its budget is spent; to go on, raise --config.train.stop.flops={config['train.stop.flops']:g}"
-    return (f"all of its steps are done; to go on, raise --config.train.num_steps="
-            f"{config['train.num_steps']}, with --resume_override=train.num_steps")
 
 
 def evaluate(workdir: str | os.PathLike) -> Perplexity:

@@ -26,7 +26,7 @@ from batiste.models.config_checks import (
 from batiste.models.parts import ACTIVATIONS, NORMS
 from batiste.planning import Account, Workload
 from batiste.planning.saved import bytes_per_row, repetitions
-from batiste.sharding import AXES, CONTEXT_EXCHANGES, MeshConfig, layer_order, make_mesh
+from batiste.sharding import AXES, CONTEXT_EXCHANGES, RULES, MeshConfig, layer_order, make_mesh
 from batiste.train import make_program, make_train_step
 from batiste.train.optimizer import KINDS as OPTIMIZERS
 from batiste.train.schedule import KINDS as SCHEDULES
@@ -34,6 +34,7 @@ from batiste.train.schedule import WARMUPS
 
 DEVICES = 4
 ALONE = dict.fromkeys(AXES, 1)
+ROWS = 11  # With which tokens of rows, and of experts, are no size of a model drawn here.
 
 
 class Drawn(NamedTuple):
@@ -47,7 +48,7 @@ class Drawn(NamedTuple):
 def draw(seed: int) -> Drawn:
     """Draws experiments until `validate_on` accepts one."""
     source, refused = random.Random(seed), []
-    while True:
+    for _ in range(1000):
         experiment = _experiment(source)
         try:
             experiment.validate_on(DEVICES)
@@ -56,17 +57,19 @@ def draw(seed: int) -> Drawn:
             refused.append(str(error))
             continue
         return Drawn(experiment, source, refused)
+    raise AssertionError(f"of 1,000 draws none is legal, the last because {refused[-1]}")
 
 
 def _experiment(source: random.Random) -> Experiment:
     experiment = Experiment()
     experiment.data.sequence_length = source.choice((8, 16))
+    experiment.data.tokenizer = "bytes"  # Which is not there: batches are made here.
     experiment.model = dataclasses.replace(experiment.model, **_model(source, experiment))
     kinds = OBJECTIVES[experiment.model.form]
     if experiment.model.discriminator:
         kinds = ("replaced",)
     elif experiment.model.form == "encoder":
-        kinds = ("masked", "order")
+        kinds = ("masked",) if experiment.model.token_types is None else ("masked", "order")
     if experiment.model.form != "decoder" or source.random() < 0.3:
         experiment.data.objectives = (RecordObjective(source.choice(kinds)),)
     experiment.mesh = _mesh(source)
@@ -82,7 +85,7 @@ def _model(source: random.Random, experiment: Experiment) -> dict[str, Any]:
     heads = source.choice((2, 4, 4, 8))
     fields: dict[str, Any] = {
         "form": source.choice((FORMS[0], *FORMS)), "vocab_size": source.choice((24, 40)),
-        "num_layers": source.choice((1, 2, 2, 3, 4)), "model_dim": source.choice((16, 24, 32)),
+        "num_layers": source.choice((1, 2, 2, 4)), "model_dim": source.choice((16, 24, 32)),
         "num_heads": heads, "num_kv_heads": source.choice((heads, heads, heads // 2, 1)),
         "head_dim": source.choice((4, 6, 8, 16)), "mlp_dim": source.choice((16, 24, 40)),
         "max_length": experiment.data.sequence_length + source.choice((0, 8)),
@@ -109,7 +112,7 @@ def _model(source: random.Random, experiment: Experiment) -> dict[str, Any]:
     if some(0.3):
         pattern = source.choice((("local",), ("local", "global"), ("local", "local", "global")))
         fields |= {"layer_pattern": pattern, "window": source.choice((2, 5)),
-                   "local_rope_base": 50.0 if some(0.3) else None}
+                   "local_rope_base": 50.0 if some(0.2) else None}
     if fields["form"] == "encoder_decoder":
         fields["encoder_layers"] = source.choice((1, 2, 3))
     if fields["discriminator"] and some(0.8):
@@ -216,12 +219,12 @@ def batch_of(experiment: Experiment, seed: int) -> Batch:
 
 
 class Settled(NamedTuple):
-    """An experiment with attention settled, its program on one device, and parameters for it."""
+    """An experiment with attention settled, its program on one device, and a state for it."""
 
     experiment: Experiment
-    mesh: jax.sharding.Mesh
     program: Any
     params: Any
+    state: Any
 
 
 def settle(drawn: Drawn, seed: int) -> Settled:
@@ -241,7 +244,8 @@ def settle(drawn: Drawn, seed: int) -> Settled:
         return noise * np.float32(0.1 if "bias" in name else leaf.shape[-2:][0] ** -0.5)
 
     params = jax.tree_util.tree_map_with_path(value, program.abstract_state.params)
-    return Settled(experiment, mesh, program, params)
+    state = jax.device_get(program.begin(jax.device_put(params, one[0])))
+    return Settled(experiment, program, params, state)
 
 
 def check_account(settled: Settled) -> None:
@@ -253,9 +257,8 @@ def check_account(settled: Settled) -> None:
     assert account.unknown(choice) is None, account.unknown(choice)
     assert 0 < account.estimate(choice).total < math.inf
     state = account.state(choice.mesh)
-    layout = dataclasses.replace(experiment.mesh)
-    program = make_program(
-        model, experiment.train, make_mesh(layout, jax.devices()[:DEVICES]), layout)
+    mesh = make_mesh(experiment.mesh, jax.devices()[:DEVICES])
+    program = make_program(model, experiment.train, mesh, experiment.mesh)
     for tree, predicted in ((program.abstract_state.params, state.parameters),
                             (program.abstract_state.optimizer_state,
                              state.optimizer + state.offloaded)):
@@ -263,25 +266,26 @@ def check_account(settled: Settled) -> None:
                    for leaf in jax.tree.leaves(tree))
         assert predicted == held
     predicted = sum(
-        3 * bytes_per_row(entry, model, length, ALONE) * repetitions(
+        ROWS * bytes_per_row(entry, model, length, ALONE) * repetitions(
             dataclasses.replace(model, future_heads=0), entry.stack)
         for entry in account.saved(choice.policy) if not entry.generator)
     assert predicted == _kept(model, choice.policy, length)
 
 
 def _kept(model: Any, policy: Any, length: int) -> int:
-    """Bytes of what the features of three rows keep for their derivative."""
-    rows, policy = 3, policy._replace(offloaded=())
+    """Bytes of what the features of some rows keep for their derivative."""
+    rows, policy = ROWS, policy._replace(offloaded=())
     model = dataclasses.replace(model, **policy._asdict(), dropout=0.0, generator_heads=None)
     tokens = jax.ShapeDtypeStruct((rows, length), np.int32)
     graphdef, params = nnx.split(nnx.eval_shape(lambda: Transformer(model, rngs=nnx.Rngs(0))))
 
-    def residuals(params, tokens_BT):
-        source = (tokens_BT,) * 3 if model.encoder_layers else (None,) * 3
+    def residuals(params, tokens_BT, segments_BT):
+        rows_BT = tokens_BT, segments_BT, segments_BT
+        source = rows_BT if model.encoder_layers else (None,) * 3
 
         def features(params):
             return nnx.merge(graphdef, params).features(
-                tokens_BT, tokens_BT, tokens_BT, beside=Beside(None, None, *source))
+                *rows_BT, beside=Beside(None, None, *source))
 
         return jax.tree.leaves(jax.vjp(features, params)[1])
 
@@ -290,10 +294,9 @@ def _kept(model: Any, policy: Any, length: int) -> int:
               model.dense_layers, model.encoder_layers}
     return sum(
         math.prod(leaf.shape) * leaf.dtype.itemsize
-        for leaf in jax.eval_shape(residuals, params, tokens)
-        if (leaf.shape and leaf.shape[0] in first and not (
-            len(leaf.shape) > 1 and leaf.shape[0] in depths and leaf.shape[1] in first))
-        or (len(leaf.shape) > 1 and leaf.shape[0] in depths and leaf.shape[1] in first)
+        for leaf in jax.eval_shape(residuals, params, tokens, tokens)
+        if {*leaf.shape[:1]} & {*first}
+        or ({*leaf.shape[:1]} & depths and {*leaf.shape[1:2]} & {*first})
     )
 
 
@@ -306,12 +309,13 @@ def two_steps(settled: Settled, layout: MeshConfig, devices: int, batch: Batch) 
     step = make_train_step(program, experiment.train, mesh)
     order = layer_order(model.num_layers, layout.stage, layout.interleave)
 
-    def put(leaf, letters, like):
-        leaf = leaf[order] if letters.startswith("L") and layout.interleave > 1 else leaf
+    def put(leaf, like):
+        leaf, axes = np.asarray(leaf), tuple(like.sharding.spec)
+        if layout.interleave > 1 and RULES["L"] in axes:
+            leaf = np.take(leaf, order, axis=axes.index(RULES["L"]))
         return jax.device_put(leaf, like.sharding)
 
-    params = jax.tree.map(put, settled.params, program.letters, program.abstract_state.params)
-    state, measured = program.begin(params), []
+    state, measured = jax.tree.map(put, settled.state, program.abstract_state), []
     placed = place_batch(mesh, batch)
     for _ in range(2):
         state, metrics = step(state, placed)
@@ -319,38 +323,41 @@ def two_steps(settled: Settled, layout: MeshConfig, devices: int, batch: Batch) 
     return measured, by_depth(jax.device_get(state.params), layout, model.num_layers)
 
 
+def plainly(settled: Settled) -> Settled:
+    """The same model and optimizer with nothing that only changes how a step is computed."""
+    experiment = settled.experiment
+    train = dataclasses.replace(
+        experiment.train, health=dataclasses.replace(experiment.train.health, every=None),
+        objective=dataclasses.replace(experiment.train.objective, loss_chunk=None))
+    model = dataclasses.replace(
+        experiment.model, remat="none", saved=(), offloaded=(), scan_unroll=1)
+    if not model.dropout:  # Which draws for each micro-batch.
+        train.accumulation = 1
+    return settled._replace(experiment=dataclasses.replace(experiment, model=model, train=train))
+
+
 def check_steps(settled: Settled, seed: int) -> None:
-    """Two steps on the mesh are two steps on one device, with all that they measure."""
+    """Two steps on the mesh are two steps on one device, computed as plainly as can be."""
     experiment = settled.experiment
     batch = batch_of(experiment, seed)
     mine, params = two_steps(settled, experiment.mesh, DEVICES, batch)
-    theirs, expected = two_steps(settled, MeshConfig(data=1), 1, batch)
+    theirs, expected = two_steps(plainly(settled), MeshConfig(data=1), 1, batch)
     exact = experiment.model.dtype == "float32"
     kind = experiment.train.optimizer.kind
     for number, (here, there) in enumerate(zip(mine, theirs)):
         tolerance = (3e-5 if number == 0 or kind == "sgd" else 1e-3) if exact else 0.05
         # What a step sends between slices depends on the mesh.
-        names = set(there) - {"health", "slice_bytes"}
+        names = set(there) - {"slice_bytes"}
         assert names <= set(here)
         for name in names if exact else ("loss", "cross_entropy", "tokens"):
             np.testing.assert_allclose(
                 here[name], there[name], rtol=tolerance, atol=tolerance, err_msg=name)
-        if "health" in there and exact:
-            check_health(here["health"], there["health"], 20 * tolerance)
+        finite = jax.tree.map(lambda x: bool(np.isfinite(x).all()), here.get("health"))
+        assert all(jax.tree.leaves(finite)), finite
     if exact and kind == "sgd":
         jax.tree_util.tree_map_with_path(
             lambda path, a, b: np.testing.assert_allclose(
                 a, b, rtol=1e-4, atol=2e-5, err_msg=jax.tree_util.keystr(path)), params, expected)
-
-
-def check_health(mine: Any, theirs: Any, tolerance: float) -> None:
-    """The same statistics, where both have them."""
-    for name, expected in theirs._asdict().items():
-        found = getattr(mine, name)
-        if found is None or expected is None:
-            continue
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(
-            a, b, rtol=tolerance, atol=tolerance, err_msg=name), found, expected)
 
 
 def check_decoding(settled: Settled, seed: int) -> None:
@@ -380,8 +387,9 @@ def check_decoding(settled: Settled, seed: int) -> None:
     beside = Beside(
         prefix_B=np.array([len(prompt) for prompt in prompts], np.int32) if whole else None,
         source_tokens_BS=source_BS if two else None, source_segments_BS=real_BS if two else None)
+    ones_BT = np.ones_like(tokens_BT)
     logits_BTV = np.asarray(jax.jit(lambda tokens_BT, beside: transformer(
-        tokens_BT, None, np.ones_like(tokens_BT) if two else None, None, beside))(tokens_BT, beside))
+        tokens_BT, None, ones_BT if two else None, None, beside))(tokens_BT, beside))
     tolerance = 1e-4 if model.dtype == "float32" else 0.1
     for row, start, more in zip(logits_BTV, starts, written):
         for place, token in enumerate(more, start=len(start) - 1):

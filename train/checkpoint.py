@@ -1,15 +1,10 @@
 """Checkpoints through Orbax: asynchronous, sharded, hashed when written, verified when read."""
 
-import functools
 import json
-import logging
 import pathlib
 import shutil
-import sys
 import threading
 import time
-import traceback
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +15,7 @@ from batiste.sharding import Agreed, AskedElsewhere, is_first, together
 from batiste.train import manifest
 from batiste.train.config import CheckpointConfig
 from batiste.train.manifest import CHECKPOINT_FOLDER, UNFINISHED, Found
+from batiste.train.silence import silence_orbax
 from batiste.train.state import TrainState
 
 ARRAYS = "state"
@@ -48,7 +44,7 @@ class Checkpoints:
         self._opened = False
         self._save: _Save | None = None
         self._failures = 0
-        _silence_orbax()
+        silence_orbax()
 
     @property
     def latest_step(self) -> int | None:
@@ -299,40 +295,3 @@ def _reason(error: BaseException) -> str:
         if known in text:
             return f"{known} ({text[:200]})"
     return text[:400]
-
-
-def _silence_orbax() -> None:
-    """Keeps Orbax from printing the traceback of a failed save: it is reported in one line."""
-    logger = logging.getLogger("absl")
-    if not any(isinstance(each, _OrbaxFailures) for each in logger.filters):
-        logger.addFilter(_OrbaxFailures())
-        # What it had still wanted to do when the first write failed, and other writes that did.
-        logging.getLogger("asyncio").addFilter(_of_no_orbax_write)
-        warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
-        sys.unraisablehook = functools.partial(_pass_on_but_late_writes, sys.unraisablehook)
-
-
-def _of_no_orbax_write(record: logging.LogRecord) -> bool:
-    """Whether asyncio's message is not of a write of Orbax's whose failure nobody asked for."""
-    if "exception was never retrieved" not in record.getMessage() or not record.exc_info:
-        return True
-    frames = traceback.extract_tb(record.exc_info[2])
-    return not any("orbax" in pathlib.Path(frame.filename).parts for frame in frames)
-
-
-def _pass_on_but_late_writes(hook: Callable, unraisable: Any) -> None:
-    """Calls `hook`, but not for a write of TensorStore's that ends after its save has failed.
-
-    From a thread of C++ it wants to tell the event loop of that save, which is closed.
-    """
-    late = unraisable.exc_type is RuntimeError and (
-        str(unraisable.exc_value) == "Event loop is closed")
-    if not (late and threading.current_thread() is not threading.main_thread()):
-        hook(unraisable)
-
-
-class _OrbaxFailures(logging.Filter):
-    def filter(self, record: logging.LogRecord) -> bool:
-        text = str(record.msg)
-        return not any(known in text for known in (
-            "background save thread", "_SignalingThread.run() raised", "Failed to write metadata"))

@@ -45,11 +45,11 @@ def diagnose(workdir: str | os.PathLike) -> list[Finding]:
         detector = Detector(settings)
         records = read_all(workdir)
         # Whole looks between thinned ones are of different times, and compare with nothing.
-        last = max((record["step"] for record in records
-                    if record["kind"] == "health" and is_thinned(record)), default=-1)
+        last_thinned = max((record["step"] for record in records
+                            if record["kind"] == "health" and is_thinned(record)), default=-1)
         for record in records:
             try:
-                new = _look(detector, record, record["step"] > last)
+                new = _look(detector, record, last_thinned)
             except (LookupError, TypeError, ValueError) as error:
                 raise ValueError(
                     f"{workdir}/metrics.jsonl: the {record['kind']} record of step {record['step']} "
@@ -59,13 +59,13 @@ def diagnose(workdir: str | os.PathLike) -> list[Finding]:
     return sorted(found.values(), key=lambda finding: finding.step)
 
 
-def _look(detector: Detector, record: dict[str, Any], whole: bool) -> list[Finding]:
-    """What the detector finds in a record of any kind; not `whole`: of a look its loss counts."""
-    if record["kind"] == "health" and not whole:
+def _look(detector: Detector, record: dict[str, Any], last_thinned: int) -> list[Finding]:
+    """What the detector finds in a record of any kind; up to a step it only remembers looks."""
+    if record["kind"] == "health" and record["step"] <= last_thinned:
         detector.remember(record)
     elif record["kind"] == "health":
         return detector.observe(record)
-    if record["kind"] == "validation":
+    elif record["kind"] == "validation":
         return detector.observe_validation(record["step"], record["loss"])
     return []
 

@@ -16,6 +16,7 @@ the first; what ends by itself lasts one step, or `steps`.
 | shifted_targets | the target of a place is that of the place before: its own input | no |
 | same_batch | every batch is the first of them | no |
 | slow_host | every batch is `seconds` (1) late | no |
+| flipped_bit | a bit of the last parameter is another on the `device`-th (0) device of the mesh | yes |
 
 Faults of data belong to a batch and not to a step: a run that skips the batch is rid of them.
 """
@@ -38,7 +39,7 @@ LASTING = (
 )
 OF_LAYER = ("nan_gradient", "activation", "dead_layer", "no_gradient")
 OF_DATA = ("garbage", "repeated_document")
-KINDS = ("nan_gradient", "activation", *OF_DATA, *LASTING)
+KINDS = ("nan_gradient", "activation", "flipped_bit", *OF_DATA, *LASTING)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +53,7 @@ class Fault:
     layers: int = 1
     factor: float = 100.0
     seconds: float = 1.0
+    device: int = 0
 
     def now(self, step: Any) -> Any:
         """Whether the fault is there in a step: a boolean, or an array of one."""
@@ -67,7 +69,7 @@ def parse_fault(text: str | None) -> Fault | None:
     kind, *options = text.split(":")
     check_choice("train.faults", kind, KINDS)
     types = {"step": int, "steps": int, "layer": int, "layers": int, "factor": float,
-             "seconds": float}
+             "seconds": float, "device": int}
     values = {}
     for option in options:
         name, _, value = option.partition("=")
@@ -122,6 +124,25 @@ def _without_layers(fault: Fault, tree: Any, step: jax.Array, places) -> Any:
     chosen = places[fault.layer:fault.layer + fault.layers]
     layers = jax.tree.map(lambda leaf: leaf.at[chosen].multiply(factor), tree["layers"])
     return tree | {"layers": layers}
+
+
+def faulty_state(fault: Fault | None, params: Any, step: jax.Array, like: Any) -> Any:
+    """The parameters after a step. like: the same with their shardings."""
+    if fault is None or fault.kind != "flipped_bit":
+        return params
+    leaves, structure = jax.tree.flatten(params)
+    sharding = jax.tree.leaves(like)[-1].sharding
+
+    def flip(part: jax.Array) -> jax.Array:
+        here = jax.lax.axis_index(sharding.mesh.axis_names) == fault.device
+        words = jax.lax.bitcast_convert_type(part, jnp.uint32).reshape(-1)
+        words = words.at[0].set(jnp.where(here & fault.now(step), words[0] ^ 2, words[0]))
+        return jax.lax.bitcast_convert_type(words.reshape(part.shape), part.dtype)
+
+    leaves[-1] = jax.shard_map(
+        flip, mesh=sharding.mesh, in_specs=sharding.spec, out_specs=sharding.spec, check_vma=False,
+    )(leaves[-1])
+    return jax.tree.unflatten(structure, leaves)
 
 
 def _scaled(tree: Any, path: tuple[str, str], place: int, factor: jax.Array) -> Any:

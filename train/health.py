@@ -13,6 +13,8 @@ CLASSES = (
     "dead_units", "attention", "router_collapse", "update_ratio", "frozen_layers", "data_fault",
     "wrong_targets", "repeated_batch", "plateau", "overfitting", "slow_input",
 )
+REPLICAS = "replicas_differ"  # Is no statistic of a step, and has policies of its own.
+REPLICA_POLICIES = ("stop", "repair")
 STOPS = "not_finite"  # Where nothing is said of it; every other class is said and nothing else.
 
 
@@ -28,7 +30,10 @@ def parse_policies(text: str) -> dict[str, str]:
     policies = dict.fromkeys(CLASSES, "log") | {STOPS: "stop"}
     for said in text.split(",") if text else ():
         kind, _, policy = (part.strip() for part in said.partition("="))
-        check_choice(f"{name}={text!r}", kind, CLASSES)
+        check_choice(f"{name}={text!r}", kind, (*CLASSES, REPLICAS))
+        if kind == REPLICAS:
+            check_choice(f"{name}={text!r}, what is done about {kind}", policy, REPLICA_POLICIES)
+            continue
         check_choice(f"{name}={text!r}, what is done about {kind}", policy, POLICIES)
         if policy == "skip" and kind != "not_finite":
             raise ValueError(
@@ -49,6 +54,12 @@ def parse_policies(text: str) -> dict[str, str]:
     return policies
 
 
+def replica_policy(text: str) -> str:
+    """What is done where replicas of the state differ: "stop", or "repair" from the majority."""
+    said = [part.strip() for part in text.split(",")]
+    return "repair" if f"{REPLICAS}=repair" in said else "stop"
+
+
 @dataclasses.dataclass
 class HealthConfig(Config):
     """How a run watches over itself.
@@ -57,19 +68,24 @@ class HealthConfig(Config):
     step is what it would be without. window: of how many looks a robust z-score is, at least
     16. roll_back: steps that a roll-back goes back at least, and whose batches are not read again.
     policies: what is done about which class, "loss_spike=roll_back,plateau=lower"; not_finite stops
-    the run, and of others it is said, where this does not name them.
+    the run, and of others it is said, where this does not name them. replicas_every: devices that
+    hold the same part of the state compare its bits every so many steps, and before each save; None
+    never does, and "replicas_differ=repair" in policies copies what most of them have, instead of a
+    stop.
     """
 
     every: int | None = 1
     window: int = 64
     roll_back: int = 8
     policies: str = ""
+    replicas_every: int | None = 100
 
     def validate(self) -> None:
         """Raises ValueError, naming the field, if a field is out of its range."""
         check_types(self, "train.health.")
         for field, least, most in (
             ("every", 1, math.inf), ("window", ENOUGH, 100_000), ("roll_back", 1, math.inf),
+            ("replicas_every", 1, math.inf),
         ):
             value = getattr(self, field)
             if value is not None and not least <= value <= most:

@@ -15,6 +15,7 @@ from batiste.train.ledger import Ledger
 from batiste.train.metrics import MetricsWriter
 from batiste.train.progress import Progress
 from batiste.train.monitor import Monitor
+from batiste.train.replicas import Replicas
 from batiste.train.state import TrainState
 from batiste.train.stopping import stop_requests
 
@@ -38,7 +39,7 @@ class Run:
 class Records:
     """Where a run writes. `meta` is saved with every checkpoint; its "validation" list grows.
 
-    monitor: None where steps do not measure their health.
+    monitor: None where steps do not measure their health. replicas: None where nobody compares them.
     """
 
     checkpoints: Checkpoints
@@ -47,6 +48,7 @@ class Records:
     ledger: Ledger
     meta: dict[str, Any]
     monitor: Monitor | None = None
+    replicas: Replicas | None = None
 
 
 def fit(
@@ -82,6 +84,9 @@ def fit(
             last = step == last_step or asked is not None
             evaluation_due = step % config.evaluation.every == 0 or step == last_step
             save_due = step % config.checkpoint.every == 0 or records.checkpoints.failed(step)
+            checks = records.replicas is not None
+            if checks and (last or save_due or records.replicas.due(step)):
+                state = records.replicas.check(step, state)
             if not (last or evaluation_due or save_due):
                 continue
             _record(records, *pending)
@@ -98,6 +103,7 @@ def fit(
                 if out_of_patience(records.meta["validation"], config.stop.patience):
                     reason, last = "patience", True
             if last or save_due:
+                state = records.replicas.check(step, state) if checks else state
                 ledger.enter("save blocked")
                 records.checkpoints.save(step, state, records.meta)
             if last:
