@@ -208,8 +208,6 @@ class Assembly:
         if not is_first():
             return result
         samples = list(zip(prompts, texts, strict=True))
-        ledger.write("result", step=step, standard_error=result.standard_error,
-                     **self.measured(result))
         write_samples(self.workdir, step, samples)
         facts = ReportFacts(
             name=self.workdir.name,

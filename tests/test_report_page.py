@@ -35,7 +35,7 @@ def make_run(workdir, rate=0.1, steps=40):
         writer = MetricsWriter(workdir, 0)
         ledger.enter("step")
         for step in range(1, steps + 1):
-            writer.write(step, loss=8 / step, tokens=100.0, learning_rate=rate, mfu=0.25,
+            writer.write(step, loss=8 / step, real_tokens=100.0, learning_rate=rate, mfu=0.25,
                          gradient_norm=1.0, tokens_per_second=1000.0)
             norms = {"embedding_VD": 1.0, "layers.a_DF": [1.0, 2.0], "layers.b_D": [3.0, math.nan]}
             writer.write_health(step, {
@@ -47,7 +47,8 @@ def make_run(workdir, rate=0.1, steps=40):
         ledger.write("finding", **FINDING)
         ledger.write("saved", step=steps, seconds=0.5, hash_seconds=0.1, files=15, bytes=17_000_000)
         ledger.write("supervise", says=HOSTILE)
-        ledger.write("result", step=steps, loss=1.5, bits_per_byte=1.2345, standard_error=0.0123)
+        ledger.write("finished", reason="done", step=steps, validation={
+            "loss": 1.5, "bits_per_byte": 1.2345, "standard_error": 0.0123})
         write_samples(workdir, steps, [("def ", "f(): return 1"), (HOSTILE, HOSTILE)])
         ledger.close("done")
     config = {"train": {"num_steps": steps, "schedule": {"learning_rate": rate}},
@@ -142,9 +143,9 @@ def test_events_are_sentences(runs):
                      "what": {"a": [1, 2.5], "b": None}, "nothing": []})
     assert told == "step 1,200, what a: 1, 2.5, b: none"
     assert sentence({"event": "decision", "kind": "loss_spike", "step": 50, "action": "roll_back",
-                     "to": 40, "skip": [42, 50], "since": None}) == (
-        "Rolled back to step 40 because of loss spike at step 50; batches 42 to 49 are not read "
-        "again.")
+                     "to": 40, "skip_records": [42, 50], "since": None}) == (
+        "Rolled back to step 40 because of loss spike at step 50; records 42 to 49 of the "
+        "order are not read again.")
     assert sentence({"event": "saved", "step": "x"}) == "step x", "what another version wrote"
 
 
@@ -225,5 +226,5 @@ def test_counts_and_configs_read_well():
 def test_a_broken_config_is_one_line(tmp_path, content):
     make_run(tmp_path / "run", steps=2)
     (tmp_path / "run/config.json").write_text(content)
-    with pytest.raises(ValueError, match=r"config\.json: expected "):
+    with pytest.raises(ValueError, match=r"config\.json: (no JSON|expected)"):
         report(tmp_path / "run")

@@ -58,7 +58,8 @@ def curves_of(records: list[dict[str, Any]]) -> dict[str, Curve]:
 
 def tokens_of(records: list[dict[str, Any]]) -> tuple[Curve, float]:
     """How many tokens had been trained on by which step, thinned, and in all."""
-    train = {record["step"]: as_number(record.get("tokens")) or 0.0
+    # Records of before padding was left out count the targets that have a weight.
+    train = {record["step"]: as_number(record.get("real_tokens", record.get("tokens"))) or 0.0
              for record in records if record.get("kind") == "train"}
     steps = sorted(train)
     sums = np.cumsum([train[step] for step in steps]) if steps else np.zeros(1)

@@ -92,6 +92,11 @@ def _ranges(steps: Iterable[int]) -> list[list[int]]:
     return ranges
 
 
+def _tokens_of(record: dict[str, Any]) -> float:
+    """Of a step; records of before padding was left out count the targets that have a weight."""
+    return record.get("real_tokens", record.get("tokens", 0.0))
+
+
 class MetricsWriter:
     """Appends records to metrics.jsonl and TensorBoard event files in a work directory.
 
@@ -135,8 +140,10 @@ class MetricsWriter:
             os.fsync(file.fileno())
         os.replace(temporary, path)
         self._lines, self._tensorboard = Lines(path), TensorBoard(workdir, steps_done, config)
-        self._looks = sum(record["kind"] == HEALTH and "gradient" in record for record in kept)
-        self._tokens = sum(record.get("tokens", 0.0) for record in kept if record["kind"] == "train")
+        self._looks = sum(record["kind"] == HEALTH and "gradient" in record
+                          for record in kept.values())
+        self._tokens = sum(
+            _tokens_of(record) for record in kept.values() if record["kind"] == "train")
 
     def say_what_is_missing(self, ledger: Ledger) -> None:
         """Writes to the ledger, and in one line, what was wrong with the records before."""
@@ -165,8 +172,8 @@ class MetricsWriter:
         values = {name: float(value) for name, value in values.items()}
         self._write({"step": int(step), "kind": kind, **values})
         shown = {f"{kind}/{name}": value for name, value in values.items()}
-        if kind == "train" and "tokens" in values:
-            self._tokens += values["tokens"]
+        if kind == "train":
+            self._tokens += _tokens_of(values)
             shown["train/tokens_in_all"] = self._tokens
         self._tensorboard.write(int(step), shown)
 

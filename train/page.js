@@ -234,7 +234,7 @@ function metrics() {
       const name = key.split("/")[1];
       const varies = curve.value.some(value => value !== curve.value[0]);
       // Tokens of a step are the horizontal axis; without further terms the loss is the cross-entropy.
-      if (key.endsWith(" smoothed") || name === "tokens" || (name === "skipped" && !varies)) continue;
+      if (key.endsWith(" smoothed") || name.endsWith("tokens") || (name === "skipped" && !varies)) continue;
       if (name === "cross_entropy" && String(curve.value) ===
           String(run.curves["train/loss"]?.value)) continue;
       names.add(name);

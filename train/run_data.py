@@ -9,6 +9,7 @@ from typing import Any
 from batiste.data.json_files import read_json
 from batiste.train.account import RUNNING, Account, read_account
 from batiste.train.curves import as_number, read_records, tokens_of
+from batiste.train.finished import FINISHED
 from batiste.train.ledger import read_ledger
 from batiste.train.progress import duration
 from batiste.train.samples import read_samples
@@ -66,13 +67,28 @@ def read_run(workdir: str | os.PathLike) -> RunData:
     workdir = pathlib.Path(workdir)
     account = read_account(workdir)
     events = read_ledger(workdir)
-    results = [event for event in events if event["event"] == "result"]
+    config = read_flat_config(workdir)
     return RunData(
         name=workdir.resolve().name, account=account, records=read_records(workdir),
-        config=read_flat_config(workdir), chosen=account.starts[-1].facts.get("set"),
-        result=results[-1] if results else None, samples=read_samples(workdir),
+        config=config, chosen=account.starts[-1].facts.get("set"),
+        result=_result(events, config), samples=read_samples(workdir),
         findings=[event for event in events if event["event"] == "finding"],
     )
+
+
+def _result(events: list[dict[str, Any]], config: dict[str, Any]) -> dict[str, float] | None:
+    """step, loss, bits_per_byte and standard_error at the end of a run, those that were measured."""
+    ends = [event for event in events if event["event"] == FINISHED and event["validation"]]
+    if not ends:
+        return None
+    names = ["loss"]
+    if not any(name.startswith("data.objectives[") for name in config):
+        names += ["bits_per_byte", "standard_error"]  # Others leave bytes out that nothing predicts.
+    measured = {name: as_number(ends[-1]["validation"].get(name)) for name in names}
+    if measured["loss"] is None:
+        return None
+    return {"step": ends[-1]["step"]} | {
+        name: value for name, value in measured.items() if value is not None}
 
 
 def read_flat_config(workdir: pathlib.Path, kind: Any = dict) -> dict[str, Any]:
@@ -110,7 +126,7 @@ class Number:
 def headline_numbers(run: RunData) -> list[Number]:
     """What to know of a run first: loss, bits per byte, tokens, parameters, MFU, time, findings."""
     tokens = tokens_of(run.records)[1]
-    per_step = run.recent("tokens")
+    per_step = run.recent("real_tokens")
     parameters = run.account.starts[-1].facts.get("parameters")
     rate, mfu = run.recent("tokens_per_second"), run.recent("mfu")
     total = sum(run.account.seconds.values())
@@ -159,7 +175,7 @@ def state_in_words(run: RunData) -> str:
     """Where a run is: "running, step 1,200 of 5,000, 1 h 20 min left"."""
     of = "" if run.total_steps is None else f" of {run.total_steps:,}"
     words = [run.state, f"step {run.step:,}{of}"]
-    rate, per_step = run.recent("tokens_per_second"), run.recent("tokens")
+    rate, per_step = run.recent("tokens_per_second"), run.recent("real_tokens")
     if run.state == RUNNING and rate and per_step and run.total_steps:
         words.append(f"{duration(max(0, run.total_steps - run.step) * per_step / rate)} left")
     return ", ".join(words)

@@ -52,9 +52,9 @@ def _finding(event: dict[str, Any]) -> str:
 def _decision(event: dict[str, Any]) -> str:
     because = f"because of {event['kind'].replace('_', ' ')} at step {event['step']:,}"
     if event["action"] == "roll_back":
-        first, last = event["skip"]
-        return (f"Rolled back to step {event['to']:,} {because}; batches {first:,} to "
-                f"{last - 1:,} are not read again.")
+        first, last = event["skip_records"]
+        return (f"Rolled back to step {event['to']:,} {because}; records {first:,} to "
+                f"{last - 1:,} of the order are not read again.")
     return f"The learning rate is halved from step {event['since']:,} on, {because}."
 
 
@@ -76,7 +76,14 @@ def _started(event: dict[str, Any]) -> str:
     return f"{'; '.join([begun, *parts])}."
 
 
+def _finished(event: dict[str, Any]) -> str:
+    measured = event["validation"]
+    loss = f", validation loss {in_words(measured['loss'])}" if measured else ""
+    return f"Finished after step {event['step']:,} ({event['reason']}){loss}."
+
+
 SENTENCES = {
     "finding": _finding, "decision": _decision, "saved": _saved, "save_failed": _save_failed,
-    "started": _started, "supervise": lambda event: event["says"],
+    "started": _started, "finished": _finished,
+    "supervise": lambda event: event["says"],
 }
