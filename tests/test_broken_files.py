@@ -26,7 +26,7 @@ from batiste.train.plots import norms_by_layer, read_records
 from batiste.train.report import ReportFacts, write_report
 from batiste.verbs import say_text
 
-MUTATIONS = 120
+MUTATIONS = 700
 CONFIG, METRICS, LEDGER = "config.json", "metrics.jsonl", "ledger.jsonl"
 STRANGE = (None, True, -1, 0, 10**30, 1e300, "", "3", "x" * 200, "\x1b[31m", [], [1], [[]], {},
            {"a": 1}, [None], "nan")
