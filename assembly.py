@@ -28,8 +28,8 @@ from batiste.evaluation import Perplexity, RowSums, make_row_losses, perplexity
 from batiste.inference import SamplingConfig, generate
 from batiste.models import resolve_attention
 from batiste.sharding import (
-    RULES, MeshConfig, Share, check_host_memory, is_first, make_mesh, make_mesh_like, replicate,
-    restack, shardings,
+    RULES, MeshConfig, Share, check_host_memory, connect_groups, is_first, make_mesh,
+    make_mesh_like, replicate, restack, shardings,
 )
 from batiste.train import (
     Ledger, Program, Progress, ReportFacts, flops_per_token, make_program, mfu_formula_line,
@@ -219,6 +219,7 @@ def assemble(
         if wanted:
             check_host_memory(mesh, field)
     program = make_program(model, experiment.train, mesh, mesh_config)
+    connect_groups(mesh)
     return Assembly(experiment, workdir, prepared, mesh, program)
 
 

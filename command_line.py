@@ -174,7 +174,7 @@ def _one_line_errors() -> Iterator[None]:
         line = _line(error)
         code = exit_codes.FAILED
         if line is None and exit_codes.transient(error):
-            code = exit_codes.UNAVAILABLE
+            line, code = exit_codes.transient_line(error), exit_codes.UNAVAILABLE
         text = line or traceback.format_exc()
         sharding = sys.modules.get("batiste.sharding")
         if sharding is not None and sharding.leave(code, text):

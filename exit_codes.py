@@ -38,6 +38,16 @@ def meaning(code: int) -> str:
 
 
 def transient(error: BaseException) -> bool:
-    """Whether jax says that it was not the program's fault."""
-    # By name, so that nobody has to import jax to ask.
-    return type(error).__name__ == "JaxRuntimeError" and str(error).startswith(TRANSIENT)
+    """Whether jax says that it was a machine or the network, and not the program."""
+    # By name, so that nobody has to import jax to ask. What gloo (the network between CPUs) says is
+    # passed on as UNKNOWN, with the reason inside.
+    text = str(error)
+    return type(error).__name__ == "JaxRuntimeError" and (
+        text.startswith(TRANSIENT) or "gloo" in text.lower())
+
+
+def transient_line(error: BaseException) -> str:
+    """One line of a transient error: what was said, and that another start may help."""
+    text = " ".join(str(error).split())
+    return (f"error: {_MEANINGS[UNAVAILABLE]}: {text[:300]}; start the same command again, it "
+            "continues from the last checkpoint")

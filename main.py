@@ -31,7 +31,8 @@ from batiste.sharding import (
 )
 from batiste.train import (
     FINISHED, Checkpoints, Found, Ledger, arrays_of, check_mode, check_override, check_same,
-    compilation_booked, complain, last_saved, measured_at_end, why_ended, work_directory_lock,
+    compilation_booked, complain, how_to_go_on, last_saved, measured_at_end, why_ended,
+    work_directory_lock,
 )
 
 CONFIG_FILE = "config.json"
@@ -145,9 +146,12 @@ def _train(
     check_mode(mode, found, workdir)
     free = (*_free_to_change(experiment), *resume_override)
     changed = [] if found.step is None else check_same(stored["config"], flat, free)
-    ended = None if found.step is None else _ended(workdir, stored, found.step, flat)
-    if ended is not None:
-        return ended
+    # Whoever changes what is not free to change, or the texts to write, wants more than to be told.
+    if found.step is not None and not any(
+            change.startswith(("sample.", *resume_override)) for change in changed):
+        ended = _ended(workdir, stored, found.step, flat)
+        if ended is not None:
+            return ended
     if not force:
         check_memory(experiment)
     check_shared(workdir)
@@ -198,10 +202,6 @@ def _ended(
     reason = why_ended(stored, step, config)
     if reason is None:
         return None
-    samples = ({name: value for name, value in of.items() if name.startswith("sample.")}
-               for of in (stored["config"], config))
-    if check_same(*samples, ("sample.",)):
-        return None  # The report is to have other texts.
 
     def read() -> str:
         return json.dumps(measured_at_end(workdir, reason, step))
@@ -210,10 +210,8 @@ def _ended(
     if fields is None:
         return None
     if is_first():
-        why = {"patience": "the validation loss no longer fell; a larger train.stop.patience",
-               "done": "all of its steps are done; a larger train.num_steps"}[reason]
-        print(f"{workdir} has finished after step {step:,}: {why}, named in --resume_override "
-              "where it is not free to change, would continue it", flush=True)
+        print(f"{workdir} has finished after step {step:,}: {how_to_go_on(reason, config)}",
+              flush=True)
     detection = fields["detection"]
     return Result(reason, step, Perplexity(**fields | {
         "detection": None if detection is None else Detection(**detection)}))

@@ -8,6 +8,7 @@ from batiste.sharding.context_order import (
     chunk_place, context_size, in_row_order, in_time_order, time_order,
 )
 from batiste.sharding.layout import laid_out, layout
+from batiste.sharding.meet import connect_groups
 from batiste.sharding.mesh import (
     check_host_memory, compiler_options, make_mesh, make_mesh_like, place,
 )
@@ -22,7 +23,7 @@ __all__ = [
     "ALPHABET", "AXES", "CONTEXT_EXCHANGES", "HOST_MEMORY", "RULES", "Agreed", "AskedElsewhere",
     "MeshConfig", "Share", "agree", "axes_of", "check_connected", "check_divisible",
     "check_host_memory", "check_letters", "check_shared", "chunk_place", "compiler_options",
-    "connect", "constrain", "context_size", "gather", "in_row_order", "in_time_order", "is_first",
+    "connect", "connect_groups", "constrain", "context_size", "gather", "in_row_order", "in_time_order", "is_first",
     "laid_out", "layer_order", "layout", "leave", "make_mesh", "make_mesh_like", "per_device",
     "place", "replicate", "restack", "restacked", "shardings", "spec", "time_order", "together",
 ]

@@ -134,7 +134,8 @@ def watched(experiment: Experiment, _):
         record = health_record(statistics, values, 1.0, 0.0)
         said.append(len(detector.observe({"step": step, **record})))
     finding = Finding("loss_spike", 50, None, None, (), {}, "", "")
-    goes = roll_back(finding, [30, 40, 45, 49], [], experiment.train.health.roll_back)
+    goes = roll_back(finding, [30, 40, 45, 49], [], experiment.train.health.roll_back,
+                     [[0, 8]])
     done = []
     for kind in CLASSES:
         try:

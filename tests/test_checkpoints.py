@@ -1,9 +1,13 @@
 """A step counts only as what was written, whole; a save that fails is noticed, and tried again."""
 
+import _thread
+import functools
 import os
 import pathlib
 import resource
 import shutil
+import sys
+import threading
 import time
 
 import jax
@@ -149,6 +153,46 @@ def test_a_full_disk_is_noticed_tried_again_and_survived(tmp_path, capfd):
     assert sorted(os.listdir(checkpoints.folder)) == ["15", "5"]
     checkpoints.close()
     assert "Traceback" not in capfd.readouterr().err
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
+def test_a_last_save_that_fails_says_why_and_nothing_else(tmp_path, capfd, monkeypatch):
+    """TensorStore's writes may end after Orbax has closed its event loop, and would say so."""
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig())
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    checkpoints.save(5, state_of(5), {})
+    checkpoints.wait()
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (60, limit[1]))
+        checkpoints.save(10, state_of(10), {})
+        with pytest.raises(ValueError, match="step 10 could not be saved: File too large"):
+            checkpoints.finish(10, state_of(10), {})
+        time.sleep(0.5)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    checkpoints.close()
+    assert capfd.readouterr().err == ""
+    # Not every time is a write late: so the same call again, from a thread as it is of C++.
+    told = []
+    hook = sys.unraisablehook
+    assert isinstance(hook, functools.partial)
+    monkeypatch.setattr(sys, "unraisablehook", functools.partial(hook.func, told.append))
+    for text in ("Event loop is closed", "another"):
+        _late_write(text)
+    assert [str(each.exc_value) for each in told] == ["another"]
+
+
+def _late_write(text: str) -> None:
+    """An exception that nobody can catch, in a thread that Python's threading did not start."""
+    done = threading.Event()
+
+    class Dying:
+        def __del__(self):
+            done.set()
+            raise RuntimeError(text)
+
+    _thread.start_new_thread(lambda _: None, (Dying(),))
+    assert done.wait(10)
 
 
 def test_a_directory_that_cannot_be_written_stops_the_run_after_the_failures_allowed(tmp_path):

@@ -8,14 +8,20 @@ import numpy as np
 import pytest
 from health_streams import BEGUN, ROWS, batch, findings, stream
 
+from batiste.configs.experiment import Experiment, flatten
 from batiste.data import position
-from batiste.train import faulty_batches, parse_fault
+from batiste.train import (
+    Ledger, MetricsWriter, Monitor, Watched, all_decisions, faulty_batches, parse_fault,
+)
+from batiste.train.config import TrainConfig
 from batiste.train.decisions import (
     Decision, learning_rate_factor, lower, roll_back, skipped, start_of,
 )
 from batiste.train.findings import CAUSES, Finding
 from batiste.train.health import CLASSES, parse_policies
+from batiste.train.health_statistics import HealthStatistics
 from batiste.train.loss_rules import LossRules
+from batiste.train.monitor import STUCK
 
 # fault: class, layer, parameter, looks until it is found, what the remedy names.
 FAULTS = {
@@ -229,3 +235,56 @@ def test_decisions_are_functions_of_the_step():
     assert [learning_rate_factor([slower], step) for step in (51, 52)] == [1, 0.5]
     assert start_of(60, [], [going]) == 40 and start_of(60, [going], [going]) == 60
     assert start_of(None, [], [slower]) is None and start_of(30, [], [going]) == 30
+
+
+def statistics_of_nothing() -> HealthStatistics:
+    """Of a model of one parameter, whose gradient is not finite."""
+    one = {"norm_D": np.float32(1)}
+    of_layers = np.ones(1, np.float32)
+    return HealthStatistics({"norm_D": np.float32(np.nan)}, one, one, of_layers, of_layers, None,
+                            None, None, None, None, np.ones(8, np.float32), np.arange(8))
+
+
+def test_halving_the_loss_scale_is_no_finding_and_a_scale_that_cannot_be_halved_is(tmp_path):
+    """2^24 down to 1 are 24 overflows in a row, and normal; 8 more at 1 are not."""
+    config = TrainConfig()
+    config.health.every = 1
+    notes = []
+    settings = flatten(Experiment())
+    with Ledger(tmp_path) as ledger:
+        monitor = Monitor(config, Watched({"decisions": []}, ledger, settings, notes.append,
+                                          lambda step: np.arange(8)))
+        writer, scale = MetricsWriter(tmp_path, 0), config.loss_scale.maximum
+        for step in range(1, 100):
+            metrics = {"loss": 4.0, "gradient_norm": np.inf, "learning_rate": 1e-3, "skipped": 1.0,
+                       "loss_scale": scale}
+            try:
+                monitor.look(writer, step, statistics_of_nothing(), metrics)
+            except ValueError as error:
+                assert f"{STUCK} steps in a row, up to step {24 + STUCK}," in str(error)
+                break
+            scale = max(scale / 2, config.loss_scale.minimum)
+        writer.close()
+    assert step == 24 + STUCK and not notes
+
+
+def test_decisions_survive_a_ledger_of_which_lines_are_gone():
+    first, second, third = (
+        Decision("roll_back", "loss_spike", step, 0, (step, step + 8)) for step in (10, 20, 30))
+    assert all_decisions([first, second], [first, second, third]) == [first, second, third]
+    assert all_decisions([first, second], []) == [first, second]
+    assert all_decisions([first, second], [second, third]) == [first, second, third]
+
+
+def test_rows_of_another_batch_size_are_compared_with_those_before():
+    rules = LossRules(24, 100)
+    def record(rows, loss):
+        return {"row_loss": [loss + 0.01 * row for row in range(rows)],
+                "row_checksum": list(range(rows)), "loss": loss, "step": 1}
+
+    for _ in range(20):
+        assert rules.rows(record(8, 4.0)) == [] and rules.loss(record(8, 4.0)) == []
+    for _ in range(3):
+        assert rules.rows(record(16, 4.0)) == [] and rules.loss(record(16, 4.0)) == []
+    (found,) = rules.rows(record(16, 9.0))
+    assert found.kind == "data_fault" and len(found.rows) == 16

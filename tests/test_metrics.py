@@ -15,6 +15,7 @@ import pytest
 from tensorboardX.proto import event_pb2
 
 from batiste.train import progress as progress_module
+from batiste.train.ledger import Ledger, read_ledger
 from batiste.train.metrics import MetricsWriter, read_metrics
 from batiste.train.progress import Progress, duration, mfu_formula_line
 from batiste.train.report import ReportFacts, smoothed, write_report
@@ -279,3 +280,41 @@ def test_a_note_stays_between_the_states_of_the_run():
             9, flops_per_token=1.0, peak_flops=None, stream=stream)
         progress.note("validation loss 3.5")
         assert stream.getvalue() == f"{erase}validation loss 3.5\n"
+
+
+def test_a_step_is_recorded_once_and_what_is_missing_is_said_and_written_down(tmp_path, capsys):
+    write_run(tmp_path, 0, 12)
+    path = tmp_path / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    assert len(lines) == 13
+    # Steps 3, 4 and 9 are gone; 6 and 7 are there twice, written by two runs at once.
+    path.write_text("".join([*lines[:2], *lines[4:6], lines[6].replace(":3", ":5"), *lines[5:8],
+                             *lines[9:]]))
+    with Ledger(tmp_path) as ledger:
+        ledger.begin()
+        writer = MetricsWriter(tmp_path, 12)
+        writer.say_what_is_missing(ledger)
+        writer.close()
+    assert [r["step"] for r in read_metrics(tmp_path) if r["kind"] == "train"] == [
+        1, 2, 5, 6, 7, 8, 10, 11, 12]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "it lacks steps 3-4, 9 and 2 of its records were there twice" in line
+    (event,) = [event for event in read_ledger(tmp_path) if event["event"] == "records"]
+    assert (event["missing"], event["repeated"]) == ([[3, 4], [9, 9]], 2)
+    # All of it gone, and a run of which nothing is.
+    path.unlink()
+    writer = MetricsWriter(tmp_path, 12)
+    assert writer.missing == [[1, 12]]
+    writer.close()
+    write_run(tmp_path, 0, 12)
+    writer = MetricsWriter(tmp_path, 5)
+    assert (writer.missing, writer.repeated) == ([], 0)
+    writer.close()
+
+
+def test_a_rate_is_of_the_tokens_that_each_step_had(clock):
+    bar = progress(io.StringIO())
+    for step, tokens in enumerate((900, 300, 500, 100), start=1):
+        clock.now += 0.5
+        bar.update(step, 3.0, tokens)
+    assert bar.tokens_per_second == pytest.approx((300 + 500 + 100) / 1.5)

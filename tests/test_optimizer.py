@@ -307,3 +307,17 @@ def test_adafactor_refuses_so_many_layers_that_it_would_factor_across_them():
 def test_a_wrong_field_is_refused_by_name(fields, message):
     with pytest.raises(ValueError, match=r"train\.optimizer\." + message):
         make_optimizer(OptimizerConfig(**fields), lambda step: RATE, LETTERS)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_rate_is_that_of_the_step_and_not_of_the_updates_made(kind):
+    """An update after three that were skipped, by the state that these have left as it was."""
+    params, gradient = tree(0), tree(1)
+    schedule = make_schedule(ScheduleConfig(learning_rate=RATE, warmup_steps=2), 6)
+    optimizer = make_optimizer(OptimizerConfig(kind=kind), schedule, LETTERS)
+    (constant,) = updates_of(OptimizerConfig(kind=kind), params, [gradient])
+    updates, _ = jax.jit(optimizer.update)(
+        gradient, optimizer.init(params), params, step=jnp.int32(3))
+    for name in LETTERS:
+        np.testing.assert_allclose(
+            updates[name], schedule(3) / RATE * constant[name], rtol=1e-5, atol=1e-9)

@@ -4,6 +4,7 @@ What is computed by the same processes again is bit-equal. Between one process a
 within 1e-6: gloo adds the parts of the devices in another order than one process does.
 """
 
+import contextlib
 import json
 import os
 import pathlib
@@ -19,6 +20,7 @@ import time
 import jax
 import numpy as np
 import pytest
+from jax._src import distributed
 
 from batiste.exit_codes import LOST_PEER
 from batiste.main import evaluate, generate, load_experiment, train
@@ -41,9 +43,9 @@ def get_config(arg):
 PROGRAM = """
 import json, pathlib, sys
 from jax.experimental import multihost_utils
-from batiste import main, sharding
+from batiste import assembly, main, sharding
 from batiste.data import order
-from test_processes import experiment, program_checks
+from test_processes import connected_groups, experiment, program_checks
 
 address, index, corpus, workdir = sys.argv[1:]
 sharding.connect(address, 2, int(index))
@@ -51,10 +53,13 @@ asked, ask = [], multihost_utils.reached_preemption_sync_point
 multihost_utils.reached_preemption_sync_point = lambda at: (asked.append(at), ask(at))[1]
 read, drawn_at = [], order.Order.drawn_at
 order.Order.drawn_at = lambda self, at: (read.extend(at.tolist()), drawn_at(self, at))[1]
+connect_groups, cliques = assembly.connect_groups, []
+assembly.connect_groups = lambda mesh: (connect_groups(mesh), cliques.append(connected_groups()))
 result = main.train(experiment(corpus, "zero"), workdir)
+cliques.append(connected_groups())
 evaluated = main.evaluate(workdir)
 found = {"read": read, "asked": asked, "result": list(result), "evaluated": list(evaluated),
-         **program_checks(pathlib.Path(workdir))}
+         "cliques": cliques, **program_checks(pathlib.Path(workdir))}
 pathlib.Path(f"{workdir}_{index}.json").write_text(json.dumps(found))
 """
 STEPS = 10
@@ -70,6 +75,12 @@ def experiment(corpus: str, mesh: str):
     return experiment
 
 
+def connected_groups() -> list[str]:
+    """The groups of devices that gloo has connected, as it names them to the other processes."""
+    client = distributed.global_state.client
+    return sorted({key.rsplit("/", 1)[0] for key, _ in client.key_value_dir_get_bytes("cpu:gloo/")})
+
+
 def budget(experiment, steps: int) -> float:
     """The FLOPs of so many steps, as train.stop.flops takes them."""
     mesh = make_mesh(MeshConfig())
@@ -82,7 +93,9 @@ def budget(experiment, steps: int) -> float:
 
 def program_checks(workdir: pathlib.Path) -> dict:
     """Runs in both processes of PROGRAM: shares of odd meshes, and refusals, one line each."""
+    from batiste.main import prepare
     from batiste.sharding import Share, agree, check_shared, together
+    from batiste.train import work_directory_lock
 
     index = jax.process_index()
     devices = np.array(jax.devices()).reshape(2, 4)
@@ -111,7 +124,13 @@ def program_checks(workdir: pathlib.Path) -> dict:
         except (ValueError, OSError) as error:
             return str(error)
 
+    # A directory that process 0 holds already, as another run would.
+    taken = workdir.with_name("taken")
+    with work_directory_lock(taken) if index == 0 else contextlib.nullcontext():
+        held = refused(lambda: prepare(experiment("nothing", "zero"), taken))
+        together("leave the directory that is taken")
     return {
+        "held": held,
         "shares": shares,
         "together": together("count", lambda: str(index)),
         "failed": refused(lambda: together("write", fail)),
@@ -271,6 +290,13 @@ def test_each_process_asks_after_each_step_whether_to_stop_and_nobody_else_does(
         assert found["asked"] == list(range(1, STEPS + 2))
 
 
+def test_no_group_of_devices_is_connected_after_the_start(program):
+    """Where one is, the others wait 30 s for a process that still compiles, and end the run."""
+    for found in program[1]:
+        at_the_start, *_, at_the_end = found["cliques"]
+        assert at_the_start == at_the_end and len(at_the_start) > 1
+
+
 def test_shares_of_meshes_that_mix_the_processes(program):
     _, found = program
     alternating, both = "data 8, processes alternating", "data 2 x tensor 4, both in both"
@@ -289,6 +315,8 @@ def test_processes_wait_agree_and_fail_together(program):
     assert first["differs"] == second["differs"]
     assert "process 1 differs from process 0: b is 1 and not 0" in first["differs"]
     assert "--workdir must be on a file system that all processes share" in first["not shared"]
+    assert re.match("workdir=.*taken: is in use by process ", first["held"])
+    assert second["held"].startswith("process 0 could not hold ") and first["held"] in second["held"]
     assert re.match("wait: not all 2 processes were done after 0.5 s", first["late"])
 
 

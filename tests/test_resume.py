@@ -1,19 +1,24 @@
 """What a resume finds, refuses by name, passes over, and may override; test_chaos.py kills."""
 
+import dataclasses
 import json
 import pathlib
+import re
 import shutil
 
 import pytest
 
 from batiste import command_line, main
 from batiste.configs.experiment import Experiment
-from batiste.data import DataConfig, SourceConfig
+from batiste.data import DataConfig, SourceConfig, order
 from batiste.inference import SamplingConfig
 from batiste.main import evaluate, generate, train
 from batiste.models import TransformerConfig
 from batiste.sharding import MeshConfig
+from batiste.train import Found, batch_sizes_of, records_before, why_ended, with_batch_size
+from batiste.train.config import StopConfig
 from batiste.train.metrics import read_metrics
+from batiste.train.resume import check_mode
 
 STEPS = 30
 
@@ -228,3 +233,126 @@ def test_early_stopping_by_patience(corpus, tmp_path):
     experiment.train.optimizer.vector_multiplier = 0.0
     result = train(experiment, tmp_path)
     assert result.reason == "patience" and result.step == 15
+    # The same command trains no further, with a report to make or without.
+    assert train(experiment, tmp_path) == result
+    without(tmp_path, "finished")
+    assert train(experiment, tmp_path) == result
+    assert max(record["step"] for record in read_metrics(tmp_path)) == 15
+
+
+def no_work(*_, **__):
+    raise AssertionError("a finished run prepares and initializes nothing")
+
+
+def without(workdir: pathlib.Path, *names: str) -> None:
+    """Removes the events of these names from a ledger."""
+    path = workdir / "ledger.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(line for line in lines if json.loads(line)["event"] not in names))
+
+
+def test_a_finished_run_says_so_and_does_nothing(halfway, corpus, monkeypatch, capfd):
+    experiment, workdir = halfway
+    experiment.train.stop.flops = 1.0
+    before = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
+    with monkeypatch.context() as patch:
+        for name in ("assemble", "_prepare", "check_memory"):
+            patch.setattr(main, name, no_work)
+        result = train(experiment, workdir)
+        assert (result.reason, result.step) == ("done", 1) and result.validation.tokens > 0
+        assert "has finished after step 1: its budget is spent; to go on, raise --config.train.stop" in (
+            capfd.readouterr().out)
+        assert before == {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
+        for change in ({"num_steps": STEPS + 1}, {"stop": StopConfig()}):  # There is something left to do.
+            changed = dataclasses.replace(experiment, train=dataclasses.replace(
+                experiment.train, **change))
+            with pytest.raises(AssertionError, match="a finished run"):
+                train(changed, workdir, resume_override=["train.num_steps"], force=True)
+    # Killed after the last save: what is left to do is done, and no step.
+    without(workdir, "finished", "end")
+    (workdir / "report.md").unlink()
+    again = train(experiment, workdir)
+    assert again == result and (workdir / "report.md").exists()
+    assert [record["step"] for record in read_metrics(workdir) if record["kind"] == "train"] == [1]
+    assert f"{events(workdir, 'finished')[-1]['validation']['tokens']}" == f"{result.validation.tokens}"
+
+
+@pytest.mark.parametrize("step,change,reason", [
+    (20, {}, "patience"), (20, {"train.stop.patience": 3}, None),
+    (20, {"train.stop.patience": None}, None), (50, {"train.stop.patience": 3}, "done"),
+    (50, {"train.stop.patience": 3, "train.num_steps": 60}, None),
+    (20, {"train.num_steps": 60}, "patience"), (49, {"train.stop.patience": None}, None),
+    (30, {"train.stop.patience": None, "train.stop.flops": 7.0}, None),
+])
+def test_when_a_run_has_ended(step, change, reason):
+    config = {"train.num_steps": 50, "train.batch_size": 8, "train.stop.flops": None,
+              "train.stop.patience": 2}
+    meta = {"validation": [[5, 2.0], [10, 1.0], [15, 1.5], [20, 1.25]], "config": config,
+            "last_step": 50}
+    assert why_ended(meta, step, config | change) == reason
+
+
+@pytest.mark.parametrize("traces", [
+    ["metrics.jsonl"], ["report.md"], ["tensorboard"], ["checkpoints/5.set_aside_1"],
+    ["checkpoints/5.unfinished"], ["data", "config.json"]])
+@pytest.mark.parametrize("mode", ["auto", "never"])
+def test_where_a_run_has_left_anything_nothing_starts_from_scratch_in_silence(
+        traces, mode, tmp_path):
+    for name in traces:
+        (tmp_path / name).mkdir(parents=True)
+    with pytest.raises(ValueError, match=f"has left .*{re.escape(traces[-1])}.*to start from scratch, "
+                                         "choose another --workdir or remove these"):
+        check_mode(mode, Found(None, {}), tmp_path)
+    if traces[-1] == "config.json":  # An imported model has one before it is trained.
+        (tmp_path / "imported").mkdir()
+        check_mode(mode, Found(None, {}), tmp_path)
+    (tmp_path / "ledger.jsonl").write_text("")  # It was killed before its first save.
+    check_mode(mode, Found(None, {}), tmp_path)
+
+
+def test_a_config_alone_may_be_trained_by(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    check_mode("auto", Found(None, {}), tmp_path)
+
+
+def test_records_follow_from_the_batch_sizes():
+    sizes = with_batch_size([], 0, 8)
+    assert sizes == [[0, 8]] and with_batch_size(sizes, 30, 8) == sizes
+    sizes = with_batch_size(with_batch_size(sizes, 30, 16), 40, 8)
+    assert sizes == [[0, 8], [30, 16], [40, 8]]
+    assert [records_before(sizes, step) for step in (0, 1, 30, 31, 40, 41)] == [
+        0, 8, 240, 256, 400, 408]
+    # Back to step 20, and on with 4.
+    assert with_batch_size(sizes, 20, 4) == [[0, 8], [20, 4]]
+    assert batch_sizes_of({"config": {"train.batch_size": 8}}) == [[0, 8]]
+    assert with_batch_size(sizes, 0, 4) == [[0, 4]]
+
+
+@pytest.mark.slow
+def test_another_batch_size_goes_on_with_the_next_record_and_so_does_the_one_after(
+        halfway, monkeypatch):
+    """One step of 8, two of 16, two of 8; statistics of health on, with rows of both numbers."""
+    experiment, workdir = halfway
+    experiment.train.checkpoint.every = 100
+    read, drawn_at = [], order.Order.drawn_at
+    monkeypatch.setattr(order.Order, "drawn_at",
+                        lambda self, at: (read.append(at.tolist()), drawn_at(self, at))[1])
+    begins, override = [8, 40], ["train.batch_size", "train.num_steps", "train.schedule"]
+    experiment.train.schedule.warmup_steps = 1
+    for rows, steps in ((16, 3), (8, 5)):
+        experiment.train.batch_size, experiment.train.num_steps = rows, steps
+        read.clear()
+        assert train(experiment, workdir, resume_override=override).step == steps
+        start = begins.pop(0)
+        for number in range(2):  # Threads read ahead, in any order.
+            first = start + number * rows
+            assert list(range(first, first + rows)) in read
+        assert min(map(min, read)) == start
+    assert [event["records"] for event in events(workdir, "from")] == [0, 8, 40]
+    meta = json.loads((workdir / "checkpoints/5/meta.json").read_text())
+    assert meta["batch_sizes"] == [[0, 8], [1, 16], [3, 8]]
+    trained = [record for record in read_metrics(workdir) if record["kind"] == "train"]
+    assert [record["step"] for record in trained] == [1, 2, 3, 4, 5]
+    # Padding is no token.
+    assert meta["tokens"] == sum(record["real_tokens"] for record in trained) <= 56 * 32
+    assert f" {meta['tokens']:,} tokens," in (workdir / "report.md").read_text()

@@ -96,3 +96,12 @@ def test_a_wrong_field_is_refused_by_name(fields, message):
     with pytest.raises(ValueError, match=message) as refusal:
         make_schedule(ScheduleConfig(**{"warmup_steps": WARMUP, **fields}), TOTAL)
     assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("kind", ["linear", "cosine", "warmup_stable_decay"])
+def test_no_rate_of_a_run_that_ends_at_zero_is_below_it(kind):
+    for total, peak in ((37, 3e-4), (50, 1e-3), (61, 0.02), (100, 7e-4)):
+        schedule = make_schedule(config(kind, final_fraction=0, learning_rate=peak), total)
+        rates = np.asarray(jax.vmap(schedule)(jnp.arange(total + 3)))
+        assert rates[:total].min() >= 0 and rates[total - 2] > 0, (kind, total, peak)
+        np.testing.assert_allclose(rates[total - 1:], 0, atol=1e-6 * peak)

@@ -15,6 +15,8 @@ from batiste.data import Batch
 from batiste.models import LossRules, Transformer, token_losses, vocabulary_sums
 from batiste.sharding import MeshConfig, make_mesh, place
 from batiste.train import ObjectiveConfig, batch_loss, make_program, make_train_step
+from batiste.train.health import HealthConfig
+from batiste.train.optimizer import OptimizerConfig
 
 GOLDEN_LOSSES = pathlib.Path(__file__).parent / "golden" / "losses.txt"
 
@@ -182,3 +184,41 @@ def test_golden_losses(model_config, train_config, update_golden):
     # Processors differ in the order of a vector sum: equal to 1e-5 on all, to the digit on one.
     np.testing.assert_allclose(
         [float(loss) for _, loss in got], [float(loss) for _, loss in want], rtol=1e-5)
+
+
+@pytest.mark.parametrize("skips", ["an overflow", "a policy"])
+def test_after_skipped_updates_the_applied_rate_is_the_logged_one_to_the_end(
+        model_config, train_config, batch, skips):
+    """Lion moves every entry by exactly the learning rate, so that the rate can be read off."""
+    config = dataclasses.replace(train_config, num_steps=6)
+    config.optimizer = OptimizerConfig(kind="lion", weight_decay=0.0)
+    config.schedule.final_fraction = 0.1
+    if skips == "a policy":
+        config.health = HealthConfig(every=1, policies="not_finite=skip")
+        config.faults = "nan_gradient:layer=0:step=2:steps=2"
+    else:
+        model_config = dataclasses.replace(model_config, dtype="float16")
+    program, step, put = start(model_config, config)
+    state, on_device = program.initialize(), put(batch)
+    applied, logged, skipped = [], [], []
+    for number in range(6):
+        if state.loss_scale is not None:  # The gradients of steps 2 and 3 overflow.
+            scale = 2.0**60 if number in (1, 2) else 2.0**10
+            state = state._replace(loss_scale=state.loss_scale._replace(scale=jnp.float32(scale)))
+        before = jax.device_get(state.params)
+        state, metrics = step(state, on_device)
+        moved = jax.tree.map(lambda new, old: np.abs(new - old).max(),
+                             jax.device_get(state.params), before)
+        applied.append(max(jax.tree.leaves(moved)))
+        logged.append(float(metrics["learning_rate"]))
+        skipped.append(float(metrics["skipped"]))
+    assert skipped == [0, 1, 1, 0, 0, 0]
+    expected = [rate * (1 - skip) for rate, skip in zip(logged, skipped, strict=True)]
+    np.testing.assert_allclose(applied, expected, rtol=1e-3, atol=1e-9)
+    assert logged[-1] == pytest.approx(0.1 * config.schedule.learning_rate)
+
+
+def test_padding_is_no_token(model_config, train_config, batch):
+    program, step, put = start(model_config, train_config)
+    _, metrics = step(program.initialize(), put(batch))
+    assert float(metrics["real_tokens"]) == (batch.segments_BT != 0).sum() < batch.tokens_BT.size

@@ -9,6 +9,7 @@ import io
 import os
 import pathlib
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ import numpy as np
 import pytest
 
 from batiste import exit_codes
-from batiste.supervise import Patience
+from batiste.supervise import Patience, flag_of
 from batiste.train.account import read_account
 from batiste.train.ledger import LEDGER_FILE, read_ledger
 from batiste.train.metrics import read_metrics
@@ -176,11 +177,11 @@ def supervised(tmp_path_factory) -> tuple[pathlib.Path, str, tuple[float, float]
         text = "".join(f"{index * line} is {index} times {line}\n" for line in range(30))
         (folder / "corpus" / f"{index}.txt").write_text(text)
     (folder / "config.py").write_text(CONFIG)
-    workdir = folder / "run"
+    workdir = folder / "it's a \"run\""
     began = time.time()
     process = subprocess.Popen(
         [sys.executable, "-m", "batiste", "supervise", "--wait=0.5", "--", "train",
-         f"--config={folder}/config.py:{folder}/corpus/*.txt", f"--workdir={workdir}",
+         f"--config={folder}/config.py:{folder}/corpus/*.txt", "--workdir", str(workdir),
          "--config.train.num_steps=1500", "--config.train.checkpoint.every=20",
          "--config.train.evaluation.every=1000", "--resume=never"],
         env=child_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -312,3 +313,20 @@ def test_norms_are_rows_by_layer_and_columns_by_step():
 def test_a_work_directory_without_a_run_has_no_report(tmp_path):
     with pytest.raises(ValueError, match="no ledger.jsonl there"):
         report(tmp_path)
+
+
+@pytest.mark.parametrize("command,workdir", [
+    ("train --workdir=runs/a --config=x", "runs/a"),
+    ("train --config=x --workdir runs/a --resume=must", "runs/a"),
+    ("train '--workdir=my runs/a' --config=x", "my runs/a"),
+    ("train --config=x --workdir 'my runs/a'", "my runs/a"),
+    ('train --workdir="it\'s" --config=x', "it's"),
+    ("""train '--workdir=a "b" c' --config=x""", 'a "b" c'),
+    ("train --workdir=a=b", "a=b"),
+    ("train --workdir=a --workdir=b", "b"),
+    ("train '--config=x --workdir=a'", None),
+    ("train --config.data.workdir=a", None),
+    ("train --workdir", None),
+])
+def test_flags_of_the_supervised_command_are_read_from_its_words(command, workdir):
+    assert flag_of(shlex.split(command), "workdir") == workdir

@@ -16,7 +16,7 @@ _MODULES = {
     ),
     "diagnosis": ("diagnose", "write_diagnosis"),
     "faults": ("faulty_batches", "parse_fault"),
-    "finished": ("FINISHED", "measured_at_end", "why_ended"),
+    "finished": ("FINISHED", "how_to_go_on", "measured_at_end", "why_ended"),
     "config": ("ObjectiveConfig", "TrainConfig"),
     "flops": ("flops_per_token", "total_peak_flops"),
     "ledger": ("Ledger", "compilation_booked", "last_saved"),

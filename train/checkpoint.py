@@ -1,12 +1,10 @@
 """Checkpoints through Orbax: asynchronous, sharded, hashed when written, verified when read."""
 
 import json
-import logging
 import pathlib
 import shutil
 import threading
 import time
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +15,7 @@ from batiste.sharding import Agreed, AskedElsewhere, is_first, together
 from batiste.train import manifest
 from batiste.train.config import CheckpointConfig
 from batiste.train.manifest import CHECKPOINT_FOLDER, UNFINISHED, Found
+from batiste.train.silence import silence_orbax
 from batiste.train.state import TrainState
 
 ARRAYS = "state"
@@ -45,7 +44,7 @@ class Checkpoints:
         self._opened = False
         self._save: _Save | None = None
         self._failures = 0
-        _silence_orbax()
+        silence_orbax()
 
     @property
     def latest_step(self) -> int | None:
@@ -296,19 +295,3 @@ def _reason(error: BaseException) -> str:
         if known in text:
             return f"{known} ({text[:200]})"
     return text[:400]
-
-
-def _silence_orbax() -> None:
-    """Keeps Orbax from printing the traceback of a failed save: it is reported in one line."""
-    logger = logging.getLogger("absl")
-    if not any(isinstance(each, _OrbaxFailures) for each in logger.filters):
-        logger.addFilter(_OrbaxFailures())
-        # What it had still wanted to do when the first write failed.
-        warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
-
-
-class _OrbaxFailures(logging.Filter):
-    def filter(self, record: logging.LogRecord) -> bool:
-        text = str(record.msg)
-        return not any(known in text for known in (
-            "background save thread", "_SignalingThread.run() raised", "Failed to write metadata"))

@@ -49,3 +49,15 @@ def measured_at_end(workdir: str | os.PathLike, reason: str, step: int) -> dict[
             same = (event["reason"], event["step"]) == (reason, step)
             return event["validation"] if same else None
     return None
+
+
+def how_to_go_on(reason: str, config: dict[str, Any]) -> str:
+    """Why a run has ended, and which flags would continue it; config: the flat one."""
+    if reason == "patience":
+        return ("the validation loss no longer falls; to go on, raise --config.train.stop.patience="
+                f"{config['train.stop.patience']}")
+    if config["train.stop.flops"] is not None:
+        return ("its budget is spent; to go on, raise --config.train.stop.flops="
+                f"{config['train.stop.flops']:g}")
+    return ("all of its steps are done; to go on, raise --config.train.num_steps="
+            f"{config['train.num_steps']}, with --resume_override=train.num_steps")
