@@ -33,7 +33,7 @@ from batiste.sharding import (
 )
 from batiste.train import (
     Ledger, Program, Progress, ReportFacts, flops_per_token, make_program, mfu_formula_line,
-    read_account, total_peak_flops, write_report,
+    read_account, total_peak_flops, write_report, write_samples,
 )
 
 
@@ -46,6 +46,11 @@ class Assembly:
     prepared: Prepared
     mesh: jax.sharding.Mesh
     program: Program
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers are trained."""
+        return sum(leaf.size for leaf in jax.tree.leaves(self.program.abstract_state.params))
 
     @functools.cached_property
     def row_losses(self) -> Callable[[Any, Batch, jax.Array], RowSums]:
@@ -80,6 +85,16 @@ class Assembly:
             itertools.islice(loader.epoch_batches(share.rows), max_batches),
         )
 
+    def validation(self, params: Any, max_batches: int | None = None) -> dict[str, float]:
+        """What `measure` says, as a run writes it down."""
+        return self.measured(self.measure(params, max_batches))
+
+    def measured(self, result: Perplexity) -> dict[str, float]:
+        """What is written down of a measurement."""
+        if self.experiment.data.objectives:  # They do not predict every byte from those before.
+            return {"loss": result.loss}
+        return {"loss": result.loss, "bits_per_byte": result.bits_per_byte}
+
     def plain(self, params: Any) -> Any:
         """The parameters as decoding wants them: layers by depth, on MeshConfig.plain."""
         layout = self.program.layout
@@ -96,18 +111,21 @@ class Assembly:
         """Continues each prompt, a text or tokens; yields the text that each step adds to each."""
         tokenizer, data = self.prepared.tokenizer, self.experiment.data
         special = special_ids(data, tokenizer)
-        # A prompt is what the decoder begins with, or the source of an encoder, which has no BOS.
-        begin = tokenizer.begin_ids if self.experiment.model.form == "decoder" else []
-        ids = [[*begin, *encode_prompt(tokenizer, special, prompt)] if isinstance(prompt, str)
-               else prompt for prompt in prompts]
+        # A prompt is what the decoder begins with, or what an encoder reads.
+        reads = self.experiment.model.form == "encoder_decoder"
+        begin = tokenizer.source_begin_ids if reads else tokenizer.begin_ids
+        close = tokenizer.source_end_ids if reads else ()
+        ids = [[*begin, *encode_prompt(tokenizer, special, prompt), *close]
+               if isinstance(prompt, str) else prompt for prompt in prompts]
         # Some tokenizers put nothing before a prompt, but something must be there.
         ids = [row or [tokenizer.bos_id] for row in ids]
         decoders = [tokenizer.stream() for _ in prompts]
         model = nnx.merge(self.program.graphdef, self.plain(params))
         kinds = {objective.kind for objective in data.objectives}
-        whole = kinds == {"prefix"} and self.experiment.model.form == "decoder"  # As trained.
-        ends = tokenizer.end_id
-        for tokens in generate(model, ids, ends, config, whole_prompts=whole):
+        whole = kinds == {"prefix"} and not reads  # As trained.
+        starts = tokenizer.start_ids if reads else ()
+        for tokens in generate(
+                model, ids, tokenizer.stop_ids, config, whole_prompts=whole, start_ids=starts):
             # A model may have more tokens than the tokenizer (a padded vocabulary): no text.
             yield [
                 "" if token is None or token >= tokenizer.vocab_size else decoder.push(token)
@@ -160,6 +178,7 @@ class Assembly:
     def facts(self) -> dict[str, Any]:
         """What this run is made of, for its ledger."""
         config = json.dumps(flatten(self.experiment), sort_keys=True)
+        defaults = flatten(Experiment())
         return {
             "config": hashlib.sha256(config.encode()).hexdigest()[:12],
             "code": code_version(),
@@ -167,12 +186,16 @@ class Assembly:
             "devices": self.mesh.size,
             "processes": jax.process_count(),
             "data": self.prepared.fingerprint,
+            "parameters": self.parameters,
+            # Which fields are not at the defaults of their classes: the report shows them first.
+            "set": [name for name, value in flatten(self.experiment).items()
+                    if name not in defaults or value != defaults[name]],
         }
 
-    def finish(self, params: Any, ledger: Ledger, tokens: int) -> Perplexity:
+    def finish(self, params: Any, ledger: Ledger, *, step: int, tokens: int) -> Perplexity:
         """Evaluates on the whole validation split, samples, and (process 0) writes the report.
 
-        tokens: that the run was trained on, padding left out.
+        step: the last one. tokens: that the run was trained on, padding left out.
         """
         experiment, manifest = self.experiment, self.prepared.manifest
         ledger.enter("evaluation")
@@ -184,14 +207,16 @@ class Assembly:
         ledger.enter("idle")
         if not is_first():
             return result
+        samples = list(zip(prompts, texts, strict=True))
+        write_samples(self.workdir, step, samples)
         facts = ReportFacts(
             name=self.workdir.name,
-            parameters=sum(leaf.size for leaf in jax.tree.leaves(params)),
+            parameters=self.parameters,
             tokens=tokens,
             device=f"{self.mesh.size} x {jax.devices()[0].device_kind}",
             config=flatten(experiment),
             seconds_by_phase=read_account(self.workdir).seconds,
-            samples=list(zip(prompts, texts, strict=True)),
+            samples=samples,
         )
         if not experiment.data.objectives:  # Others do not predict every byte from those before.
             facts = dataclasses.replace(

@@ -96,6 +96,8 @@ def _parse(define: Callable, argv: list[str]) -> flags.FlagValues:
     if command and "command" in values:
         values.command = command
         command = []
+    if "runs" in values and not command:
+        values.runs, positional = [*values.runs, *positional], []
     for argument in (*positional, *command):
         raise ValueError(f"unexpected argument {argument!r}: flags are written --name=value")
     return values

@@ -23,7 +23,7 @@ from batiste.interop import FAMILIES, Family, Tensors, WeightMap, family_of, fit
 from batiste.interop import certificate as certificates
 from batiste.interop.chat import chat_tokens
 from batiste.interop.directory import (
-    CONFIG, Written, open_source, read_aside, read_config, write_aside, write_directory,
+    CONFIG, IDS, Written, open_source, read_aside, read_config, write_aside, write_directory,
 )
 from batiste.interop.family import FREE_FIELDS
 from batiste.interop.stablehlo import write_stablehlo
@@ -59,7 +59,8 @@ class Imported(NamedTuple):
         path = self.folder / TOKENIZER
         if not path.is_file():
             raise ValueError(
-                f"{self.folder}: the model came without a tokenizer.json or vocab.txt; put one "
+                f"{self.folder}: the model came without a tokenizer.json, vocab.txt, "
+                "tokenizer.model, or vocab.json with merges.txt; put one "
                 "beside its config.json and import it again"
             )
         return path
@@ -157,7 +158,11 @@ def _bring_tokenizer(folder: pathlib.Path, model: TransformerConfig) -> None:
     """
     (folder / TOKENIZER).write_bytes(pack_tokenizer(folder / FILES))
     try:
-        size = load_tokenizer(folder / TOKENIZER).vocab_size
+        tokenizer = load_tokenizer(folder / TOKENIZER)
+        size = tokenizer.vocab_size
+        if tokenizer.normal_form is not None:
+            print(f"the tokenizer knows text in Unicode's {tokenizer.normal_form} alone: "
+                  "data.normalize=True brings other text into it, False sets it aside", flush=True)
     except ValueError as error:
         if model.form == "decoder":
             raise
@@ -229,11 +234,14 @@ def export_model(
     brought = None if begun is None else begun.folder / FILES
     family = _family(given.model, family_name, begun)
     config = {} if brought is None else json.loads((brought / CONFIG).read_text())
-    if begun is None or family.model_type != begun.meta["family"]:
-        config, brought = _ids(given.tokenizer), None
+    aside = read_aside(brought)
+    if begun is None:
+        config = _ids(given)
+    elif family.model_type != begun.meta["family"]:
+        config, aside = {key: config[key] for key in IDS if config.get(key) is not None}, {}
     model = dataclasses.replace(given.model, dtype=dtype or given.model.dtype)
     theirs = family.config_of(model, config)
-    weights = WeightMap(family, model, theirs, given.params, read_aside(brought))
+    weights = WeightMap(family, model, theirs, given.params, aside)
     file_dtype = jax.numpy.dtype(model.dtype)
     unfinished = target.with_name(f"{target.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -242,7 +250,8 @@ def export_model(
     write_directory(unfinished, content, given.workdir.resolve().name)
     if brought is None and given.tokenizer is not None:
         try:
-            write_tokenizer(unfinished, given.tokenizer, model.max_length)
+            reads = model.form == "encoder_decoder"
+            write_tokenizer(unfinished, given.tokenizer, model.max_length, reads)
         except ValueError as error:  # The weights are worth having without it.
             print(f"{to}: has no tokenizer.json: {error}", file=sys.stderr, flush=True)
     certificates.write(unfinished, _fingerprint_of(unfinished))
@@ -286,11 +295,15 @@ def _family(model: TransformerConfig, name: str | None, begun: Imported | None) 
     return fitting_family(model, FAMILIES)
 
 
-def _ids(tokenizer: Tokenizer | None) -> Mapping[str, Any]:
+def _ids(given: Export) -> Mapping[str, Any]:
+    tokenizer = given.tokenizer
     if tokenizer is None:
         return {}
-    return {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.end_id,
-            "pad_token_id": tokenizer.pad_id}
+    stops = list(tokenizer.stop_ids)
+    ids = {"bos_token_id": tokenizer.bos_id, "pad_token_id": tokenizer.pad_id,
+           "eos_token_id": stops if len(stops) > 1 else tokenizer.end_id}
+    reads = given.model.form == "encoder_decoder"
+    return ids | ({"decoder_start_token_id": tokenizer.start_ids[0]} if reads else {})
 
 
 def _fingerprint_of(folder: pathlib.Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from batiste.data import Loader, position
 from batiste.exchange import beginning
 from batiste.sharding import MeshConfig, Share, is_first, replicate, together
 from batiste.train import (
-    Checkpoints, Decision, Ledger, MetricsWriter, Monitor, Records, RollBack, Run, Watched,
+    Checkpoints, Decision, Ledger, MetricsWriter, Monitor, Records, Replicas, RollBack, Run, Watched,
     all_decisions, batch_sizes_of, decide, decided, decisions_of, faulty_batches, fit,
     from_checkpoint, make_train_step, parse_fault, records_before, roll_back, skipped, start_of,
     steered, with_batch_size,
@@ -107,17 +107,17 @@ def _fit_from(
     faulty = faulty_batches(
         parse_fault(experiment.train.faults), zip(places, batches),
         assembly.prepared.tokenizer.vocab_size)
-    placed = map(share.place, faulty)
     progress, last_step = assembly.progress(start or 0, read(start or 0))
     meta["last_step"] = last_step
-    monitor = None
+    monitor, placed = None, map(share.place, faulty)
     if experiment.train.measures:
         monitor = Monitor(experiment.train, Watched(
             meta, ledger, meta["config"], progress.note,
             lambda step: loader.records(read(step - 1), read(step) - read(step - 1), windows)))
         monitor.remember(assembly.workdir, start or 0)
-        placed = monitor.watch(placed)
-    metrics = MetricsWriter(assembly.workdir if is_first() else None, start or 0)
+        placed = monitor.watch(map(share.place, monitor.inspect(faulty)))
+    metrics = MetricsWriter(assembly.workdir if is_first() else None, start or 0, meta["config"],
+                            Monitor.look_back(experiment.train.health.window))
     metrics.say_what_is_missing(ledger)
     ledger.write("from", step=start or 0, reached=metrics.reached, records=read(start or 0))
     if monitor is not None or decisions_of(meta):
@@ -127,14 +127,22 @@ def _fit_from(
     run = Run(
         train_step=train_step,
         batches=placed,
-        evaluate=lambda state: assembly.measure(
-            state.params, experiment.train.evaluation.max_batches
-        ).loss,
+        evaluate=lambda state: assembly.validation(
+            state.params, experiment.train.evaluation.max_batches),
         last_step=last_step,
     )
+    replicas = None
+    if experiment.train.health.replicas_every is not None and assembly.mesh.size > 1:
+        def report(event: str, **fields: Any) -> None:
+            ledger.write(event, **fields)
+            progress.note(f"{event} after step {fields['step']}: {fields['what']} [{fields['action']}]")
+
+        replicas = Replicas(
+            experiment.train.health, assembly.mesh, assembly.program.abstract_state, report,
+            lambda: checkpoints.latest_step)
     try:
         return fit(experiment.train, state, run,
-                   Records(checkpoints, metrics, progress, ledger, meta, monitor))
+                   Records(checkpoints, metrics, progress, ledger, meta, monitor, replicas))
     finally:
         batches.close()
         metrics.close()

@@ -37,6 +37,9 @@ def plan(
     if applies:
         return overrides(best[0].choice, choice_of(experiment, machine.num_devices))
     blocks = [table(account, machine, best, budget)]
+    strange = account.unknown(best[0].choice)
+    if strange is not None:
+        blocks.append(strange)
     if rejected:
         blocks.append("\n".join(["would be faster, but do not fit:", *rejected]))
     if compiles:
@@ -58,7 +61,9 @@ def check_memory(experiment: Experiment) -> None:
         return
     account = Account(_workload(experiment, machine.device.kind))
     choice = choice_of(experiment, machine.num_devices)
-    memory = account.estimate(choice)
+    memory, strange = account.estimate(choice), account.unknown(choice)
+    if strange is not None:
+        print(strange, file=sys.stderr)
     if fits(memory, machine):
         return
     remedy = remedy_line(account, machine, choice, _checker(experiment, machine))
@@ -77,11 +82,8 @@ def _workload(experiment: Experiment, device_kind: str) -> Workload:
 def _unknown(experiment: Experiment) -> str | None:
     """What of the model the planner does not know; None where it knows all."""
     model = experiment.model
-    for field, usual, what in (
-        ("dense_layers", 0, "layers of two sizes"), ("mixer", "attention", "mixers of your own"),
-    ):
-        if getattr(model, field) != usual:
-            return f"model.{field}={getattr(model, field)!r}: the planner does not know {what}"
+    if model.mixer != "attention":
+        return f"model.mixer={model.mixer!r}: the planner does not know mixers of your own"
     return None
 
 

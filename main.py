@@ -186,7 +186,7 @@ def _train(
     step = int(state.step)
     validation = None
     if not reason.startswith("SIG"):
-        validation = assembly.finish(state.params, ledger, meta["tokens"])
+        validation = assembly.finish(state.params, ledger, step=step, tokens=meta["tokens"])
         fields = validation._asdict()
         if validation.detection is not None:
             fields["detection"] = validation.detection._asdict()

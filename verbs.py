@@ -107,10 +107,18 @@ def _doctor_checkpoints(values: flags.FlagValues) -> int:
     return exit_codes.FAILED if any(found.values()) else exit_codes.DONE
 
 
+def _define_report(values: flags.FlagValues, argv: list[str]) -> None:
+    _define_reading(values, argv)
+    flags.DEFINE_multi_string(
+        "runs", [], "Work directories to compare; or all of them after `report`.",
+        flag_values=values)
+
+
 def _report(values: flags.FlagValues) -> int:
     from batiste.train.page import report
 
-    text, page = report(required(values, "workdir"))
+    runs = [*([values.workdir] if values.workdir is not None else []), *values.runs]
+    text, page = report(*(runs or [required(values, "workdir")]))
     say_text(f"{text}\n\n{page}\n")
     return 0
 
@@ -269,7 +277,8 @@ VERBS = {
                       _define_supervise, _supervise),
     "evaluate": Verb(
         "--workdir=DIR", "loss, perplexity, bits per byte", _define_evaluate, _evaluate),
-    "report": Verb("--workdir=DIR", "where its time went, and plots", _define_reading, _report),
+    "report": Verb("DIR [DIR ...]", "how a run went, as a page; of several, beside each other",
+                   _define_report, _report),
     "doctor": Verb("--workdir=DIR", "what went wrong, where, and what to try", _define_reading,
                    _doctor),
     "doctor checkpoints": Verb(

@@ -15,14 +15,16 @@ class SourceConfig(Config):
     """One place that documents come from.
 
     path: "stdlib", the modules of the running interpreter's standard library without its tests;
-        "tfds:NAME" or "tfds:DIRECTORY", the train split of a TFDS data set; or a glob of local
-        files: .jsonl (one document per line) or plain text, each also with .gz.
-    text_field: the field of a JSONL line, or the feature of a TFDS data set, that holds the text.
+        "tfds:NAME" or "tfds:DIRECTORY", the train split of a TFDS data set; or a directory or a glob
+        of local files: JSON lines, a JSON array or objects, or plain text, each also in gzip. A
+        file's content and name say which.
+    text_field: the field of a JSON object, or the feature of a TFDS data set, that holds the text;
+        None reads every file as plain text.
     weight: the share of the training records drawn from this source, relative to the others.
     """
 
     path: str = "stdlib"
-    text_field: str = "text"
+    text_field: str | None = "text"
     weight: float = 1.0
 
 
@@ -32,7 +34,12 @@ class DataConfig(Config):
 
     sources: where documents come from, each with the share of records drawn from it. On the command
         line a list of paths, --config.data.sources=FIRST,SECOND, makes one source of each.
-    validation_fraction: the share of documents held out, chosen by the hash of their text.
+    validation_fraction: the share of documents held out, chosen by the hash of their text; not read
+        where there are validation_sources.
+    validation_sources: text of one's own to validate on; a training document that is in it, too, is
+        left out of training. () holds out a fraction. Weights are not read.
+    normalize: text is brought into Unicode's NFC first. Otherwise a tokenizer that knows text in that
+        form alone, as Qwen's, sets other documents aside (quarantine.jsonl).
     tokenizer: "bpe", "unigram", "characters", "bytes", or the path of a SentencePiece .model or of the
         tokenizer.json of a work directory that `batiste import` made.
     vocab_size: tokens to learn for "bpe" and "unigram", the most to keep for "characters" (rarer
@@ -48,6 +55,8 @@ class DataConfig(Config):
     sources: tuple[SourceConfig, ...] = dataclasses.field(
         default_factory=lambda: (SourceConfig(),))
     validation_fraction: float = 0.05
+    validation_sources: tuple[SourceConfig, ...] = ()
+    normalize: bool = False
     tokenizer: str = "bpe"
     vocab_size: int = 4096
     sequence_length: int = 256
@@ -60,8 +69,9 @@ class DataConfig(Config):
         check_types(self, "data.")
         if not self.sources:
             raise ValueError("data.sources=(): expected at least one SourceConfig")
-        for index, source in enumerate(self.sources):
-            name = f"data.sources[{index}]"
+        named = [(f"data.{field}[{index}]", source) for field in ("sources", "validation_sources")
+                 for index, source in enumerate(getattr(self, field))]
+        for name, source in named:
             if not source.path:
                 raise ValueError(f"{name}.path={source.path!r}: expected stdlib, tfds:NAME, "
                                  "tfds:DIRECTORY or a glob of files")

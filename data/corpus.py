@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import heapq
 import lzma
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from batiste.data.progress import Progress
 from batiste.data.quarantine import Quarantine
@@ -14,26 +14,58 @@ from batiste.data.sources import Source
 XZ_BYTES = 4 << 20
 
 
+# The bytes of a document -> the split it belongs to, None for one that is left out.
+Rule = Callable[[bytes], str | None]
+
+
 def document_hash(content: bytes) -> float:
     """Returns a number in [0, 1) that depends on the document alone."""
     digest = hashlib.blake2b(content, digest_size=8).digest()
     return int.from_bytes(digest, "big") / 2**64
 
 
-def documents_of(source: Source, split: str, validation_fraction: float) -> Iterator[str]:
-    """Yields the non-empty documents of one split; the same text is always in the same split."""
+def by_fraction(fraction: float) -> Rule:
+    """Holds a fraction out; the same text is always in the same split."""
+    return lambda content: "validation" if document_hash(content) < fraction else "train"
+
+
+class OwnValidation:
+    """The rules of a corpus with validation text of its own, of which nothing is trained on.
+
+    `validation` remembers what it is asked about, all of it before `train` is asked.
+    """
+
+    def __init__(self):
+        self._digests: set[bytes] = set()
+
+    def validation(self, content: bytes) -> str:
+        """The rule of the sources that are validated on."""
+        self._digests.add(hashlib.blake2b(content, digest_size=16).digest())
+        return "validation"
+
+    def train(self, content: bytes) -> str | None:
+        """The rule of the sources that are trained on."""
+        held_out = hashlib.blake2b(content, digest_size=16).digest() in self._digests
+        return None if held_out else "train"
+
+
+def documents_of(source: Source, split: str, rule: Rule) -> Iterator[str]:
+    """Yields the non-empty documents of one split."""
     for text in source.documents(None):
-        held_out = document_hash(text.encode()) < validation_fraction
-        if text and held_out == (split == "validation"):
+        if text and rule(text.encode()) == split:
             yield text
 
 
 @dataclasses.dataclass
 class Survey:
-    """What a pass over one source found. counts: documents and bytes of each split."""
+    """What a pass over one source found. counts: documents and bytes of each split. left_out:
+    documents of neither."""
 
+    source: Source
+    rule: Rule
     counts: dict[str, dict[str, int]]
     empty_documents: int
+    left_out: int
     sample: "Sample"
 
 
@@ -93,12 +125,11 @@ def _xz_bytes(content: bytes) -> int:
 
 
 def survey(
-    source: Source, validation_fraction: float, sample_bytes: int, held_out: HeldOut,
-    quarantine: Quarantine,
+    source: Source, rule: Rule, sample_bytes: int, held_out: HeldOut, quarantine: Quarantine,
 ) -> Survey:
     """Reads a source once; ValueError if too much of it cannot be read."""
     counts = {split: {"documents": 0, "bytes": 0} for split in ("train", "validation")}
-    empty, sample = 0, Sample(sample_bytes)
+    empty, left_out, sample = 0, 0, Sample(sample_bytes)
     with Progress(f"reading {source.name}", source.size_bytes) as progress:
         for text in source.documents(quarantine):
             content = text.encode()
@@ -106,14 +137,15 @@ def survey(
             if not content:
                 empty += 1
                 continue
-            order = document_hash(content)
-            if order < validation_fraction:
-                split = counts["validation"]
+            split = rule(content)
+            if split is None:
+                left_out += 1
+                continue
+            if split == "validation":
                 held_out.add(content)
             else:
-                split = counts["train"]
-                sample.add(order, text, len(content))
-            split["documents"] += 1
-            split["bytes"] += len(content)
+                sample.add(document_hash(content), text, len(content))
+            counts[split]["documents"] += 1
+            counts[split]["bytes"] += len(content)
     quarantine.finish_source(source.name)
-    return Survey(counts, empty, sample)
+    return Survey(source, rule, counts, empty, left_out, sample)

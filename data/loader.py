@@ -7,7 +7,7 @@ import numpy as np
 
 from batiste.data.objectives import Transform, next_tokens
 from batiste.data.order import Order, position
-from batiste.data.packing import Batch
+from batiste.data.packing import PADDING, Batch
 from batiste.data.prepared import Prepared
 
 # Rows of the global batch: a slice, or their indices in ascending order; None for all.
@@ -44,10 +44,10 @@ class Loader:
                 f"one batch of {batch_size}; lower the batch size or data.sequence_length, "
                 "or add text")
         self._batch_size = batch_size
-        tokenizer = prepared.tokenizer
-        self._pad_id = tokenizer.pad_id
-        self._transform = next_tokens(tokenizer) if transform is None else transform
-        weights = [source["weight"] for source in prepared.manifest["config"]["sources"]]
+        self._transform = next_tokens(prepared.tokenizer) if transform is None else transform
+        config = prepared.manifest["config"]
+        own = split == "validation" and config["validation_sources"]
+        weights = [source["weight"] for source in own or config["sources"]]
         pairs = [(reader, weight) for reader, weight in zip(prepared.readers(split), weights)
                  if len(reader)]
         self._readers = [reader for reader, _ in pairs]
@@ -99,7 +99,7 @@ class Loader:
         start = step * self._batch_size
         indices = np.arange(start, start + self._batch_size)[_all_if_none(rows)]
         real = indices < self._records
-        records = np.full((len(indices), self._length + 1), self._pad_id, np.int32)
+        records = np.full((len(indices), self._length + 1), PADDING, np.int32)
         records[real] = self._read(indices[real])
         return self._transform(records, indices, np.zeros_like(indices))
 

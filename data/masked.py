@@ -20,7 +20,7 @@ def masked_rows(
 
     masked: the share of the hidden ones that the mask replaces.
     """
-    batch = unpack(record[None], vocabulary.bos_id, vocabulary.pad_id)
+    batch = unpack(record[None], vocabulary)
     tokens_T = batch.tokens_BT[0]
     text_T = (batch.segments_BT[0] > 0) & vocabulary.is_text(tokens_T)
     places = np.flatnonzero(text_T)

@@ -21,7 +21,7 @@ STREAM = 1  # Which of the random streams of a seed this is; the order's is anot
 
 def next_tokens(tokenizer: Tokenizer) -> Transform:
     """The transform of next-token prediction, which draws nothing."""
-    return lambda records, *_: unpack(records, tokenizer.bos_id, tokenizer.pad_id)
+    return lambda records, *_: unpack(records, tokenizer)
 
 
 def transform_of(config: DataConfig, form: str, tokenizer: Tokenizer) -> Transform:
@@ -79,7 +79,7 @@ class _Drawn:
 
 
 def _causal(record, objective: RecordObjective, vocabulary: Vocabulary, random) -> Batch:
-    return unpack(record[None], vocabulary.bos_id, vocabulary.pad_id)
+    return unpack(record[None], vocabulary)
 
 
 def _middle(record, objective, vocabulary, random) -> Batch:

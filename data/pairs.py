@@ -40,32 +40,38 @@ def pair_rows(
 ) -> Batch:
     """Returns one row: each document's pair is a segment of the source and of the target.
 
-    A target begins with BOS and ends with it, as a document does. A source begins with the token of
-    the objective's mode, if it has one, for which the BOS that no source has leaves room. target:
-    the decoder's length.
+    A source is what the tokenizer puts around a text, with the token of the objective's mode, if it
+    has one, before the text. A target begins with the model's start token and what the tokenizer
+    puts before a text, and ends with END. Text is cut where a record's BOS and END leave too little
+    room for these. target: the decoder's length.
     """
     length = len(record) - 1
+    mode = [] if objective.mode is None else [vocabulary.special[objective.mode]]
+    before, after = [*vocabulary.source_begin_ids, *mode], vocabulary.source_end_ids
+    opening = vocabulary.source_begin_ids
+    needed = max(len(before) + len(after), 1 + len(opening))
     sources, targets, ended = [], [], []
     room, source_room = target, length
     for start, stop, ends in documents_in(record, vocabulary):
-        # Without the next record's token, and with a BOS for a document that continues.
-        text = record[start:min(stop, length) - (start == 0)].astype(np.int32)
+        has_end = stop < length and vocabulary.end_id != vocabulary.bos_id
+        # Without the next record's token.
+        cut = max(0, needed - (start > 0) - has_end)
+        text = record[start:min(stop, length) - cut].astype(np.int32)
         if len(text) < 2:
             continue
         read, written = pair(text, objective, vocabulary, random)
-        if objective.mode is not None:
-            read = np.append(np.int32(vocabulary.special[objective.mode]), read)
+        read = np.concatenate([before, read, after])
+        written = np.concatenate([opening, written])
         if len(written) + 1 > room or len(read) > source_room:
             continue
         room, source_room = room - len(written) - 1, source_room - len(read)
         sources.append(read)
         targets.append(written)
         ended.append(ends or objective.kind != "prefix")
-    bos = np.array([vocabulary.bos_id], np.int32)
     tokens, segments, positions = _row(
-        [np.append(bos, written) for written in targets], target, vocabulary.pad_id)
+        [np.append(vocabulary.start_id, written) for written in targets], target, vocabulary.pad_id)
     following, _, _ = _row(
-        [np.append(written, bos) for written in targets], target, vocabulary.pad_id)
+        [np.append(written, vocabulary.end_id) for written in targets], target, vocabulary.pad_id)
     weights = (segments > 0).astype(np.float32)
     for number, end in enumerate(ended, 1):
         weights[0, np.flatnonzero(segments[0] == number)[-1]] = end

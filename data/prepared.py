@@ -14,6 +14,8 @@ from batiste.data.tokenizer import ByteTokenizer, SentencePieceTokenizer, Tokeni
 
 MANIFEST = "manifest.json"
 SPLITS = ("train", "validation")
+# Raise it whenever the same inputs would give other records, or records are stored otherwise.
+PIPELINE = 2
 # Records beyond this are not hashed at every start (a second for 4 GiB in the page cache): their
 # format has hashes of its own, and of 60 flipped bytes none came through when they were read.
 HASHED_BYTES = 8 << 30
@@ -58,7 +60,14 @@ class Prepared:
         return self._split(split)["bytes"]
 
     def readers(self, split: str) -> list[RecordReader]:
-        """Returns a reader of the records of each source, in the order of the config."""
+        """Returns a reader of the records of each source, in the order of the config.
+
+        Raises ValueError for records of another version, of which the tokenizer can still be used.
+        """
+        if self.manifest.get("pipeline") != PIPELINE:
+            raise ValueError(f"{self.directory}: its records are of another version of batiste "
+                             f"(pipeline {self.manifest.get('pipeline', 1)}, expected {PIPELINE}); "
+                             "`batiste prepare` makes them again from the same text")
         dtype = np.dtype(self.manifest["tokenizer"]["dtype"])
         return [RecordReader(self.directory, source["files"], self.sequence_length, dtype)
                 for source in self._split(split)["sources"]]

@@ -4,6 +4,8 @@ import json
 import pathlib
 
 LARGEST_SHARE = 0.01
+# When so many documents have come and none of them can be read, the others are not tried.
+ENOUGH = 100
 
 
 class Quarantine:
@@ -23,7 +25,7 @@ class Quarantine:
         self._seen += 1
 
     def add(self, file: str, line: int, reason: str) -> None:
-        """Sets a document aside."""
+        """Sets a document aside; ValueError if none of the first ENOUGH could be read."""
         self._seen += 1
         self._bad += 1
         self.total += 1
@@ -31,6 +33,9 @@ class Quarantine:
         with self.path.open("a", encoding="utf-8") as stream:
             entry = {"file": file, "line": line, "reason": reason}
             stream.write(json.dumps(entry) + "\n")
+        if self._bad == self._seen == ENOUGH:
+            raise ValueError(f"none of the first {ENOUGH} documents could be read; the first is "
+                             f"{self._first}; all are listed in {self.path}")
 
     def finish_source(self, name: str) -> None:
         """Raises ValueError if more than 1 % of the source was set aside, and begins the next."""

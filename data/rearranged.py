@@ -7,20 +7,21 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from batiste.data.packing import Batch, unpack
+from batiste.data.packing import PADDING, Batch, unpack
 from batiste.data.record_objective import RecordObjective
 from batiste.data.special_tokens import Vocabulary
 
 
 def documents_in(record: np.ndarray, vocabulary: Vocabulary) -> Iterator[tuple[int, int, bool]]:
-    """Yields [start, stop) of each document's tokens without its BOS, and whether it ends there.
+    """Yields [start, stop) of each document's tokens without BOS and END, and whether it ends there.
 
     One that does not end is cut at the record's end, and continues in another record.
     """
-    used = int(np.max(np.flatnonzero(record != vocabulary.pad_id), initial=-1)) + 1
+    used = np.count_nonzero(record != PADDING)
     begins = np.flatnonzero(record[:used] == vocabulary.bos_id)
     starts = begins + 1 if len(begins) and begins[0] == 0 else np.append(0, begins + 1)
-    stops = np.append(starts[1:] - 1, used)
+    ends = np.append(np.flatnonzero(record[:used] == vocabulary.end_id), used)
+    stops = ends[np.searchsorted(ends, starts)]
     for start, stop in zip(starts.tolist(), stops.tolist()):
         if stop > start:
             yield start, stop, stop < used
@@ -50,7 +51,7 @@ def fill_in_the_middle(
             parts = prefix, suffix, c, middle, a, b
         else:
             parts = prefix, a, suffix, c, middle, b
-        record[start:stop] = np.concatenate([*parts, [] if ends else [vocabulary.bos_id]])
+        record[start:stop] = np.concatenate([*parts, [] if ends else [vocabulary.end_id]])
     return record
 
 
@@ -63,9 +64,10 @@ def prefix_rows(
     says what the causal mask does not hide, and segments keep documents apart. Places in the row
     are then not places in the document: positions are. (T5's prefix LM, arXiv:1910.10683.)
     """
-    batch = unpack(record[None], vocabulary.bos_id, vocabulary.pad_id)
+    batch = unpack(record[None], vocabulary)
     segments_T, positions_T = batch.segments_BT[0], batch.positions_BT[0]
-    counts = np.bincount(segments_T)
+    # An END at the start of a record is a document without inputs that predict.
+    counts = np.bincount(segments_T, batch.weights_BT[0]).astype(np.int64).clip(1)
     cuts = np.append(0, random.integers(1, counts[1:] + 1))  # Inputs of each beginning.
     seen_T = (positions_T < cuts[segments_T]) & (segments_T > 0)
     predicts_T = positions_T >= cuts[segments_T] - 1

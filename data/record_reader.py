@@ -5,6 +5,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from batiste.data.packing import PADDING
+
 
 class RecordReader:
     """Reads records from ArrayRecord files as rows of one array.
@@ -28,7 +30,13 @@ class RecordReader:
         return int(self._ends[-1]) if len(self._ends) else 0
 
     def read(self, indices: np.ndarray) -> np.ndarray:
-        """Returns the records [N, T+1] at `indices` [N]."""
+        """Returns the records [N, T+1] at `indices` [N], int32, padding as PADDING."""
+        stored = self._stored(indices)
+        records = stored.astype(np.int32)
+        records[stored == np.array(PADDING).astype(self._dtype)] = PADDING
+        return records
+
+    def _stored(self, indices: np.ndarray) -> np.ndarray:
         records = np.empty((len(indices), self._length + 1), self._dtype)
         file_of = np.searchsorted(self._ends, indices, side="right")
         for file in np.unique(file_of):

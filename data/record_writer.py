@@ -43,7 +43,7 @@ class TokenRecords(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     def _generate_examples(self, split: str):
         digest = hashlib.sha256()
         for index, record in enumerate(self._splits[split]):
-            record = record.astype(self._dtype)
+            record = record.astype(self._dtype)  # In uint16, padding is 65,535.
             digest.update(record.tobytes())
             yield index, {"tokens": record}
         self.written[split] = digest.hexdigest()
@@ -83,7 +83,7 @@ def _verified(directory, builder: TokenRecords, split: str, length: int, dtype) 
     digest = hashlib.sha256()
     for start in range(0, len(reader), READ_AT_ONCE):
         indices = np.arange(start, min(start + READ_AT_ONCE, len(reader)))
-        digest.update(reader.read(indices).tobytes())
+        digest.update(reader.read(indices).astype(dtype).tobytes())
     if digest.hexdigest() != builder.written[split]:
         raise OSError(f"{directory}: the {split} records read back differ from those written")
     return {"files": files, "records": len(reader), "hash": digest.hexdigest()}

@@ -1,17 +1,19 @@
 """Where documents come from: the standard library, local files, TFDS data sets."""
 
+import collections
 import glob
-import gzip
 import hashlib
 import json
 import pathlib
 import sys
 import sysconfig
-import zlib
-from collections.abc import Iterator
-from typing import BinaryIO, Protocol
+from collections.abc import Callable, Iterator
+from typing import Any, BinaryIO, Protocol
 
 from batiste.data.config import SourceConfig
+from batiste.data.file_formats import (
+    BOM, LARGEST_JSON_BYTES, LINES, TEXT, VALUES, Format, lines_of, open_file, recognize, values_of,
+)
 from batiste.data.quarantine import Quarantine
 
 # A plain-text file up to this size is one document. A larger one is cut at line ends into documents
@@ -23,6 +25,12 @@ STDLIB_LEFT_OUT = frozenset(
     ("test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"))
 
 
+# The line where a document begins, its text, and None or why there is none.
+Read = tuple[int, str, str | None]
+# A text -> the text to use, and None or why there is none.
+Check = Callable[[str], tuple[str, str | None]]
+
+
 class Source(Protocol):
     """Documents that can be read several times, always in the same order."""
 
@@ -32,24 +40,44 @@ class Source(Protocol):
     def fingerprint(self) -> str:
         """Returns a hash that changes with the documents."""
 
+    def described(self) -> str | None:
+        """Returns how it is read, where its name does not say so."""
+
     def documents(self, quarantine: Quarantine | None) -> Iterator[str]:
         """Yields each document; what cannot be read goes to `quarantine`, if there is one."""
 
 
-def open_source(config: SourceConfig) -> Source:
-    """Returns the source that `config.path` names; ValueError if there is no such thing."""
+def open_source(config: SourceConfig, check: Check = lambda text: (text, None)) -> Source:
+    """Returns the source that `config.path` names; ValueError if there is no such thing.
+
+    check: what becomes of each document.
+    """
     if config.path == "stdlib":
-        return LocalFiles("stdlib", _stdlib_modules(), config.text_field, sys.maxsize)
+        formats = [(path, Format(False, TEXT, TEXT)) for path in _stdlib_modules()]
+        return LocalFiles("stdlib", formats, config.text_field, sys.maxsize, check)
     if config.path.startswith("tfds:"):
         from batiste.data.tfds_source import TfdsSource
-        return TfdsSource(config.path.removeprefix("tfds:"), config.text_field)
-    pattern = str(pathlib.Path(config.path).expanduser())
-    paths = [pathlib.Path(path) for path in sorted(glob.glob(pattern, recursive=True))]
-    paths = [path for path in paths if path.is_file()]
+        return TfdsSource(config.path.removeprefix("tfds:"), config.text_field, check)
+    pattern = pathlib.Path(config.path).expanduser()
+    paths = _below(pattern) if pattern.is_dir() else [
+        path for path in map(pathlib.Path, sorted(glob.glob(str(pattern), recursive=True)))
+        if path.is_file()]
     if not paths:
         raise ValueError(f"data.sources path={config.path!r}: no such file; expected stdlib, "
-                         "tfds:NAME, tfds:DIRECTORY or a glob that matches files")
-    return LocalFiles(config.path, paths, config.text_field, LARGE_FILE_BYTES)
+                         "tfds:NAME, tfds:DIRECTORY, a directory or a glob that matches files")
+    formats = [(path, recognize(path)) for path in paths]
+    if config.text_field is None:
+        formats = [(path, format_._replace(kind=TEXT)) for path, format_ in formats]
+    return LocalFiles(config.path, formats, config.text_field, LARGE_FILE_BYTES, check)
+
+
+def _below(folder: pathlib.Path) -> list[pathlib.Path]:
+    """The files of a directory and those below it, but hidden ones."""
+    if (folder / "dataset_info.json").is_file():
+        raise ValueError(f"data.sources path={str(folder)!r}: is a TFDS data set: set "
+                         f"path='tfds:{folder}'")
+    return sorted(path for path in folder.rglob("*") if path.is_file() and not any(
+        part.startswith(".") for part in path.relative_to(folder).parts))
 
 
 def _stdlib_modules() -> list[pathlib.Path]:
@@ -59,47 +87,70 @@ def _stdlib_modules() -> list[pathlib.Path]:
 
 
 class LocalFiles:
-    """Plain text or JSONL files, each perhaps compressed with gzip."""
+    """Plain text or JSON files, each perhaps compressed with gzip.
 
-    def __init__(self, name: str, paths: list[pathlib.Path], text_field: str, large_bytes: int):
+    formats: each path with its format. large_bytes: a larger plain text is cut up.
+    """
+
+    def __init__(
+        self, name: str, formats: list[tuple[pathlib.Path, Format]], text_field: str | None,
+        large_bytes: int, check: Check,
+    ):
         self.name = name
-        self._paths, self._text_field, self._large_bytes = paths, text_field, large_bytes
-        compressed = any(path.suffix == ".gz" for path in paths)
-        self.size_bytes = None if compressed else sum(path.stat().st_size for path in paths)
+        self._formats, self._text_field, self._large_bytes = formats, text_field, large_bytes
+        self._check = check
+        compressed = any(format_.compressed for _, format_ in formats)
+        self.size_bytes = None if compressed else sum(path.stat().st_size for path, _ in formats)
 
     def fingerprint(self) -> str:
         """Returns a hash of the contents in order; moving the files does not change it."""
         digest = hashlib.sha256()
-        for path in self._paths:
+        for path, format_ in self._formats:
             with path.open("rb") as stream:
                 content = hashlib.file_digest(stream, "sha256").hexdigest()
-            kind = f"jsonl {self._text_field}" if _is_jsonl(path) else "text"
-            digest.update(f"{kind} {path.suffix == '.gz'} {content}\n".encode())
+            field = "" if format_.kind == TEXT else self._text_field
+            digest.update(f"{format_.kind} {field} {format_.compressed} {content}\n".encode())
         return digest.hexdigest()
 
+    def described(self) -> str | None:
+        named = all(format_.obvious for _, format_ in self._formats)
+        if named and not pathlib.Path(self.name).expanduser().is_dir():
+            return None
+        kinds = collections.Counter(format_.kind for _, format_ in self._formats)
+        counts = ", ".join(
+            f"{count} as {kind}" + (f" (field {self._text_field!r})" if kind != TEXT else "")
+            for kind, count in kinds.items())
+        return f"{self.name}: {len(self._formats)} files are read, {counts}"
+
     def documents(self, quarantine: Quarantine | None) -> Iterator[str]:
-        for path in self._paths:
-            read = self._lines if _is_jsonl(path) else self._texts
-            opener = gzip.open if path.suffix == ".gz" else open
-            try:
-                with opener(path, "rb") as stream:
-                    for line, text, problem in read(stream):
-                        if problem is None:
-                            if quarantine:
-                                quarantine.accept()
-                            yield text
-                        elif quarantine:
-                            quarantine.add(str(path), line, problem)
-            except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-                raise ValueError(f"{path}: broken gzip file: {error}") from None
+        readers = {LINES: self._lines, VALUES: self._values, TEXT: self._texts}
+        for path, format_ in self._formats:
+            with open_file(path, format_.compressed) as stream:
+                for line, text, problem in readers[format_.kind](path, stream):
+                    if problem is None:
+                        text, problem = self._check(text)
+                    if problem is None:
+                        if quarantine:
+                            quarantine.accept()
+                        yield text
+                    elif quarantine:
+                        quarantine.add(str(path), line, problem)
 
-    def _lines(self, stream: BinaryIO) -> Iterator[tuple[int, str, str | None]]:
-        for line, content in enumerate(stream, start=1):
-            if content.strip():
-                text, problem = parse_json_line(content, self._text_field)
-                yield line, text, problem
+    def _lines(self, path: pathlib.Path, stream: BinaryIO) -> Iterator[Read]:
+        for line, content in lines_of(stream):
+            if content is None:
+                yield line, "", f"a line above {LARGEST_JSON_BYTES >> 20} MiB"
+            elif content.strip():
+                yield line, *parse_json_line(content, self._text_field)
 
-    def _texts(self, stream: BinaryIO) -> Iterator[tuple[int, str, str | None]]:
+    def _values(self, path: pathlib.Path, stream: BinaryIO) -> Iterator[Read]:
+        try:
+            for line, value in values_of(stream):
+                yield line, *_text_of(value, self._text_field)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+
+    def _texts(self, path: pathlib.Path, stream: BinaryIO) -> Iterator[Read]:
         for line, content in cut(stream, self._large_bytes):
             try:
                 yield line, content.decode(), None
@@ -108,25 +159,57 @@ class LocalFiles:
                 yield line, "", f"not UTF-8: byte 0x{content[error.start]:02x}"
 
 
-def _is_jsonl(path: pathlib.Path) -> bool:
-    return ".jsonl" in path.suffixes[-2:]
-
-
 def cut(stream: BinaryIO, large_bytes: int) -> Iterator[tuple[int, bytes]]:
     """Yields (first line, content) of each document of a plain text, cut up if it is large."""
-    pieces, size, line = [], 0, 1
-    while lines := stream.readlines(DOCUMENT_BYTES):
-        content = b"".join(lines)
-        pieces.append((line, content))
+    documents, size = [], 0
+    for index, (line, content) in enumerate(_pieces(stream)):
+        documents.append((line, content if index else content.removeprefix(BOM)))
         size += len(content)
-        line += len(lines)
         if size > large_bytes:
-            yield from pieces
-            pieces = []
-    if size > large_bytes:
-        yield from pieces
-    else:
-        yield 1, b"".join(content for _, content in pieces)
+            yield from documents
+            documents = []
+    if size <= large_bytes:
+        yield 1, b"".join(content for _, content in documents)
+
+
+def _pieces(stream: BinaryIO) -> Iterator[tuple[int, bytes]]:
+    """Yields (first line, content) of lines of about DOCUMENT_BYTES together."""
+    pieces, size, line, first = [], 0, 1, 1
+    for content in _short_lines(stream):
+        pieces.append(content)
+        size += len(content)
+        line += content.endswith(b"\n")
+        if size > DOCUMENT_BYTES:
+            yield first, b"".join(pieces)
+            pieces, size, first = [], 0, line
+    if pieces:
+        yield first, b"".join(pieces)
+
+
+def _short_lines(stream: BinaryIO) -> Iterator[bytes]:
+    """Yields lines; one above LARGE_FILE_BYTES in pieces of DOCUMENT_BYTES, cut between characters,
+    so that no line is held whole."""
+    rest = b""
+    while content := stream.readline(LARGE_FILE_BYTES):
+        ends = content.endswith(b"\n")
+        if not rest and (ends or len(content) < LARGE_FILE_BYTES):
+            yield content
+            continue
+        content = rest + content
+        while len(content) > DOCUMENT_BYTES:
+            place = _between_characters(content, DOCUMENT_BYTES)
+            yield content[:place]
+            content = content[place:]
+        rest = b"" if ends else content
+        if ends:
+            yield content
+    if rest:
+        yield rest
+
+
+def _between_characters(content: bytes, place: int) -> int:
+    """The last place up to `place` where a character of UTF-8 begins; `place` if none is near."""
+    return next((each for each in range(place, place - 4, -1) if content[each] & 0xC0 != 0x80), place)
 
 
 def parse_json_line(content: bytes, field: str) -> tuple[str, str | None]:
@@ -137,8 +220,14 @@ def parse_json_line(content: bytes, field: str) -> tuple[str, str | None]:
         return "", f"not UTF-8: byte 0x{content[error.start]:02x}"
     except (ValueError, RecursionError) as error:
         return "", f"not JSON: {error}"
+    return _text_of(value, field)
+
+
+def _text_of(value: Any, field: str) -> tuple[str, str | None]:
     if not isinstance(value, dict) or not isinstance(value.get(field), str):
-        return "", f"no text in field {field!r}"
+        fields = ", ".join(list(value)[:8]) if isinstance(value, dict) else type(value).__name__
+        return "", (f"no text in field {field!r}, but it has {fields}: set text_field, or None for "
+                    "files of plain text")
     try:
         value[field].encode()
     except UnicodeEncodeError:

@@ -63,13 +63,19 @@ def num_spans(length: int, objective: RecordObjective) -> int:
 class Vocabulary(NamedTuple):
     """What transforms of records know of tokens.
 
-    special: ids by name. text_ids_V: the ids that stand for text. word_starts_V: whether a token
-    begins a word, with white space or a punctuation mark. sentence_ends_V: whether it ends a
-    sentence or a line.
+    start_id: what a decoder beside an encoder begins with. source_begin_ids, source_end_ids: what is
+    around the text that the encoder reads; the decoder writes the first too, and end_id. special:
+    ids by name. text_ids_V: the ids that stand for text. word_starts_V: whether a token begins a
+    word, with white space or a punctuation mark. sentence_ends_V: whether it ends a sentence or a
+    line.
     """
 
     bos_id: int
+    end_id: int
     pad_id: int
+    start_id: int
+    source_begin_ids: tuple[int, ...]
+    source_end_ids: tuple[int, ...]
     special: dict[str, int]
     text_ids_V: np.ndarray
     word_starts_V: np.ndarray
@@ -90,7 +96,8 @@ def vocabulary_of(config: DataConfig, tokenizer: Tokenizer) -> Vocabulary:
     """The vocabulary of a tokenizer with the special tokens of a config's objectives."""
     pieces = [tokenizer.token_bytes(token) for token in range(tokenizer.vocab_size)]
     return Vocabulary(
-        tokenizer.bos_id, tokenizer.pad_id,
+        tokenizer.bos_id, tokenizer.end_id, tokenizer.pad_id, tokenizer.start_ids[0],
+        tokenizer.source_begin_ids, tokenizer.source_end_ids,
         special_ids(config, tokenizer),
         np.flatnonzero(tokenizer.byte_lengths_V).astype(np.int32),
         np.array([re.match(rb"[^0-9A-Za-z_\x80-\xff]", piece) is not None for piece in pieces]),

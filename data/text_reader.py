@@ -5,12 +5,11 @@ For models that read texts and do not write them: the tokenizer may lose text, a
 
 import abc
 import hashlib
-import json
 from typing import NamedTuple
 
 import numpy as np
 
-from batiste.data.huggingface_tokenizer import tokenizers_package
+from batiste.data.huggingface_tokenizer import package_errors, tokenizers_package, unpacked
 from batiste.data.tokenizer import Tokenizer
 
 
@@ -43,8 +42,9 @@ class PackedReader(TextReader):
     """What `pack_tokenizer` made of a directory's tokenizer, read with the template in it."""
 
     def __init__(self, packed: bytes):
-        content = json.loads(packed)
-        self._tokenizer = tokenizers_package().Tokenizer.from_str(content["tokenizer"])
+        content = unpacked(packed)
+        with package_errors("its tokenizer"):
+            self._tokenizer = tokenizers_package().Tokenizer.from_str(content["tokenizer"])
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True  # What looks like one is text.
         self._separates = self._tokenizer.num_special_tokens_to_add(True) > 0

@@ -11,7 +11,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from batiste.data.quarantine import Quarantine
-from batiste.data.sources import LARGE_FILE_BYTES, cut
+from batiste.data.sources import LARGE_FILE_BYTES, Check, cut
 
 READ_AT_ONCE = 256  # examples
 
@@ -24,9 +24,9 @@ class TfdsSource:
 
     size_bytes = None
 
-    def __init__(self, name: str, text_field: str):
+    def __init__(self, name: str, text_field: str | None, check: Check):
         self.name = f"tfds:{name}"
-        self._text_field = text_field
+        self._text_field, self._check = text_field, check
         is_directory = pathlib.Path(name).expanduser().is_dir()
         builder = _from_directory(self.name, name) if is_directory else _from_name(name)
         self._builder = builder
@@ -60,6 +60,9 @@ class TfdsSource:
             digest.update(f"{path.relative_to(directory)} {content}\n".encode())
         return digest.hexdigest()
 
+    def described(self) -> str | None:
+        return None
+
     def documents(self, quarantine: Quarantine | None) -> Iterator[str]:
         examples = self._builder.as_data_source("train")
         for start in range(0, len(examples), READ_AT_ONCE):
@@ -68,14 +71,15 @@ class TfdsSource:
                 # A whole corpus in one example (tiny_shakespeare) is cut up as a large file is.
                 for _, piece in cut(io.BytesIO(example[self._text_field]), LARGE_FILE_BYTES):
                     try:
-                        text = piece.decode()
+                        text, problem = self._check(piece.decode())
                     except UnicodeDecodeError as error:
-                        if quarantine:
-                            quarantine.add(self.name, row + 1, f"not UTF-8: {error.reason}")
-                        continue
-                    if quarantine:
+                        text, problem = "", f"not UTF-8: {error.reason}"
+                    if quarantine and problem is None:
                         quarantine.accept()
-                    yield text
+                    elif quarantine:
+                        quarantine.add(self.name, row + 1, problem)
+                    if problem is None:
+                        yield text
 
 
 def _from_directory(source: str, directory: str) -> tfds.core.DatasetBuilder:

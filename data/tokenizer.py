@@ -25,9 +25,16 @@ PROBE = "  \uff21e\u0301\u212b \t\n\r\n  a\u00a0\u3000b  <s>\u200d\ufb01 "
 class Tokenizer(abc.ABC):
     """Encodes any text that UTF-8 can hold; `decode(encode(text)) == text`.
 
+    normal_form: None, or the form ("NFC") that text is brought into, and comes back in.
+
     name: "bytes", "sentencepiece" or "huggingface". hash: of everything that decides an encoding.
-    bos_id begins each document, pad_id fills records; neither is ever made from text, and
-    both stand for no text. begin_ids begin a prompt, end_id ends its continuation.
+    bos_id begins each document and end_id ends it: one token, or two. Neither is ever made from
+    text, and both stand for no text. pad_id fills rows; it may be one of them.
+    begin_ids: what a decoder's prompt begins with. stop_ids: the tokens any of which ends a
+    continuation, end_id among them.
+    source_begin_ids, source_end_ids: what an encoder reads before and after a text, if a decoder is
+    to write about it. start_ids: what that decoder begins with; it is trained to begin with the
+    first alone.
     special: ids of an imported tokenizer's special tokens, by name.
     model: what is written to `file_name` beside records, None for "bytes".
     byte_lengths_V (int32) is the number of bytes each token stands for.
@@ -41,7 +48,12 @@ class Tokenizer(abc.ABC):
         self.vocab_size = len(token_bytes)
         self.bos_id, self.pad_id = bos_id, pad_id
         self.begin_ids, self.end_id = (bos_id,), bos_id
+        self.stop_ids: tuple[int, ...] = (bos_id,)
+        self.source_begin_ids: tuple[int, ...] = ()
+        self.source_end_ids: tuple[int, ...] = ()
+        self.start_ids: tuple[int, ...] = (bos_id,)
         self.special: dict[str, int] = {}
+        self.normal_form: str | None = None
         self.byte_lengths_V = np.array([len(piece) for piece in token_bytes], np.int32)
         self.hash = hashlib.sha256(repr((name, bos_id, pad_id, token_bytes)).encode()).hexdigest()
         self._token_bytes = token_bytes
@@ -110,7 +122,10 @@ class SentencePieceTokenizer(Tokenizer):
         pieces = [processor.IdToPiece(i) for i in range(processor.vocab_size())]
         # Kept as spelled only by our own training; another model's tab goes the way it learned.
         self._maps_tab = TAB in pieces
-        self._apart = re.compile(f"([{SPACE}{TAB}]+)" if self._maps_tab else f"({SPACE}+)")
+        tab = TAB if self._maps_tab else ""
+        # One that was learned without a space would spell it as the bytes of U+2581.
+        space = "" if SPACE in pieces else " "
+        self._apart = re.compile(f"([{SPACE}{tab}{space}]+)")
         self._byte_ids = {processor.IdToPiece(i): i for i in range(len(pieces))
                           if processor.IsByte(i)}
         if len(self._byte_ids) != 256:
@@ -124,6 +139,8 @@ class SentencePieceTokenizer(Tokenizer):
         pad_id = processor.pad_id() if processor.pad_id() >= 0 else processor.unk_id()
         token_bytes = [self._bytes_of(i, piece) for i, piece in enumerate(pieces)]
         super().__init__("sentencepiece", token_bytes, processor.bos_id(), pad_id)
+        if processor.eos_id() >= 0:  # Our own training makes none: BOS also ends a document.
+            self.end_id, self.stop_ids = processor.eos_id(), (processor.eos_id(),)
         self.hash = hashlib.sha256(model).hexdigest()
         self._require_lossless()
 

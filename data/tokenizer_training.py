@@ -16,6 +16,9 @@ UNIT = re.compile(r"\n+ *\w*\W?| ?\w+[^\w\n]*\w*[^\w\n ]*|[^\w\n]+")
 # SentencePiece reserves these in training, or would take them for a space or a tab.
 RESERVED = re.compile(f"[\0\u2585{SPACE}{TAB}]")
 FIXED_TOKENS = 258  # every byte, BOS and padding
+# A longer unit (a line of Chinese, a genome) is cut, for SentencePiece drops those above its limit of
+# bytes. Nothing that is learned is longer than its 16 characters.
+LONGEST_UNIT = 1 << 14  # characters
 MODEL_TYPES = {"bpe": "bpe", "unigram": "unigram", "characters": "char"}
 
 
@@ -30,7 +33,12 @@ def train(kind: str, vocab_size: int, texts: Iterable[str]) -> bytes:
         raise ValueError(_too_small(vocab_size, FIXED_TOKENS))
     counts: collections.Counter[str] = collections.Counter()
     for text in texts:
-        counts.update(UNIT.findall(RESERVED.sub("\n", text).replace("\t", TAB)))
+        for unit in UNIT.findall(RESERVED.sub("\n", text).replace("\t", TAB)):
+            if len(unit) <= LONGEST_UNIT:
+                counts[unit] += 1
+            else:
+                counts.update(unit[start:start + LONGEST_UNIT]
+                              for start in range(0, len(unit), LONGEST_UNIT))
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.Train(
@@ -48,7 +56,7 @@ def train(kind: str, vocab_size: int, texts: Iterable[str]) -> bytes:
             split_by_unicode_script=False,
             split_by_number=False,
             allow_whitespace_only_pieces=True,
-            max_sentence_length=1 << 20,
+            max_sentence_length=4 * LONGEST_UNIT + 1,
             hard_vocab_limit=kind != "characters",
             # Padding takes the place of the unknown piece, which byte fallback never needs.
             unk_id=0, unk_piece="<pad>", bos_id=1, eos_id=-1, pad_id=-1,

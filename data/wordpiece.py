@@ -1,10 +1,14 @@
 """BERT's tokenizer (arXiv:1810.04805, WordPiece) from the vocab.txt that older models come with."""
 
-import json
 import pathlib
+
+from batiste.data.json_files import read_json
 
 VOCABULARY = "vocab.txt"
 SPECIAL = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
+SETTINGS = {f"{kind}_token": (str, {"content": str}, None) for kind in SPECIAL} | {
+    "tokenize_chinese_chars": bool | None, "strip_accents": bool | None,
+    "do_lower_case": bool | None}
 LONGEST_WORD = 100  # Characters; a longer word is unknown, as in BERT's own code.
 
 
@@ -15,8 +19,11 @@ def wordpiece_json(folder: pathlib.Path, tokenizers) -> str:
     tokenizers: the package. Raises ValueError where the vocabulary lacks a token that BERT needs.
     """
     path = folder / "tokenizer_config.json"
-    settings = json.loads(path.read_text()) if path.is_file() else {}
-    lines = (folder / VOCABULARY).read_text(encoding="utf-8").split("\n")
+    settings = read_json(path, SETTINGS) if path.is_file() else {}
+    try:
+        lines = (folder / VOCABULARY).read_text(encoding="utf-8").split("\n")
+    except UnicodeError as error:
+        raise ValueError(f"{folder / VOCABULARY}: is no UTF-8: {error}") from None
     vocabulary = {token: index for index, token in enumerate(lines) if token}
     special = {kind: _content(settings.get(f"{kind}_token")) or usual
                for kind, usual in SPECIAL.items()}
@@ -27,8 +34,8 @@ def wordpiece_json(folder: pathlib.Path, tokenizers) -> str:
     made = tokenizers.Tokenizer(tokenizers.models.WordPiece(
         vocabulary, unk_token=special["unk"], max_input_chars_per_word=LONGEST_WORD))
     made.normalizer = tokenizers.normalizers.BertNormalizer(
-        clean_text=True, handle_chinese_chars=settings.get("tokenize_chinese_chars", True),
-        strip_accents=settings.get("strip_accents"), lowercase=settings.get("do_lower_case", True))
+        clean_text=True, handle_chinese_chars=settings.get("tokenize_chinese_chars") is not False,
+        strip_accents=settings.get("strip_accents"), lowercase=settings.get("do_lower_case") is not False)
     made.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
     made.decoder = tokenizers.decoders.WordPiece(prefix="##")
     begin, between = special["cls"], special["sep"]

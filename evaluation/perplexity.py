@@ -97,8 +97,10 @@ def perplexity(losses: Callable[[Any], RowSums], batches: Iterable[Any]) -> Perp
         # Standard error of a ratio of sums over records (Cochran 1977, Sampling Techniques, 2.11).
         residuals_R = bits_R - ratio * bytes_R
         error = math.sqrt(rows / (rows - 1) * np.square(residuals_R).sum()) / bytes_R.sum()
+    # Python's own numbers: a person who prints them is to see 3.5, and not np.float64(3.5).
     return Perplexity(
-        loss, math.exp(min(loss, 700.0)), ratio, error, int(tokens_R.sum()), int(bytes_R.sum()),
+        float(loss), math.exp(min(loss, 700.0)), float(ratio), None if error is None else float(error),
+        int(tokens_R.sum()), int(bytes_R.sum()),
         _detection([each.replaced for each in sums if each.replaced is not None]),
     )
 
@@ -109,4 +111,5 @@ def _detection(terms: list[ReplacedTerms]) -> Detection | None:
         return None
     nats, tokens, replaced, right = (
         np.concatenate(rows).astype(np.float64).sum() for rows in zip(*terms))
-    return Detection(nats / tokens, right / tokens, 1 - replaced / tokens)
+    return Detection(
+        float(nats / tokens), float(right / tokens), float(1 - replaced / tokens))

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from batiste.data.json_files import read_json
 from batiste.interop import files
 from batiste.interop.gguf_files import SUFFIX, GGUFile
 from batiste.interop.weights import WeightMap
@@ -22,7 +23,8 @@ BROUGHT = (
 )
 # What a model has that ours lack, in a folder of its own.
 ASIDE = "aside"
-IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id",
+       "forced_bos_token_id")
 # By the end of a class's name: what it is for, and which class finds it.
 TASKS = {
     "ElectraForPreTraining": ("feature-extraction", "AutoModelForPreTraining"),
@@ -63,10 +65,7 @@ def read_config(source: pathlib.Path) -> dict[str, Any]:
     path = folder / CONFIG
     if not path.is_file():
         raise ValueError(f"from={source}: {path} is missing; it says what model the weights are of")
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path}: no JSON: {error}") from None
+    return read_json(path, {"model_type": str})
 
 
 def bring(source: pathlib.Path, folder: pathlib.Path) -> list[str]:

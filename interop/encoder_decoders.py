@@ -2,7 +2,9 @@
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
+from batiste.data.json_files import shown
 from batiste.interop.encoders import activation_field
 from batiste.interop.family import Family, Field
 from batiste.interop.layout import Row, biased, row
@@ -16,7 +18,8 @@ def _tied(theirs: Mapping) -> bool:
 
     `scale_decoder_outputs` is what newer files have in place of the flag as it was meant.
     """
-    return theirs.get("scale_decoder_outputs", theirs.get("tie_word_embeddings", True))
+    scaled, tied = theirs.get("scale_decoder_outputs"), theirs.get("tie_word_embeddings")
+    return (tied is not False) if scaled is None else scaled
 
 
 def _t5_layers(side: str) -> tuple[Row, ...]:
@@ -45,13 +48,29 @@ def _t5_layers(side: str) -> tuple[Row, ...]:
 
 
 T5_ACTIVATIONS = {"relu": "relu", "gated-gelu": "geglu"}
+# What follows from the name, and is written beside it.
+T5_DERIVED = {"relu": ("relu", False), "gated-gelu": ("gelu_new", True)}
 
 
-def _t5_activation(name: str) -> str:
+def _t5_activation(theirs: Mapping) -> str:
+    name = theirs["feed_forward_proj"]
     if name not in T5_ACTIVATIONS:
-        raise ValueError(f"config.json: feed_forward_proj={name!r}: expected one of "
+        raise ValueError(f"config.json: feed_forward_proj={shown(name)}: expected one of "
                          f"{', '.join(T5_ACTIVATIONS)}")
+    for key, value in zip(("dense_act_fn", "is_gated_act"), T5_DERIVED[name], strict=True):
+        if theirs.get(key, value) != value:
+            raise ValueError(f"config.json: {key}={shown(theirs[key])}: expected {value!r}, as "
+                             f"feed_forward_proj={name!r}")
     return T5_ACTIVATIONS[name]
+
+
+def _t5_also(model: TransformerConfig) -> dict[str, Any]:
+    name = {ours: theirs for theirs, ours in T5_ACTIVATIONS.items()}.get(model.activation)
+    derived = {} if name is None else dict(
+        zip(("dense_act_fn", "is_gated_act"), T5_DERIVED[name], strict=True))
+    return derived | {
+        "feed_forward_proj": name or "relu", "tie_word_embeddings": model.tied_embeddings,
+        "scale_decoder_outputs": model.tied_embeddings, "is_encoder_decoder": True}
 
 
 BIAS = "block.0.layer.0.SelfAttention.relative_attention_bias.weight"
@@ -70,15 +89,12 @@ T5 = Family(
      Field("d_kv", "head_dim"), Field("d_ff", "mlp_dim"),
      # Its distances have no end; this many tokens it was trained on.
      Field("n_positions", "max_length", 512),
-     Field("layer_norm_epsilon", "norm_epsilon", 1e-6),
-     Field("feed_forward_proj", "activation", "relu", _t5_activation,
-           {ours: theirs for theirs, ours in T5_ACTIVATIONS.items()}.get),
+     Field("layer_norm_epsilon", "norm_epsilon"), Field(None, "activation", _t5_activation),
      Field(None, "tied_embeddings", _tied), Field(None, "scale_logits", _tied)),
     fixed={"form": "encoder_decoder", "positions": "relative", "attention_scale": 1.0},
     required={"relative_attention_num_buckets": 32, "relative_attention_max_distance": 128},
     repeated=("lm_head.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight"),
-    also=lambda model: {"tie_word_embeddings": model.tied_embeddings,
-                        "scale_decoder_outputs": model.tied_embeddings, "is_encoder_decoder": True},
+    also=_t5_also,
 )
 
 
@@ -127,6 +143,15 @@ def _of_both_sides(theirs: Mapping) -> int:
     return theirs["decoder_attention_heads"]
 
 
+def _one_vocabulary(theirs: Mapping) -> int:
+    """The vocabulary of both sides, whose embeddings are one table."""
+    sizes = theirs["vocab_size"], theirs["decoder_vocab_size"]
+    if sizes[1] not in (None, sizes[0]):
+        raise ValueError(f"config.json: vocab_size={sizes[0]}, decoder_vocab_size={sizes[1]}: "
+                         "expected the same of both")
+    return sizes[0]
+
+
 def _bart_sides(model: TransformerConfig) -> dict[str, int | bool]:
     return {"encoder_attention_heads": model.num_heads, "encoder_ffn_dim": model.mlp_dim,
             "is_encoder_decoder": True}
@@ -141,7 +166,7 @@ BART = Family(
      Field("decoder_layers", "num_layers"), Field("d_model", "model_dim"),
      Field("decoder_attention_heads", "num_heads"), Field(None, "num_kv_heads", _of_both_sides),
      Field(None, "head_dim", lambda theirs: theirs["d_model"] // theirs["decoder_attention_heads"]),
-     Field("decoder_ffn_dim", "mlp_dim"), Field("max_position_embeddings", "max_length", 1024),
+     Field("decoder_ffn_dim", "mlp_dim"), Field("max_position_embeddings", "max_length"),
      activation_field("activation_function")),
     fixed={"form": "encoder_decoder", "norm": "layer", "norm_placement": "post", "bias": "all",
            "positions": "learned", "embedding_norm": True, "norm_epsilon": 1e-5},
@@ -154,7 +179,9 @@ MARIAN = dataclasses.replace(
     BART, model_type="marian", architecture="MarianMTModel",
     rows=(row("model.shared.weight", "embedding_VD", "VD"),
           *_bart_side("encoder"), *_bart_side("decoder")),
-    fields=(*BART.fields, Field("scale_embedding", "scale_embeddings", False)),
+    # The size is written as `vocab_size` by the fields of BART.
+    fields=(*BART.fields, Field("scale_embedding", "scale_embeddings"),
+            Field(None, "vocab_size", _one_vocabulary)),
     fixed=BART.fixed | {"positions": "sinusoidal", "embedding_norm": False},
     required={"tie_word_embeddings": True, "share_encoder_decoder_embeddings": True},
     repeated=(*BART.repeated, "model.encoder.embed_positions.weight",

@@ -1,9 +1,10 @@
 """Encoders that predict hidden tokens, or find replaced ones: BERT and what followed it."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from batiste.data.json_files import shown
 from batiste.interop.family import Family, Field
 from batiste.interop.layout import Row, biased, row
 
@@ -24,14 +25,21 @@ STACKED = REQUIRED | {"position_embedding_type": "absolute"}
 def _activation(name: str) -> str:
     if name not in ACTIVATIONS:
         raise ValueError(
-            f"config.json: activation {name!r}: expected one of {', '.join(ACTIVATIONS)}")
+            f"config.json: the activation (hidden_act, activation or activation_function) is "
+            f"{shown(name)}: expected one of {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[name]
 
 
 def activation_field(theirs: str) -> Field:
     """The key that names the activation of all layers."""
-    return Field(theirs, "activation", "gelu_exact", _activation,
-                 lambda name: NAMES.get(name, name))
+    return Field(theirs, "activation", read=_activation, write=lambda name: NAMES.get(name, name))
+
+
+def _one_of(architectures: list[str], known: Sequence[str]) -> str:
+    if not architectures or architectures[0] not in known:
+        first = shown(architectures[0]) if architectures else ""
+        raise ValueError(f"config.json: architectures=[{first}]: expected one of {', '.join(known)}")
+    return architectures[0]
 
 
 def _has_head(stem: str, *others: str) -> Field:
@@ -39,10 +47,7 @@ def _has_head(stem: str, *others: str) -> Field:
     masked, bare = f"{stem}ForMaskedLM", f"{stem}Model"
 
     def read(names: list[str]) -> bool:
-        if names[0] not in (masked, bare, *others):
-            raise ValueError(f"config.json: architectures={names}: expected one of "
-                             f"{', '.join((masked, bare, *others))}")
-        return names[0] != bare
+        return _one_of(names, (masked, bare, *others)) != bare
 
     return Field("architectures", "head_transform", True, read,
                  lambda has: [masked if has else bare])
@@ -64,9 +69,9 @@ def _fields(length: Field, **names: str) -> tuple[Field, ...]:
     )
 
 
-LENGTH = Field("max_position_embeddings", "max_length", 512)
-TYPES = Field("type_vocab_size", "token_types", 2)
-EPSILON = Field("layer_norm_eps", "norm_epsilon", 1e-12)
+LENGTH = Field("max_position_embeddings", "max_length")
+TYPES = Field("type_vocab_size", "token_types")
+EPSILON = Field("layer_norm_eps", "norm_epsilon")
 
 
 def _embeddings(prefix: str, width: str) -> tuple[Row, ...]:
@@ -138,7 +143,7 @@ ROBERTA = dataclasses.replace(
         *_head("lm_head.dense", "lm_head.layer_norm", "lm_head.bias"),
     ),
     fields=(
-        *_fields(LENGTH._replace(absent=512 - PADDING_ROWS, read=lambda size: size - PADDING_ROWS,
+        *_fields(LENGTH._replace(read=lambda size: size - PADDING_ROWS,
                                  write=lambda size: size + PADDING_ROWS)),
         TYPES, EPSILON, _has_head("Roberta")),
     required=BERT.required | {"pad_token_id": PADDING_ROWS - 1},
@@ -159,12 +164,11 @@ DISTILBERT = Family(
 )
 
 
-def _narrow(usual: int) -> Callable[[Mapping], Any]:
+def _narrow(theirs: Mapping) -> int | None:
     """The size of what is embedded, where a product leads from it to the layers'."""
-    def read(theirs: Mapping) -> int | None:
-        size = theirs.get("embedding_size", usual)
-        return None if size == theirs["hidden_size"] else size
-    return read
+    if theirs["embedding_size"] is None:
+        raise ValueError("config.json: embedding_size is null; an electra has one")
+    return None if theirs["embedding_size"] == theirs["hidden_size"] else theirs["embedding_size"]
 
 
 def _embedding_size(model) -> dict[str, int]:
@@ -178,11 +182,9 @@ ELECTRAS = {"ElectraForMaskedLM": "head_transform", "ElectraForPreTraining": "di
 
 def _electra_has(head: str) -> Field:
     def read(theirs: Mapping) -> bool:
-        name = theirs.get("architectures", ["ElectraForMaskedLM"])[0]
-        if name not in ELECTRAS:
-            raise ValueError(f"config.json: architectures={theirs['architectures']}: expected one "
-                             f"of {', '.join(ELECTRAS)}")
-        return ELECTRAS[name] == head
+        given = theirs.get("architectures")
+        return ELECTRAS[_one_of(["ElectraForMaskedLM"] if given is None else given,
+                                tuple(ELECTRAS))] == head
 
     return Field(None, head, read)
 
@@ -201,7 +203,7 @@ ALBERT = Family(
      *_layers("albert.encoder.albert_layer_groups.{layer}.albert_layers.0.", ALBERT_LAYER),
      *_head("predictions.dense", "predictions.LayerNorm", "predictions.bias")),
     # Its product is there even if both sizes are one.
-    (*_fields(LENGTH), TYPES, EPSILON, Field("embedding_size", "embedding_dim", 128),
+    (*_fields(LENGTH), TYPES, EPSILON, Field("embedding_size", "embedding_dim"),
      _has_head("Albert", "AlbertForPreTraining")),
     fixed=FIXED | {"shared_layers": True},
     required=STACKED | {"num_hidden_groups": 1, "inner_group_num": 1},
@@ -219,7 +221,7 @@ ELECTRA = Family(
      row("discriminator_predictions.dense.weight", "replaced_head/weight_DR", "RD"),
      row("discriminator_predictions.dense.bias", "replaced_head/bias_R", "R"),
      *biased("discriminator_predictions.dense_prediction", "replaced_head/out_RP", "PR")),
-    (*_fields(LENGTH), TYPES, EPSILON, Field(None, "embedding_dim", _narrow(128)),
+    (*_fields(LENGTH), TYPES, EPSILON, Field(None, "embedding_dim", _narrow),
      _electra_has("head_transform"), _electra_has("discriminator")),
     # Its head's activation is this one whatever the layers' is.
     fixed=FIXED, required=BERT.required | {"hidden_act": "gelu"},

@@ -1,6 +1,6 @@
 """The families: tables, from which reading and writing both follow."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from batiste.interop.encoder_decoders import ENCODER_DECODERS
@@ -129,38 +129,48 @@ BLOOM_ROWS = (
 
 
 def _value(theirs: Mapping, name: str) -> Any:
-    if theirs.get(name) is None:
-        raise ValueError(f"config.json: {name} is missing; a {theirs.get('model_type')} has one")
+    if theirs[name] is None:
+        raise ValueError(f"config.json: {name} is null; a {theirs.get('model_type')} has one")
     return theirs[name]
 
 
+def _several(count: int) -> int:
+    """Experts of a token, whose scores are made to add up to 1: of one alone ours stays as it is."""
+    if count < 2:
+        raise ValueError(f"config.json: num_experts_per_tok={count}: expected at least 2, among "
+                         "which scores are normalized")
+    return count
+
+
 def _latent_head_dim(theirs: Mapping) -> int:
+    if (given := theirs.get("head_dim")) not in (None, theirs["qk_rope_head_dim"]):
+        raise ValueError(f"config.json: head_dim={given}: expected qk_rope_head_dim="
+                         f"{theirs['qk_rope_head_dim']}, or none")
     return _value(theirs, "qk_nope_head_dim") + theirs["qk_rope_head_dim"]
 
 
 def _dense_size(theirs: Mapping) -> int | None:
     """Of the layers before those with experts; their config has it without them too."""
-    return _value(theirs, "intermediate_size") if theirs.get("first_k_dense_replace", 3) else None
+    return _value(theirs, "intermediate_size") if theirs["first_k_dense_replace"] else None
 
 
 def _head_dim(theirs: Mapping) -> int:
     return theirs["hidden_size"] // theirs["num_attention_heads"]
 
 
-def _fields(epsilon: float, tied: bool, length: int = 2048) -> tuple[Field, ...]:
-    """Keys that nearly all families share; the arguments stand for keys that are left out."""
-    return (
-        Field("vocab_size", "vocab_size"), Field("num_hidden_layers", "num_layers"),
-        Field("hidden_size", "model_dim"), Field("num_attention_heads", "num_heads"),
-        Field("num_key_value_heads", "num_kv_heads", lambda theirs: theirs["num_attention_heads"]),
-        Field("head_dim", "head_dim", _head_dim),
-        Field("max_position_embeddings", "max_length", length),
-        Field("rms_norm_eps", "norm_epsilon", epsilon),
-        Field("tie_word_embeddings", "tied_embeddings", tied),
-    )
-
-
-DENSE_SIZE = (Field("intermediate_size", "mlp_dim"),)
+# Keys that nearly all families share.
+BASE = (
+    Field("vocab_size", "vocab_size"), Field("num_hidden_layers", "num_layers"),
+    Field("hidden_size", "model_dim"), Field("num_attention_heads", "num_heads"),
+    Field("num_key_value_heads", "num_kv_heads", lambda theirs: theirs["num_attention_heads"]),
+    Field("max_position_embeddings", "max_length"),
+    Field("tie_word_embeddings", "tied_embeddings"),
+)
+RMS = Field("rms_norm_eps", "norm_epsilon")
+# With a head dim that may be null, or is a size of its own.
+SHARED = (*BASE, RMS, Field("head_dim", "head_dim", _head_dim))
+SIZED = (*BASE, RMS, Field("head_dim", "head_dim"))
+DENSE_SIZE = Field("intermediate_size", "mlp_dim")
 
 
 def _all(kind: str, theirs: Mapping) -> list[str]:
@@ -168,14 +178,14 @@ def _all(kind: str, theirs: Mapping) -> list[str]:
 
 
 def _mistral_kinds(theirs: Mapping) -> list[str]:
-    return _all("global" if theirs.get("sliding_window") is None else "local", theirs)
+    return _all("global" if theirs["sliding_window"] is None else "local", theirs)
 
 
 def _qwen_kinds(theirs: Mapping) -> list[str]:
     """Windows, where they are used, from layer `max_window_layers` on."""
-    if not theirs.get("use_sliding_window") or theirs.get("sliding_window") is None:
+    if not theirs["use_sliding_window"] or theirs["sliding_window"] is None:
         return _all("global", theirs)
-    first = theirs.get("max_window_layers", 28)
+    first = _value(theirs, "max_window_layers")
     return ["local" if layer >= first else "global" for layer in range(theirs["num_hidden_layers"])]
 
 
@@ -189,96 +199,93 @@ def _gemma3_kinds(theirs: Mapping) -> list[str]:
     return _every(theirs.get("sliding_window_pattern") or 6, theirs)
 
 
-def _cap(name: str, left_out: float) -> Callable[[Mapping], float | None]:
-    """Of a cap that is null, or left out."""
-    return lambda theirs: None if f"{name}_logit_softcapping" in theirs else left_out
+def _null(theirs: Mapping) -> None:
+    """Of a key that may be null."""
 
 
 SILU = {"hidden_act": "silu"}
 LLAMA = Family(
-    "llama", "LlamaForCausalLM", LLAMA_ROWS, (*_fields(1e-6, tied=False), *DENSE_SIZE),
-    required=SILU | {"attention_bias": False, "mlp_bias": False}, rope_base=10_000.0,
+    "llama", "LlamaForCausalLM", LLAMA_ROWS, (*SHARED, DENSE_SIZE),
+    required=SILU | {"attention_bias": False, "mlp_bias": False}, rotates=True,
 )
 MISTRAL = Family(
     "mistral", "MistralForCausalLM", LLAMA_ROWS,
-    (*_fields(1e-6, tied=False, length=131_072), *DENSE_SIZE), required=SILU,
-    kinds=_mistral_kinds, rope_base=10_000.0,
+    (*SHARED, DENSE_SIZE), required=SILU, kinds=_mistral_kinds, rotates=True,
 )
 QWEN2 = Family(
     "qwen2", "Qwen2ForCausalLM", LLAMA_ROWS,
-    (*_fields(1e-6, tied=False, length=32_768), *DENSE_SIZE), fixed={"bias": "qkv"},
+    (*SHARED, DENSE_SIZE), fixed={"bias": "qkv"},
     required=SILU, kinds=_qwen_kinds, has_layer_types=True, switch="use_sliding_window",
-    rope_base=10_000.0,
+    rotates=True,
 )
 QWEN3 = Family(
     "qwen3", "Qwen3ForCausalLM", LLAMA_ROWS,
-    (*_fields(1e-6, tied=False, length=32_768), *DENSE_SIZE), fixed={"qk_norm": True},
+    (*SIZED, DENSE_SIZE), fixed={"qk_norm": True},
     required=SILU | {"attention_bias": False}, kinds=_qwen_kinds, has_layer_types=True,
-    switch="use_sliding_window", rope_base=10_000.0,
+    switch="use_sliding_window", rotates=True,
 )
 QWEN3_MOE = Family(
     "qwen3_moe", "Qwen3MoeForCausalLM", QWEN3_MOE_ROWS,
-    (*_fields(1e-6, tied=False, length=32_768), Field("moe_intermediate_size", "mlp_dim"),
-     Field("num_experts_per_tok", "experts_per_token"),
-     Field("num_experts", "num_experts", lambda theirs: _value(theirs, "num_local_experts"))),
+    (*SHARED, Field("moe_intermediate_size", "mlp_dim"),
+     Field("num_experts_per_tok", "experts_per_token", read=_several),
+     Field("num_experts", "num_experts")),
     fixed={"qk_norm": True},
     required=SILU | {"attention_bias": False, "norm_topk_prob": True, "decoder_sparse_step": 1,
                      "mlp_only_layers": [], "use_sliding_window": False},
-    rope_base=10_000.0,
+    rotates=True,
 )
 MIXTRAL = Family(
     "mixtral", "MixtralForCausalLM", MIXTRAL_ROWS,
-    (*_fields(1e-5, tied=False, length=131_072), *DENSE_SIZE,
-     Field("num_local_experts", "num_experts", 8),
-     Field("num_experts_per_tok", "experts_per_token", 2)),
-    required=SILU, kinds=_mistral_kinds, rope_base=1_000_000.0,
+    (*SHARED, DENSE_SIZE,
+     Field("num_local_experts", "num_experts"),
+     Field("num_experts_per_tok", "experts_per_token", read=_several)),
+    required=SILU, kinds=_mistral_kinds, rotates=True,
 )
 GEMMA = dict(activation="geglu", norm="rms_plus_one", norm_placement="sandwich",
              scale_embeddings=True)
 GEMMA_FIELDS = (
-    Field("query_pre_attn_scalar", "attention_scale", from_square(256), from_square, to_square),
+    Field("query_pre_attn_scalar", "attention_scale", read=from_square, write=to_square),
+    Field("final_logit_softcapping", "logit_soft_cap", _null),
 )
-GEMMA_REQUIRED = {"hidden_activation": "gelu_pytorch_tanh", "attention_bias": False}
+GEMMA_REQUIRED = {"hidden_activation": "gelu_pytorch_tanh", "attention_bias": False,
+                  "use_bidirectional_attention": False}
 GEMMA2 = Family(
     "gemma2", "Gemma2ForCausalLM", GEMMA_ROWS,
-    (*_fields(1e-6, tied=True, length=8192), *DENSE_SIZE, *GEMMA_FIELDS,
-     Field("attn_logit_softcapping", "attention_soft_cap", _cap("attn", 50.0)),
-     Field("final_logit_softcapping", "logit_soft_cap", _cap("final", 30.0))),
+    (*SIZED, DENSE_SIZE, *GEMMA_FIELDS,
+     Field("attn_logit_softcapping", "attention_soft_cap", _null)),
     fixed=GEMMA, required=GEMMA_REQUIRED, kinds=lambda theirs: _every(2, theirs),
-    has_layer_types=True, rope_base=10_000.0,
+    has_layer_types=True, rotates=True,
 )
 GEMMA3 = Family(
     "gemma3_text", "Gemma3ForCausalLM", GEMMA_ROWS,
-    (*_fields(1e-6, tied=True, length=131_072), *DENSE_SIZE, *GEMMA_FIELDS,
-     Field("attn_logit_softcapping", "attention_soft_cap", None),
-     Field("final_logit_softcapping", "logit_soft_cap", None)),
-    fixed=GEMMA | {"qk_norm": True}, required=GEMMA_REQUIRED, kinds=_gemma3_kinds,
-    has_layer_types=True, rope_base=1_000_000.0, local_rope_base=10_000.0,
+    (*SIZED, DENSE_SIZE, *GEMMA_FIELDS),
+    fixed=GEMMA | {"qk_norm": True}, kinds=_gemma3_kinds,
+    required=GEMMA_REQUIRED | {"attn_logit_softcapping": None},
+    has_layer_types=True, rotates=True, local_rope_base=10_000.0,
 )
 DEEPSEEK = Family(
     "deepseek_v3", "DeepseekV3ForCausalLM", DEEPSEEK_ROWS,
-    (*(field for field in _fields(1e-6, tied=False, length=4096) if field.ours != "head_dim"),
-     Field("qk_rope_head_dim", "rope_dim"), Field(None, "head_dim", _latent_head_dim),
+    (*BASE, RMS, Field("qk_rope_head_dim", "rope_dim"), Field(None, "head_dim", _latent_head_dim),
      Field("v_head_dim", "value_dim"),
-     Field("kv_lora_rank", "latent_rank"), Field("q_lora_rank", "query_rank", None),
-     Field("first_k_dense_replace", "dense_layers", 3), Field(None, "dense_mlp_dim", _dense_size),
+     Field("kv_lora_rank", "latent_rank"), Field("q_lora_rank", "query_rank", _null),
+     Field("first_k_dense_replace", "dense_layers"), Field(None, "dense_mlp_dim", _dense_size),
      Field("moe_intermediate_size", "mlp_dim"), Field("n_routed_experts", "num_experts"),
-     Field("num_experts_per_tok", "experts_per_token"), Field("n_shared_experts", "shared_experts"),
-     Field("n_group", "expert_groups", 8), Field("topk_group", "groups_per_token", 4),
-     Field("routed_scaling_factor", "routed_scale", 2.5)),
+     Field("num_experts_per_tok", "experts_per_token", read=_several), Field("n_shared_experts", "shared_experts"),
+     Field("n_group", "expert_groups"), Field("topk_group", "groups_per_token"),
+     Field("routed_scaling_factor", "routed_scale")),
     fixed={"expert_scores": "sigmoid", "router_bias": True},
     required=SILU | {"attention_bias": False, "norm_topk_prob": True, "rope_interleave": True},
-    rope_base=10_000.0,
+    rotates=True,
     also=lambda model: {"qk_nope_head_dim": model.head_dim - (model.rope_dim or 0),
                         "qk_head_dim": model.head_dim, "head_dim": model.rope_dim,
                         "intermediate_size": model.dense_mlp_dim or model.mlp_dim},
 )
 COHERE = Family(
     "cohere", "CohereForCausalLM", COHERE_ROWS,
-    (*(field._replace(theirs="layer_norm_eps", absent=1e-5) if field.ours == "norm_epsilon"
-       else field for field in _fields(1e-5, tied=True, length=8192)), *DENSE_SIZE),
+    (*BASE, Field("layer_norm_eps", "norm_epsilon"), Field("head_dim", "head_dim", _head_dim),
+     DENSE_SIZE),
     fixed={"norm": "layer", "norm_placement": "parallel"},
-    required=SILU | {"attention_bias": False, "use_qk_norm": False}, rope_base=10_000.0,
+    required=SILU | {"attention_bias": False, "use_qk_norm": False}, rotates=True,
     extra={"logit_scale": 1.0},
 )
 GPT2 = Family(
@@ -288,8 +295,8 @@ GPT2 = Family(
      Field(None, "num_kv_heads", lambda theirs: theirs["n_head"]),
      Field(None, "head_dim", lambda theirs: theirs["n_embd"] // theirs["n_head"]),
      Field("n_inner", "mlp_dim", lambda theirs: 4 * theirs["n_embd"]),
-     Field("n_positions", "max_length", 1024), Field("layer_norm_epsilon", "norm_epsilon", 1e-5),
-     Field("tie_word_embeddings", "tied_embeddings", True)),
+     Field("n_positions", "max_length"), Field("layer_norm_epsilon", "norm_epsilon"),
+     Field("tie_word_embeddings", "tied_embeddings")),
     fixed={"activation": "gelu", "norm": "layer", "bias": "all", "positions": "learned"},
     required={"activation_function": "gelu_new", "scale_attn_weights": True,
               "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False},
@@ -301,8 +308,9 @@ BLOOM = Family(
      Field(None, "num_kv_heads", lambda theirs: theirs["n_head"]),
      Field(None, "head_dim", lambda theirs: theirs["hidden_size"] // theirs["n_head"]),
      Field(None, "mlp_dim", lambda theirs: 4 * theirs["hidden_size"]),
-     Field("seq_length", "max_length", 2048), Field("layer_norm_epsilon", "norm_epsilon", 1e-5),
-     Field("tie_word_embeddings", "tied_embeddings", True)),
+     # Its class has no length, as its positions have none; older files say how far it was trained.
+     Field("seq_length", "max_length", 2048), Field("layer_norm_epsilon", "norm_epsilon"),
+     Field("tie_word_embeddings", "tied_embeddings")),
     fixed={"activation": "gelu", "norm": "layer", "bias": "all", "positions": "alibi",
            "embedding_norm": True},
     required={"apply_residual_connection_post_layernorm": False, "slow_but_exact": False},

@@ -5,7 +5,9 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from batiste.data.json_files import shown
 from batiste.interop import rope
+from batiste.interop.class_defaults import completed
 from batiste.interop.layout import Row
 from batiste.models import TransformerConfig
 
@@ -16,13 +18,16 @@ FREE_FIELDS = (
     "depth_scaled_init", "dtype",
 )
 KINDS = {"full_attention": "global", "sliding_attention": "local"}
+# The deepest published model has 126 layers, and the most experts of a layer are 512. A number
+# beyond these would be unrolled before the files show that it is not true.
+LIMITS = {"num_layers": 4096, "encoder_layers": 4096, "num_experts": 65_536}
 
 
 class Field(NamedTuple):
     """A key of their config that is a field of ours.
 
     theirs: None where the family leaves no choice, and `absent` says what it is. absent: the value
-    of a key that is left out, or a function of their config. read, write: between the two values.
+    of a key that is null, or a function of their config. read, write: between the two values.
     """
 
     theirs: str | None
@@ -39,7 +44,8 @@ class Family:
     architecture: the class that `transformers` makes of it. fixed: our fields that all members
     share. fields: the others. required: keys of theirs with the value that they must have, if they
     are there; they are written. kinds: the kind of each layer, for a config without `layer_types`.
-    switch: the key that must be true for a window to count.
+    switch: the key that must be true for a window to count. rotates: whether positions are rotations;
+    with a local_rope_base, local layers have a base of their own, which this is by default.
     extra: keys that are written where an import has not brought them along. also: keys that are
     written and follow from several of our fields. repeated: tensors that files may have twice.
     aside: beginnings of names that our model has no parameters for; they are kept as they came.
@@ -55,7 +61,7 @@ class Family:
     kinds: Callable[[Mapping], Sequence[str]] | None = None
     has_layer_types: bool = False
     switch: str | None = None
-    rope_base: float | None = None
+    rotates: bool = False
     local_rope_base: float | None = None
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     repeated: tuple[str, ...] = ("lm_head.weight",)
@@ -65,22 +71,37 @@ class Family:
 
     def model_of(self, theirs: Mapping[str, Any]) -> TransformerConfig:
         """The config of a model that `theirs` describes; ValueError for what ours cannot be."""
+        theirs = completed(theirs, self.model_type)
         for key, value in self.required.items():
-            if theirs.get(key, value) != value:
+            # What is null is False, or an empty list, in `transformers` too.
+            if (theirs.get(key, value) or None) != (value or None):
                 raise ValueError(
-                    f"config.json: {key}={theirs[key]!r}, but of {self.model_type} only "
+                    f"config.json: {key}={shown(theirs[key])}, but of {self.model_type} only "
                     f"{key}={value!r} is known here"
                 )
         values: dict[str, Any] = dict(self.fixed)
         for field in self.fields:
             values[field.ours] = self._read(field, theirs)
-        if self.rope_base is not None:
-            values |= rope.read(theirs, self.rope_base, self.local_rope_base)
+            limit, value = LIMITS.get(field.ours), values[field.ours]
+            if limit is not None and value is not None and value > limit:
+                raise ValueError(f"config.json: {field.theirs}={value}: expected at most {limit}")
+        if self.rotates:
+            values |= rope.read(theirs, self.local_rope_base)
         values |= self._pattern(theirs)
         dtype = theirs.get("dtype", theirs.get("torch_dtype")) or "float32"
+        if values.get("local_rope_base") is not None and "local" not in values["layer_pattern"]:
+            values["local_rope_base"] = None
         model = TransformerConfig(dtype=dtype, **values)
-        model.validate()
+        self._validate(model)
         return model
+
+    def _validate(self, model: TransformerConfig) -> None:
+        try:
+            model.validate()
+        except ValueError as error:
+            keys = [f"model.{field.ours} is their {field.theirs or 'other keys'}"
+                    for field in self.fields if f"model.{field.ours}=" in str(error)]
+            raise ValueError(f"config.json: {error} ({', '.join(keys)})") from None
 
     def config_of(self, model: TransformerConfig, brought: Mapping[str, Any]) -> dict[str, Any]:
         """Their config of a model; ValueError, with the fields, if the family has no such model.
@@ -110,7 +131,7 @@ class Family:
         return theirs, _different(model, self.model_of(theirs))
 
     def _write(self, model: TransformerConfig, brought: Mapping[str, Any]) -> dict[str, Any]:
-        theirs = dict(self.extra) | dict(brought) | dict(self.required)
+        theirs = dict(self.extra) | dict(self.required) | dict(brought)
         theirs |= {"model_type": self.model_type, "architectures": [self.architecture],
                    "dtype": model.dtype}
         theirs.pop("torch_dtype", None)
@@ -121,36 +142,62 @@ class Family:
                 same = given is not None and field.read(given) == value
                 theirs[field.theirs] = given if same else field.write(value)
         theirs |= self.also(model)
-        if self.rope_base is not None:
+        if self.rotates:
             theirs |= rope.write(model, self.local_rope_base is not None)
         if self.kinds is not None:
             theirs["sliding_window"] = model.window
         if self.switch is not None:
             theirs[self.switch] = model.window is not None
         if self.has_layer_types:
-            names = {ours: name for name, ours in KINDS.items()}
-            theirs["layer_types"] = [names[kind] for kind in model.layer_kinds]
+            theirs["layer_types"] = [_name_of(kind) for kind in model.layer_kinds]
         return theirs
 
     def _read(self, field: Field, theirs: Mapping[str, Any]) -> Any:
         if field.theirs is not None and theirs.get(field.theirs) is not None:
             return field.read(theirs[field.theirs])
         if field.absent is REQUIRED:
-            raise ValueError(f"config.json: {field.theirs} is missing; a {self.model_type} has one")
+            raise ValueError(f"config.json: {field.theirs} is null; a {self.model_type} has one")
         return field.absent(theirs) if callable(field.absent) else field.absent
 
     def _pattern(self, theirs: Mapping[str, Any]) -> dict[str, Any]:
         """The shortest pattern that gives the kind of each layer, and the window."""
+        given = theirs.get("layer_types")
+        usual = ["global"] * len(given or ()) if self.kinds is None else self.kinds(theirs)
+        kinds = usual if given is None else _kinds_of(given, theirs)
+        if kinds != list(usual) and not self.has_layer_types:
+            raise ValueError(f"config.json: layer_types: expected only {_name_of(usual[0])} of a "
+                             f"{self.model_type}, whose layers are of one kind")
         if self.kinds is None:
             return {}
-        given = theirs.get("layer_types") if self.has_layer_types else None
-        kinds = self.kinds(theirs) if given is None else [KINDS.get(name, name) for name in given]
         period = next(
             size for size in range(1, len(kinds) + 1)
             if all(kind == kinds[layer % size] for layer, kind in enumerate(kinds))
         )
-        window = theirs.get("sliding_window") if "local" in kinds else None
+        used = self.switch is None or theirs[self.switch]
+        window = theirs.get("sliding_window") if used and "local" in kinds else None
+        if window is None and "local" in kinds:
+            raise ValueError(
+                f"config.json: layer_types has sliding_attention, but sliding_window="
+                f"{shown(theirs.get('sliding_window'))}{'' if used else f', {self.switch}=false'}"
+            )
         return {"layer_pattern": tuple(kinds[:period]), "window": window}
+
+
+def _name_of(kind: str) -> str:
+    return next(name for name, ours in KINDS.items() if ours == kind)
+
+
+def _kinds_of(layer_types: Sequence[str], theirs: Mapping[str, Any]) -> list[str]:
+    """The kind of each layer, as config.json names it."""
+    count = theirs.get("num_hidden_layers", len(layer_types))
+    if len(layer_types) != count:
+        raise ValueError(f"config.json: layer_types has {len(layer_types)} entries, but "
+                         f"num_hidden_layers={count}")
+    for name in layer_types:
+        if name not in KINDS:
+            raise ValueError(f"config.json: layer_types has {shown(name)}: expected one of "
+                             f"{', '.join(KINDS)}")
+    return [KINDS[name] for name in layer_types]
 
 
 def family_of(theirs: Mapping[str, Any], families: Sequence[Family]) -> Family:
@@ -160,7 +207,7 @@ def family_of(theirs: Mapping[str, Any], families: Sequence[Family]) -> Family:
         if family.model_type == given:
             return family
     known = ", ".join(family.model_type for family in families)
-    raise ValueError(f"config.json: model_type={given!r}: expected one of {known}")
+    raise ValueError(f"config.json: model_type={shown(given)}: expected one of {known}")
 
 
 def fitting_family(model: TransformerConfig, families: Sequence[Family]) -> Family:

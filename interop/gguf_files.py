@@ -1,13 +1,16 @@
 """GGUF, the one-file format of llama.cpp: weights dequantized, by their names in `transformers`."""
 
 import json
+import math
 import pathlib
 import re
 from typing import Any
 
 import numpy as np
 
+from batiste.data.json_files import check_json, shown
 from batiste.interop.files import Entry
+from batiste.interop.gguf_header import GGUFTensor, read_header
 from batiste.interop.gguf_tokenizer import bring_tokenizer
 
 SUFFIX = ".gguf"
@@ -23,6 +26,17 @@ KEYS = {
     "attention.key_length": "head_dim", "attention.layer_norm_rms_epsilon": "rms_norm_eps",
     "rope.freq_base": "rope_theta",
 }
+REAL = ("attention.layer_norm_rms_epsilon", "rope.freq_base")
+WHOLE = (*(key for key in KEYS if key not in REAL), "rope.dimension_count", "attention.value_length")
+# What llama.cpp too does without in no file of these architectures.
+NEEDED = ("block_count", "embedding_length", "feed_forward_length", "context_length",
+          "attention.head_count", "attention.layer_norm_rms_epsilon")
+FLOATS = {0: np.float32, 1: np.float16}
+KINDS = {"general.architecture": str | None} | {
+    f"tokenizer.ggml.{key}": kind | None for key, kind in {
+        "model": str, "pre": str, "tokens": list[str], "merges": list[str], "token_type": list[int],
+        "add_bos_token": bool, "bos_token_id": int, "eos_token_id": int, "padding_token_id": int,
+    }.items()} | {"tokenizer.chat_template": str | None}
 # The first has the rows of a table beside it, the others are the head dim once more.
 IMPLIED = ("vocab_size", "rope.dimension_count", "attention.value_length")
 ENDS = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
@@ -45,13 +59,13 @@ class GGUFile:
 
     def __init__(self, path: pathlib.Path):
         self._path = path
-        reader = _reader(path)
-        self._said = {name: field.contents() for name, field in reader.fields.items()}
+        self._said, tensors = read_header(path, _sizes(path))
+        check_json(self._said, KINDS, str(path))
         self._architecture = self._needed("general.architecture")
         if self._architecture not in ARCHITECTURES:
-            raise ValueError(f"{path}: general.architecture={self._architecture!r}: expected one "
-                             f"of {', '.join(ARCHITECTURES)}")
-        self._tensors = {self._name(each.name): each for each in reader.tensors}
+            raise ValueError(f"{path}: general.architecture={shown(self._architecture)}: expected "
+                             f"one of {', '.join(ARCHITECTURES)}")
+        self._tensors = {self._name(each.name): each for each in tensors}
         self.entries = {name: self._entry(each) for name, each in self._tensors.items()}
         self.theirs = self._config()
 
@@ -60,7 +74,13 @@ class GGUFile:
         import gguf
 
         tensor, shape = self._tensors[name], self.entries[name].shape
-        values = gguf.dequantize(tensor.data, tensor.tensor_type).reshape(shape)
+        kind = gguf.GGMLQuantizationType(tensor.kind)
+        data = np.memmap(self._path, np.uint8, "r", tensor.start, (tensor.size,))
+        if kind in FLOATS:
+            data = data.view(FLOATS[kind])
+        else:
+            data = data.reshape(math.prod(shape[:-1]), -1)
+        values = gguf.dequantize(data, kind).reshape(shape)
         heads = {"q": "num_attention_heads", "k": "num_key_value_heads"}
         found = re.search(r"self_attn\.([qk])_proj\.weight$", name)
         if self._architecture != "llama" or found is None:
@@ -91,12 +111,14 @@ class GGUFile:
                 if end == "rope_freqs" else "")
         raise ValueError(f"{self._path}: a tensor {name}, which is not known here{hint}")
 
-    def _entry(self, tensor: Any) -> Entry:
-        if tensor.tensor_type.name not in QUANTIZED:
-            raise ValueError(f"{self._path}: {tensor.name} is {tensor.tensor_type.name}: expected "
-                             f"one of {', '.join(QUANTIZED)}")
-        shape = tuple(int(size) for size in reversed(tensor.shape))
-        return Entry(self._path, np.dtype(np.float32), shape, tensor.data_offset)
+    def _entry(self, tensor: GGUFTensor) -> Entry:
+        import gguf
+
+        kind = gguf.GGMLQuantizationType(tensor.kind).name
+        if kind not in QUANTIZED:
+            raise ValueError(f"{self._path}: {tensor.name} is {kind}: expected one of "
+                             f"{', '.join(QUANTIZED)}")
+        return Entry(self._path, np.dtype(np.float32), tensor.shape, tensor.start)
 
     def _config(self) -> dict[str, Any]:
         """The config.json; a key of the architecture that it does not know is refused by name."""
@@ -107,9 +129,13 @@ class GGUFile:
         if unknown:
             raise ValueError(f"{self._path}: {prefix}{min(unknown)}={own[min(unknown)]!r} is not "
                              "known here")
-        for name in ("block_count", "embedding_length", "attention.head_count"):
+        for name in NEEDED:
             self._needed(prefix + name)
+        check_json(own, dict.fromkeys(WHOLE, int | None) | dict.fromkeys(REAL, float | None),
+                   str(self._path), self._architecture)
         values = {KEYS[name]: _short(value) for name, value in own.items() if name in KEYS}
+        if values["num_attention_heads"] < 1:
+            raise ValueError(f"{self._path}: {prefix}attention.head_count: expected at least 1")
         values.setdefault("head_dim", values["hidden_size"] // values["num_attention_heads"])
         values.setdefault("num_key_value_heads", values["num_attention_heads"])
         for name in IMPLIED[1:]:
@@ -133,14 +159,12 @@ def _short(value: Any) -> Any:
     return float(str(np.float32(value))) if isinstance(value, float) else value
 
 
-def _reader(path: pathlib.Path) -> Any:
+def _sizes(path: pathlib.Path) -> dict[int, tuple[int, int]]:
+    """Entries and bytes of a block, by the number of a tensor's type."""
     try:
         import gguf
     except ImportError:
         raise ValueError("a GGUF file needs the package gguf: pip install 'batiste[hf]'") from None
     if not path.is_file():
         raise ValueError(f"from={path}: no such file")
-    try:
-        return gguf.GGUFReader(path)
-    except (ValueError, KeyError, IndexError, TypeError) as error:
-        raise ValueError(f"{path}: not a GGUF file, or cut short: {error}") from None
+    return {int(kind): sizes for kind, sizes in gguf.GGML_QUANT_SIZES.items()}

@@ -5,6 +5,8 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from batiste.data.json_files import shown
+
 CONTROL, USER_DEFINED, UNUSED = 3, 4, 5  # llama.cpp's types of tokens.
 SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|DIGITS| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -32,18 +34,47 @@ def bring_tokenizer(said: Mapping[str, Any], folder: pathlib.Path) -> list[str]:
     pre = said.get("tokenizer.ggml.pre")
     if pre not in CUTS:
         raise ValueError(f"tokenizer.ggml.pre={pre!r}: expected one of {', '.join(CUTS)}")
-    pieces = said["tokenizer.ggml.tokens"]
+    pieces = _checked(said)
     settings = {}
     for ours, key in (("bos_token", "bos"), ("eos_token", "eos"), ("pad_token", "padding")):
         index = said.get(f"tokenizer.ggml.{key}_token_id")
         if index is not None:
             settings[ours] = pieces[index]
+    ends = [said.get(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot", "eom")]
+    ends = list(dict.fromkeys(index for index in ends if index is not None))
     files = {"tokenizer.json": _tokenizer(said, pre), "tokenizer_config.json": json.dumps(settings)}
     if said.get("tokenizer.chat_template") is not None:
         files["chat_template.jinja"] = said["tokenizer.chat_template"]
+    if len(ends) > 1:  # Of a turn or a message, besides the text's.
+        files["generation_config.json"] = json.dumps({"eos_token_id": ends})
     for name, text in files.items():
         (folder / name).write_text(text)
     return list(files)
+
+
+def _checked(said: Mapping[str, Any]) -> list[str]:
+    """The tokens; ValueError where types, merges or special tokens are not of them."""
+    pieces, merges = (said.get(f"tokenizer.ggml.{key}") for key in ("tokens", "merges"))
+    if not pieces or merges is None:
+        raise ValueError("tokenizer.ggml.tokens or tokenizer.ggml.merges is missing or empty")
+    types = said.get("tokenizer.ggml.token_type")
+    if types is not None and len(types) != len(pieces):
+        raise ValueError(f"tokenizer.ggml.token_type has {len(types)} entries, but there are "
+                         f"{len(pieces)} tokens")
+    for key in ("bos", "eos", "padding"):
+        index = said.get(f"tokenizer.ggml.{key}_token_id")
+        if index is not None and not 0 <= index < len(pieces):
+            raise ValueError(f"tokenizer.ggml.{key}_token_id={index}: expected less than "
+                             f"{len(pieces)}, the number of tokens")
+    known = set(pieces)
+    if len(known) != len(pieces):
+        raise ValueError("tokenizer.ggml.tokens has a token twice")
+    for merge in merges:
+        parts = merge.split(" ")
+        if len(parts) != 2 or not {*parts, "".join(parts)} <= known:
+            raise ValueError(f"tokenizer.ggml.merges has {shown(merge)}, which is not two tokens "
+                             "that make a third")
+    return pieces
 
 
 def _tokenizer(said: Mapping[str, Any], pre: str) -> str:

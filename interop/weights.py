@@ -2,8 +2,9 @@
 
 import functools
 import itertools
+import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -21,6 +22,10 @@ NO_WEIGHTS = re.compile(
 # Bytes of a tensor that are copied and converted at a time. Whole, a head of 168 MB took 273 MB of
 # the host's memory besides its place; so it takes 171, of which 84 are the file's own pages.
 MOST_AT_ONCE = 2**24
+# Fewer names than this are made and looked up one after another, whatever the files have.
+MOST_NAMES = 10_000
+# Sinusoids, which follow from the config.
+TABLES = "embed_positions.weight"
 # As LayerNorms of the first BERTs have it.
 OLD_ENDINGS = {".LayerNorm.weight": ".LayerNorm.gamma", ".LayerNorm.bias": ".LayerNorm.beta"}
 
@@ -55,17 +60,21 @@ class WeightMap:
 
     def names(self, row: Row) -> Iterator[tuple[str, tuple[int, ...]]]:
         """The name of each tensor of a row, and its place: layer and expert, where it has them."""
+        places = self._places(row)
+        for place in itertools.product(*places.values()):
+            named = dict(zip(places, place, strict=True))
+            if "layer" in named and not row.dense:
+                named["layer"] += self.model.dense_layers
+            yield row.theirs.format(**named), place
+
+    def _places(self, row: Row) -> dict[str, range]:
+        """The layers and experts of which a row has a tensor each."""
         dense = self.model.dense_layers
         layers = range(dense) if row.dense else range(self.model.num_layers - dense)
         layers = range(1) if self.model.shared_layers else layers
         layers = range(self.model.encoder_layers) if row.stack == "encoder_layers" else layers
         places = {"layer": layers, "expert": range(self.model.num_experts or 0)}
-        axes = [axis for axis in places if f"{{{axis}}}" in row.theirs]
-        for place in itertools.product(*(places[axis] for axis in axes)):
-            named = dict(zip(axes, place, strict=True))
-            if "layer" in named and not row.dense:
-                named["layer"] += dense
-            yield row.theirs.format(**named), place
+        return {axis: place for axis, place in places.items() if f"{{{axis}}}" in row.theirs}
 
     def sizes(self, row: Row) -> Sizes:
         """What the conversion of a row must know."""
@@ -112,6 +121,7 @@ class WeightMap:
 
     def check(self, tensors: Tensors) -> None:
         """Raises ValueError where files have other tensors, shapes or dtypes than this model."""
+        self._check_count(tensors)
         planned = {each.name: each for each in self.planned(np.dtype(np.float32))}
         names = {name: _name_in(tensors, name) for name in planned}
         for name, found in names.items():
@@ -135,6 +145,27 @@ class WeightMap:
                 raise ValueError(
                     f"{name} has shape {entry.shape}, but config.json says {each.shape}"
                 )
+        self._check_repeated(tensors, planned.keys())
+
+    def _check_count(self, tensors: Tensors) -> None:
+        """Raises ValueError where there are fewer tensors than names, before each name is made."""
+        count = sum(math.prod(map(len, self._places(row).values())) for row in self.rows)
+        if count > max(MOST_NAMES, 2 * len(tensors.entries)):
+            raise ValueError(f"config.json implies {count:,} tensors, but the files have "
+                             f"{len(tensors.entries):,}")
+
+    def _check_repeated(self, tensors: Tensors, planned: Collection[str]) -> None:
+        """Raises ValueError where what a file has twice differs, so that one would be lost."""
+        for name in self._family.repeated:
+            if name not in tensors.entries or name in planned or name.endswith(TABLES):
+                continue
+            wanted = "head_transform/bias_V" if name.endswith(".bias") else "embedding_V"
+            rows = [row for row in self.rows if row.ours[0].startswith(wanted)]
+            for first in (_name_in(tensors, row.theirs) for row in rows):
+                if not _equal(tensors.read(name), tensors.read(first)):
+                    raise ValueError(
+                        f"{name} is not {first}, but config.json says that they are one "
+                        "(tie_word_embeddings): write false there if the model has two")
 
     def parameters(self, tensors: Tensors, abstract: Any) -> Any:
         """The parameters, each on its devices as `abstract` says; one tensor at a time is read."""
@@ -169,6 +200,15 @@ class WeightMap:
         """With the entries that no parameter has: those that were there, or zeros."""
         zeros = np.zeros((row.skipped, *tensor.shape[1:]), tensor.dtype)
         return np.concatenate([self._aside.get(name, zeros).astype(tensor.dtype), tensor])
+
+
+def _equal(one: np.ndarray, other: np.ndarray) -> bool:
+    """Whether tensors are the same; of large ones a few rows at a time are read."""
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    rows = max(1, MOST_AT_ONCE * len(one) // max(1, one.nbytes))
+    return all(np.array_equal(one[start:start + rows], other[start:start + rows])
+               for start in range(0, len(one), rows))
 
 
 def _dtype(row: Row, dtype: np.dtype) -> np.dtype:

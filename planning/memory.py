@@ -10,7 +10,7 @@ import dataclasses
 import functools
 from typing import NamedTuple
 
-from batiste.planning.saved import bytes_per_row, saved_arrays
+from batiste.planning.saved import UNKNOWN, bytes_per_row, repetitions, saved_arrays
 from batiste.planning.state import StateBytes, program_of, state_bytes
 from batiste.planning.work import work_of_token
 from batiste.planning.workload import Choice, Policy, Workload
@@ -183,32 +183,45 @@ class Account:
             return Recomputes(not products <= kept, "attended" not in kept)
         if policy.remat == "dots":  # What attention's products leave is not saved.
             return Recomputes(False, True)
-        letters = "".join(entry.letters for entry in self.saved(policy) if entry.per_layer)
-        return Recomputes("F" not in letters, not set(letters) & set("NKG"))
+        letters = {*"".join(entry.letters for entry in self.saved(policy) if entry.stack)}
+        return Recomputes(not letters & {*"Fsm"}, not letters & {*"NKG"})
 
     def _saved_by(self, policy: Policy) -> list:
         # What is offloaded is not kept on the device: there it is as if it were not saved.
         here = policy._replace(offloaded=())
         return saved_arrays(dataclasses.replace(self.workload.model, **here._asdict()))
 
+    def unknown(self, choice: Choice) -> str | None:
+        """The line that says what is kept but not accounted for; None where all is."""
+        strange = [entry for entry in self.saved(choice.policy) if UNKNOWN in entry.letters]
+        if not strange:
+            return None
+        count = sum(entry.count for entry in strange)
+        return (f"not accounted for: {count} kept arrays whose dims the planner does not know "
+                f"({', '.join(entry.letters for entry in strange)})")
+
     def _row_of(self, policy: Policy, items: tuple) -> float:
         model, sizes = self.workload.model, dict(items)
         return sum(
             bytes_per_row(entry, model, self.workload.length, sizes)
-            * (self.periods / sizes["stage"] if entry.per_layer else 1)
+            * repetitions(model, entry.stack) / (sizes["stage"] if entry.stack == "layers" else 1)
             for entry in self.saved(policy)
         )
 
     def logits_bytes(self, choice: Choice) -> float:
         """Logits of a chunk in fp32; of all of them also what their derivative needs."""
         model, objective = self.workload.model, self.workload.train.objective
-        if objective.fused:
+        if model.discriminator:  # Its generator's, which are never computed in chunks.
+            whole, chunks = True, 1.0
+        else:
+            whole, chunks = not objective.loss_chunk, self.chunks
+        if not model.discriminator and objective.fused:
             return 0.0
         sizes = choice.sizes
-        logits = self.tokens(choice) / self.chunks * model.vocab_size
-        # A chunk's derivative is made inside the products that take it; of all logits there are
-        # also the softmax and, in the compute dtype, the derivative.
-        bytes_each = 4 if objective.loss_chunk else 8 + self.item
+        logits = self.tokens(choice) / chunks * model.vocab_size
+        # A chunk's derivative is made inside the products that take it; of all logits, and of those
+        # of each future head, there are also the softmax and, in the compute dtype, the derivative.
+        bytes_each = (8 + self.item) * (1 + model.future_heads) if whole else 4
         return bytes_each * logits / (sizes["stage"] * sizes["tensor"])
 
     def work_bytes(self, choice: Choice) -> float:

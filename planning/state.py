@@ -15,8 +15,9 @@ class StateBytes(NamedTuple):
     """Bytes per device of what the step updates, and of one weight-shaped tree whole over `data`.
 
     offloaded: what of the optimizer's state the host keeps between updates.
-    layer: the weights of one repetition of the layer pattern; whole over `data`, as are embedding
-    and head (both 0 and the same array when they are tied).
+    layer: the weights of one repetition of the layer pattern, the larger where layers have two
+    sizes; whole over `data`, as are embedding and head (both 0 and the same array when they are
+    tied).
     """
 
     parameters: float
@@ -47,21 +48,22 @@ def state_bytes(
     """
     mesh, state = AbstractMesh(shape, AXES), program.abstract_state
     gradients = []
-    whole = {"layer": 0.0, "VD": 0.0, "DV": 0.0}
-    leaves = jax.tree.leaves(state.params), jax.tree.leaves(program.letters)
-    for leaf, name in zip(*leaves, strict=True):
+    whole = {"layer": 0.0, "dense": 0.0, "VD": 0.0, "DV": 0.0}
+    leaves = jax.tree_util.tree_leaves_with_path(state.params), jax.tree.leaves(program.letters)
+    for (path, leaf), name in zip(*leaves, strict=True):
         gradients.append(_leaf_bytes(mesh, leaf, spec(name, zero=zero >= 2)))
         size = _leaf_bytes(mesh, leaf, spec(name))
         if name.startswith("L"):
             periods = leaf.shape[0] / pattern / dict(zip(AXES, shape))["stage"]
-            whole["layer"] += size / periods
+            stack = "dense" if path[0].key == "dense_layers" else "layer"
+            whole[stack] += size / periods
         elif name.replace("R", "D") in whole:
             whole[name.replace("R", "D")] += size
     return StateBytes(
         parameters=_tree_bytes(mesh, state.params),
         optimizer=_kept_bytes(mesh, state.optimizer_state, on_host=False),
         offloaded=_kept_bytes(mesh, state.optimizer_state, on_host=True),
-        gradients=sum(gradients), layer=whole["layer"], embedding=whole["VD"],
+        gradients=sum(gradients), layer=max(whole["layer"], whole["dense"]), embedding=whole["VD"],
         head=whole["DV"], largest=max(gradients),
     )
 

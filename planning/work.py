@@ -21,7 +21,10 @@ def _feed_forward(model: TransformerConfig, choice: Choice, item: int) -> float:
     rows = expert_rows(model, choice.mesh.expert)
     shared = model.shared_experts if model.num_experts else 0
     projections = (2 if model.gated else 1) * (rows + shared)
-    alive = projections * (2 if recomputes else 1) * item * model.mlp_dim / tensor
+    units = projections * model.mlp_dim
+    if model.dense_mlp_dim is not None:  # Layers of two sizes: of the one that takes more.
+        units = max(units, (2 if model.gated else 1) * model.dense_mlp_dim)
+    alive = units * (2 if recomputes else 1) * item / tensor
     if model.num_experts is not None:
         alive += 2 * item * rows * model.model_dim  # To the experts and back.
     # Where `tensor` splits time between blocks, x of both blocks, what leaves the second one and

@@ -196,8 +196,8 @@ def _fit(
     progress = Progress(config.num_steps, flops_per_token=0.0, peak_flops=None)
     run = Run(
         train_step=task.train_step, batches=task.batches(step),
-        evaluate=lambda state: weighted(
-            config, task.answers(state.params, config.evaluation.max_batches).losses),
+        evaluate=lambda state: {"loss": weighted(
+            config, task.answers(state.params, config.evaluation.max_batches).losses)},
         last_step=config.num_steps)
     try:
         return fit(config.train, state, run, Records(checkpoints, metrics, progress, ledger, meta))

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # On models this small LLVM's optimizations cost four times what they save, and fusions emitted
@@ -34,8 +35,33 @@ __all__ = ["races"]  # A fixture of every test of kernels.
 
 
 def pytest_addoption(parser):
-    """--update-golden rewrites the golden files that the tests it selects compare with."""
+    """--update-golden rewrites the golden files that the tests it selects compare with.
+
+    --without-torch skips the modules that import torch, each counted with its reason.
+    """
     parser.addoption("--update-golden", action="store_true")
+    parser.addoption("--without-torch", action="store_true")
+
+
+class ModuleThatNeedsTorch(pytest.Module):
+    """A module that is skipped before it is imported."""
+
+    def collect(self):
+        """Skips."""
+        pytest.skip("compares with torch: this run is --without-torch", allow_module_level=True)
+
+
+def pytest_pycollect_makemodule(module_path, parent):
+    """Without torch, a module that imports it, or one that does, is skipped; else an error."""
+    if parent.config.getoption("--without-torch") and imports_torch(module_path):
+        return ModuleThatNeedsTorch.from_parent(parent, path=module_path)
+
+
+def imports_torch(path: pathlib.Path) -> bool:
+    """Whether a module of tests imports torch where it begins, or another that does."""
+    names = re.findall(r"^(?:import|from) (torch\b|test_\w+)", path.read_text(), re.MULTILINE)
+    others = set(names) - {"torch", path.stem}  # Some write programs that import their own module.
+    return "torch" in names or any(imports_torch(path.with_name(f"{name}.py")) for name in others)
 
 
 @pytest.fixture

@@ -25,13 +25,23 @@ def replica_groups(line: str) -> list[list[int]]:
     if iota := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
         return ids(numbers(iota[2]), iota[3]).reshape(numbers(iota[1])).tolist()
     order = r"(?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))?"
-    named = re.search(rf"replica_groups=mesh\[([^\]]*)\]{order} \{{(.*?)\}}", line)
-    sizes = [int(size) for size in re.findall(r"=(\d+)", named[1])]
-    axes = [int(axis) for axis in re.findall(r"'axis_(\d+)'", named[4])]
+    named = re.search(rf"replica_groups=mesh\[([^\]]*)\]{order} \{{([^:}}]*)\}}", line)
+    assert named, f"A notation of groups that is not known: {line}"
+    names, sizes = zip(*re.findall(r"'([^']+)'=(\d+)", named[1]))
+    sizes = [int(size) for size in sizes]
+    axes = [names.index(name) for name in re.findall(r"'([^']+)'", named[4])]
     devices = ids(numbers(named[2]) if named[2] else sizes, named[3]).reshape(sizes)
     size = math.prod(sizes[axis] for axis in axes)
     return np.moveaxis(devices, axes, range(len(sizes) - len(axes), len(sizes))).reshape(
         -1, size).tolist()
+
+
+def without_groups_of_one(text: str) -> str:
+    """A compiled program's text without the collectives that join each device to itself alone."""
+    return "\n".join(
+        line for line in text.splitlines()
+        if "replica_groups=" not in line or len(replica_groups(line)[0]) > 1
+    )
 
 
 def crossings(text: str, slices: int, devices: int) -> list[tuple[str, float, bool]]:

@@ -121,17 +121,17 @@ def watched(experiment: Experiment, _):
     updates = {name: norm / 100 for name, norm in norms.items()}
     statistics = HealthStatistics(
         norms, norms, updates, **layers | {"dead_L": np.zeros(2)}, router_load_L=None,
-        router_idle_L=None, loss_B=np.ones(8), checksum_B=np.arange(8))
+        router_idle_L=None, router_spread_L=None, loss_B=np.ones(8), checksum_B=np.arange(8))
     metrics = {"loss": 1.0, "gradient_norm": 1.0, "learning_rate": 1.0}
     writer = SimpleNamespace(write_health=lambda step, record: looks.append(step))
     one = monitor()
-    for step in range(1, 5):
+    for step, _ in enumerate(one.inspect([BATCH] * 4), start=1):
         one.look(writer, step, statistics, metrics)
     detector = Detector(flatten(experiment))
     said = []
     for step in range(40):
         values = metrics | {"loss": np.nan if step % 20 == 10 else 1.0}
-        record = health_record(statistics, values, 1.0, 0.0)
+        record = health_record(statistics, values, 1.0, 0.0, {})
         said.append(len(detector.observe({"step": step, **record})))
     finding = Finding("loss_spike", 50, None, None, (), {}, "", "")
     goes = roll_back(finding, [30, 40, 45, 49], [], experiment.train.health.roll_back,
@@ -230,7 +230,8 @@ def run(experiment: Experiment, corpus: pathlib.Path):
     with tempfile.TemporaryDirectory(dir=corpus) as workdir, _replacing(SHARED):
         workdir = pathlib.Path(workdir)
         result = main.train(experiment, workdir)
-        metrics = [{name: value for name, value in record.items() if name != "tokens_per_second"}
+        metrics = [{name: value for name, value in record.items()
+                    if name not in ("tokens_per_second", "mfu")}
                    for record in read_metrics(workdir)]
         saved = sorted(path.name for path in (workdir / "checkpoints").glob("[0-9]*"))
         samples = re.search(r"^## Samples\n.*?(?=^## |\Z)", (workdir / "report.md").read_text(),

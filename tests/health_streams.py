@@ -14,14 +14,14 @@ from batiste.sharding import MeshConfig, make_mesh, place
 from batiste.train import TrainConfig, faulty_batches, make_program, make_train_step, parse_fault
 from batiste.train.detector import Detector
 from batiste.train.findings import Finding
-from batiste.train.health_record import health_record
+from batiste.train.health_record import health_record, target_record
 
 STEPS, BEGUN, ROWS, VOCAB = 80, 45, 8, 31
 MODEL = TransformerConfig(
     vocab_size=VOCAB, num_layers=3, model_dim=16, num_heads=2, num_kv_heads=1, head_dim=8,
     mlp_dim=24, max_length=16, activation="relu2",
 )
-IN_STEP = ("nan_gradient", "activation", "dead_layer", "frozen", "learning_rate")
+IN_STEP = ("nan_gradient", "activation", "dead_layer", "frozen", "no_gradient", "learning_rate")
 
 
 def settings(**changes) -> dict[str, Any]:
@@ -62,11 +62,13 @@ def stream(text: str | None) -> list[dict[str, Any]]:
     numbered = ((number, batch(number)) for number in itertools.count())
     batches = faulty_batches(fault, numbered, VOCAB)
     for number in range(1, STEPS + 1):
-        state, metrics = step(state, place(mesh, next(batches), Batch(*("BS",) * 5)))
+        read = next(batches)
+        state, metrics = step(state, place(mesh, read, Batch(*("BS",) * 5)))
         metrics = jax.device_get(metrics)
         statistics = metrics.pop("health")
         values = {name: float(value) for name, value in metrics.items()}
-        records.append({"step": number, **health_record(statistics, values, 0.1, 0.001)})
+        records.append({"step": number, **health_record(
+            statistics, values, 0.1, 0.001, target_record(read))})
     return records
 
 

@@ -11,10 +11,10 @@ import pytest
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental import topologies
 from jax.experimental.pallas import tpu as pltpu
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding, use_abstract_mesh
 
 TPU = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
-GPU = ("hopper", "ampere")
+GPU = {"hopper": "NVIDIA H100 80GB HBM3", "ampere": "NVIDIA A100-SXM4-80GB"}
 
 
 def interpreter(chip: str):
@@ -40,7 +40,7 @@ class Races:
     def check(self, chip: str) -> None:
         """On a TPU kernels were watched, and none raced."""
         assert bool(self.detectors) == (chip in TPU)
-        assert not any(detector.races_found for detector in self.detectors)
+        assert not any(detector.races_found for detector in self.detectors), "RACE DETECTED"
 
 
 @pytest.fixture
@@ -59,19 +59,25 @@ def tpu_device(chip: str):
     return topologies.get_topology_desc(platform="tpu", topology_name=TPU[chip]).devices[0]
 
 
+def lower_for_gpu(chip: str, function, *shapes):
+    """The function lowered for the GPU on any machine: newer JAX demands that one be named."""
+    device = AbstractDevice(device_kind=GPU[chip], num_cores=None, platform="gpu")
+    with use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
+        return jax.jit(function).trace(*shapes).lower(lowering_platforms=("cuda",))
+
+
 def compile_for(chip: str, function, *shapes):
     """The function compiled for a TPU, or lowered for a GPU; shapes are (shape, dtype)."""
     placed = SingleDeviceSharding(tpu_device(chip)) if chip in TPU else None
     arguments = [jax.ShapeDtypeStruct(shape, dtype, sharding=placed) for shape, dtype in shapes]
-    traced = jax.jit(function).trace(*arguments)
     if chip in GPU:
-        lowered = traced.lower(lowering_platforms=("cuda",))
+        lowered = lower_for_gpu(chip, function, *arguments)
         assert "__gpu$xla.gpu.triton" in lowered.as_text()
         return lowered
     with warnings.catch_warnings():
         # JAX's cache keeps what was compiled for a TPU, and cannot load it where there is none.
         warnings.filterwarnings("ignore", message="Error reading persistent compilation cache")
-        return traced.lower().compile()
+        return jax.jit(function).lower(*arguments).compile()
 
 
 def copies(compiled, elements: int) -> list[str]:

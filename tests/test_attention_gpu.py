@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from kernel_checks import lower_for_gpu
 
 from batiste.models.positions import alibi_slopes
 from batiste.pallas_kernels import AttentionMask, BlockSparsity, reference_attention
@@ -215,8 +216,7 @@ def lower(mask, options, arrays, chip):
         return out.astype(jnp.float32).sum() + lse.sum()
 
     shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays[:3]]
-    traced = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(*shapes)
-    return traced.lower(lowering_platforms=("cuda",)).as_text()
+    return lower_for_gpu(chip, jax.grad(loss, argnums=(0, 1, 2)), *shapes).as_text()
 
 
 def test_fp32_products_are_not_rounded_to_tf32():

@@ -112,7 +112,7 @@ def test_decoding_with_kernels_gives_the_references_tokens(models, interpreted, 
     if head_dim != 64:
         configs = [dataclasses.replace(model.config, head_dim=head_dim) for model in models]
         models = [Transformer(each, rngs=nnx.Rngs(3)) for each in configs]
-    expected, actual = (list(generate(model, prompts, 0, config)) for model in models)
+    expected, actual = (list(generate(model, prompts, (0,), config)) for model in models)
     assert actual == expected
 
 

@@ -163,6 +163,8 @@ CASES = {
         "vocab_size": (262, {"data.tokenizer": "characters", "data.vocab_size": 300,
                              "model.vocab_size": 300}),
         "sequence_length": 9, "packing": "first_fit",
+        "validation_sources": (("{}/c.jsonl",), {}),
+        "normalize": (True, {"data.sources[0].path": "CORPUS/d/*.txt"}),
     }),
     **cases(probes.first_batch, "", {
         "train.batch_size": 16, "data.seed": 1,
@@ -194,7 +196,8 @@ def outcome(tmp_path_factory):
     def text(words):
         return " ".join(draw.choice(words.split()) for _ in range(40))
 
-    for folder, words in (("a", "the ab cd tree"), ("b", "fox jumps over q")):
+    for folder, words in (("a", "the ab cd tree"), ("b", "fox jumps over q"),
+                          ("d", "cafe\u0301 a\u030a")):
         (corpus / folder).mkdir()
         for number in range(30):
             (corpus / folder / f"{number}.txt").write_text(text(words))
@@ -210,6 +213,8 @@ def outcome(tmp_path_factory):
             experiment.data.sources = (SourceConfig(path=f"{corpus}/a/*.txt"),
                                        SourceConfig(path=f"{corpus}/b/*.txt"))
             for name, value in changes.items():
+                if name == "data.validation_sources":
+                    value = tuple(SourceConfig(path.format(corpus)) for path in value)
                 value = value.replace("CORPUS", str(corpus)) if isinstance(value, str) else value
                 change(experiment, name, value)
             if probe is not probes.layout:

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 from conftest import make_batch
+from crossings import without_groups_of_one
 from flax import nnx
 from kernel_cases import make_options
 from step_checks import (
@@ -85,8 +86,7 @@ def compiled_text(mesh_config: MeshConfig, name="plain") -> tuple:
     """The step's program and its compiled text, unrolled, without collectives of one device."""
     model = dataclasses.replace(MODELS[name], scan_unroll=LONG.num_layers)
     program, step = compiled(train_config("sgd"), mesh_config, model, BATCH)
-    single = re.compile(r"replica_groups=(\{\{\d+\}|\[\d+,1\])")
-    return program, "\n".join(line for line in step.as_text().splitlines() if not single.search(line))
+    return program, without_groups_of_one(step.as_text())
 
 
 def reduced_gradients(program) -> tuple[int, int]:

@@ -9,14 +9,21 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
+import unicodedata
 
 import numpy as np
 import pytest
+import tiny_directories
+from tokenizers import normalizers
 
-from batiste.data import DataConfig, Loader, SourceConfig, load_prepared, prepare
-from batiste.data.corpus import documents_of
+from batiste.data import (
+    DataConfig, Loader, SourceConfig, file_formats, load_prepared, pack_tokenizer, prepare,
+)
+from batiste.data.corpus import by_fraction, documents_of
 from batiste.data.quarantine import Quarantine
 from batiste.data.sources import DOCUMENT_BYTES, LARGE_FILE_BYTES, open_source
+from batiste.data.tokenizer import load_tokenizer
 
 PACKAGE_PARENT = str(pathlib.Path(__file__).resolve().parents[2])
 
@@ -77,6 +84,123 @@ def test_text_and_jsonl_plain_and_compressed_read_alike(tmp_path):
         assert list(source.documents(None)) == texts
 
 
+def read(path, field="text", quarantine=None) -> list[str]:
+    return list(open_source(SourceConfig(str(path), text_field=field)).documents(quarantine))
+
+
+NAMES = ("c4-train.00000-of-01024.json.gz", "part-0.jsonl", "a.JSONL", "a.ndjson", "a.json",
+         "books-0001.jsonl.gz", "named_by_nobody", "a.txt", "gzipped_without_saying_so.jsonl")
+
+
+@pytest.mark.parametrize("bom", (b"", b"\xef\xbb\xbf"), ids=("plain", "bom"))
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("style", ("lines", "array", "indented"))
+def test_json_is_recognized_by_content_and_name(tmp_path, style, name, bom):
+    """C4's and Dolma's names among them; a byte order mark loses no line."""
+    texts = texts_of(40)
+    objects = [{"url": "x", "text": text} for text in texts]
+    content = {"lines": "".join(json.dumps(each) + "\n" for each in objects),
+               "array": json.dumps(objects),
+               "indented": json.dumps(objects, indent=2, ensure_ascii=False)}[style]
+    content = bom + content.encode()
+    packed = name.endswith(".gz") or name.startswith("gzipped")
+    (tmp_path / name).write_bytes(gzip.compress(content) if packed else content)
+    assert read(tmp_path / name) == texts
+
+
+def test_one_object_and_objects_over_lines_are_documents(tmp_path):
+    (tmp_path / "one.json").write_text(json.dumps({"text": "alone"}, indent=1))
+    (tmp_path / "two.json").write_text("\n".join(
+        json.dumps({"text": text}, indent=1) for text in ("first", "second")))
+    assert read(tmp_path / "one.json") == ["alone"]
+    assert read(tmp_path / "two.json") == ["first", "second"]
+    assert read(tmp_path / "one.json", field=None) == ['{\n "text": "alone"\n}']
+    for broken in ('[{"text": "a"}, {"text": ', '[{"text": "a"}', '{"text": "a"}\n{"te'):
+        (tmp_path / "cut.json").write_text(broken if broken[0] == "[" else broken.replace(
+            ": ", ":\n"))
+        with pytest.raises(ValueError, match=r"cut.json: line \d+: not JSON, or not all of it"):
+            read(tmp_path / "cut.json")
+
+
+def test_values_are_read_across_the_ends_of_what_is_read_at_once(tmp_path, monkeypatch):
+    texts = [f"{n} \u00e9\U0001f600 {'x' * (n % 23)}" for n in range(60)]
+    (tmp_path / "a.json").write_text(
+        json.dumps([{"text": text} for text in texts], ensure_ascii=False), encoding="utf-8")
+    for size in (1, 7, 64):
+        monkeypatch.setattr(file_formats, "READ_BYTES", size)
+        assert read(tmp_path / "a.json") == texts
+
+
+def test_a_directory_is_a_source_and_says_how_it_is_read(tmp_path, capsys):
+    folder = tmp_path / "corpus"
+    (folder / "deeper").mkdir(parents=True)
+    (folder / ".hidden").write_text("not read")
+    texts = texts_of(80)
+    write_lines(folder / "a.json", texts[:50])
+    (folder / "b.txt").write_text(texts[50])
+    write_lines(folder / "deeper/c.jsonl.gz", texts[51:])
+    assert sorted(read(folder)) == sorted(texts)
+    prepare(config_for(str(folder)), tmp_path / "data")
+    said = f"{folder}: 3 files are read, 2 as JSON lines (field 'text'), 1 as plain text\n"
+    assert said in capsys.readouterr().err
+    prepare(config_for(str(folder / "b.txt"), sources=(SourceConfig(str(folder / "*.txt")),
+                                                       SourceConfig(str(folder / "a.json")))),
+            tmp_path / "data")
+    assert "files are read" in capsys.readouterr().err  # A .json of lines is not obvious.
+
+
+@pytest.mark.parametrize("content,name", (
+    (b"PAR1\0\0", "Parquet"), (b"\x28\xb5\x2f\xfd\0", "zstd"), ("{}".encode("utf-16"), "UTF-16")))
+def test_what_holds_no_text_as_it_is_is_refused_by_name(tmp_path, content, name):
+    (tmp_path / "data.jsonl").write_bytes(content)
+    with pytest.raises(ValueError, match=f"data.jsonl: is {name}: expected UTF-8 text"):
+        read(tmp_path / "data.jsonl")
+
+
+def test_a_wrong_field_is_one_clear_line(tmp_path):
+    path = write_lines(tmp_path / "a.jsonl", texts_of(300), field="content")
+    with pytest.raises(ValueError) as error:
+        prepare(config_for(path), tmp_path / "data")
+    assert "none of the first 100 documents could be read" in str(error.value)
+    assert "no text in field 'text', but it has content: set text_field" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_line_is_bounded_before_it_is_held(tmp_path, monkeypatch):
+    """A gzip file of some MB may have a line of GB: set aside in JSON, cut in plain text."""
+    monkeypatch.setattr(file_formats, "LARGEST_JSON_BYTES", 1 << 20)
+    texts = texts_of(20)
+    lines = [json.dumps({"text": text}).encode() + b"\n" for text in texts]
+    with gzip.open(tmp_path / "a.jsonl.gz", "wb", 1) as stream:
+        stream.writelines(lines[:10])
+        stream.write(b'{"text": "')
+        for _ in range(64):
+            stream.write(b"x" * (1 << 20))
+        stream.write(b'"}\n')
+        stream.writelines(lines[10:])
+    quarantine = Quarantine(tmp_path / "quarantine.jsonl")
+    tracemalloc.start()
+    assert read(tmp_path / "a.jsonl.gz", quarantine=quarantine) == texts
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 12 << 20
+    entry = json.loads(quarantine.path.read_text())
+    assert entry["line"] == 11 and "a line above" in entry["reason"]
+    with gzip.open(tmp_path / "b.json.gz", "wb", 1) as stream:
+        stream.write(b'[{"text": "' + b"x" * (8 << 20))
+    with pytest.raises(ValueError, match="b.json.gz: line 1: not JSON"):
+        read(tmp_path / "b.json.gz")
+
+
+def test_a_long_line_is_cut_between_characters_without_loss(tmp_path):
+    text = "begin\n" + "\u5929\u5730x\U0001f600" * 60_000 + "\nend"
+    (tmp_path / "line.txt").write_bytes(text.encode())
+    documents = read(tmp_path / "line.txt")
+    assert "".join(documents) == text
+    assert len(documents) > 20
+    assert max(len(each.encode()) for each in documents) <= 2 * DOCUMENT_BYTES
+
+
 def test_a_large_text_file_is_cut_at_line_ends_without_loss(tmp_path):
     text = "".join(f"line {n} of many\r\n" for n in range(LARGE_FILE_BYTES // 12))
     (tmp_path / "large.txt").write_bytes(text.encode())
@@ -93,8 +217,8 @@ def test_a_document_stays_in_its_split_whatever_is_around_it(tmp_path):
     splits = []
     for name, texts in (("few", few), ("many", many)):
         source = open_source(SourceConfig(write_lines(tmp_path / f"{name}.jsonl", texts)))
-        splits.append(set(documents_of(source, "validation", 0.2)))
-        assert set(documents_of(source, "train", 0.2)) == set(texts) - splits[-1]
+        splits.append(set(documents_of(source, "validation", by_fraction(0.2))))
+        assert set(documents_of(source, "train", by_fraction(0.2))) == set(texts) - splits[-1]
     assert splits[0] == splits[1] & set(few)
     assert 20 < len(splits[1]) < 60
 
@@ -143,6 +267,9 @@ CHANGES = {
     "vocab_size": lambda path: 301,
     "sequence_length": lambda path: 37,
     "packing": lambda path: "first_fit",
+    "validation_sources": lambda path: (SourceConfig(
+        write_lines(pathlib.Path(path).with_name("own.jsonl"), texts_of(9))),),
+    "normalize": lambda path: True,
 }
 
 
@@ -179,16 +306,91 @@ def test_a_tokenizer_file_is_used_and_its_content_counts(tmp_path, corpus):
 def test_the_tokenizer_learns_from_the_train_split_only(tmp_path):
     texts = texts_of(150)
     source = open_source(SourceConfig(write_lines(tmp_path / "a.jsonl", texts)))
-    held_out = set(documents_of(source, "validation", 0.2))
+    held_out = set(documents_of(source, "validation", by_fraction(0.2)))
     kept = [text for text in texts if text not in held_out]
     more = [text for text in texts_of(400, start=150)]
     source = open_source(SourceConfig(write_lines(tmp_path / "more.jsonl", more)))
-    extra = sorted(documents_of(source, "validation", 0.2))
+    extra = sorted(documents_of(source, "validation", by_fraction(0.2)))
     prepared = [prepare(config_for(write_lines(tmp_path / f"{name}.jsonl", documents),
                                    tokenizer="bpe", vocab_size=300), tmp_path / "data")
                 for name, documents in (("one", kept + sorted(held_out)), ("two", kept + extra))]
     assert prepared[0].fingerprint != prepared[1].fingerprint
     assert prepared[0].tokenizer.hash == prepared[1].tokenizer.hash
+
+
+# Validation text of one's own, and text in one normal form
+
+
+def test_own_validation_text_is_all_of_it_and_none_of_it_is_trained_on(tmp_path, capsys):
+    own, texts = texts_of(30, start=500), texts_of(120)
+    corpus = write_lines(tmp_path / "corpus.jsonl", [*texts, *own[:7], *own[:2]])
+    first = write_lines(tmp_path / "first.jsonl", own[:20])
+    second = tmp_path / "second.txt"
+    second.write_text(own[20])
+    (tmp_path / "other.txt").write_text(texts[0] + "more")
+    config = config_for(
+        corpus, sources=(SourceConfig(corpus, weight=3.0), SourceConfig(str(tmp_path / "other.txt"))),
+        validation_sources=(SourceConfig(first), SourceConfig(str(second))))
+    prepared = prepare(config, tmp_path / "data")
+    assert "9 of 129 documents are in data.validation_sources, too" in capsys.readouterr().err
+    manifest = prepared.manifest
+    assert manifest["train"]["documents"] == 121
+    assert manifest["validation"]["documents"] == 21
+    assert [source["also_in_validation"] for source in manifest["sources"]] == [9, 0]
+    assert len(manifest["validation_sources"]) == 2
+    found = {}
+    for split in ("train", "validation"):
+        ids = np.concatenate([batch.targets_BT[batch.weights_BT == 1]
+                              for batch in Loader(prepared, split, 1, 0).epoch_batches()])
+        ends = np.flatnonzero(ids == prepared.tokenizer.end_id)
+        found[split] = {prepared.tokenizer.decode(document[document > 1].tolist())
+                        for document in np.split(ids, ends[:-1])}
+    assert found["validation"] == {*own[:21]}
+    assert found["train"] == {*texts, texts[0] + "more"}
+    Loader(prepared, "train", 4, 0).batch(3)
+    again = dataclasses.replace(config, validation_fraction=0.4)
+    assert prepare(again, tmp_path / "data").fingerprint == prepared.fingerprint  # Not read.
+
+
+def test_validation_text_that_is_all_there_is_is_one_clear_line(tmp_path, corpus):
+    with pytest.raises(ValueError, match="120 documents with text, all of them in data.valid"):
+        prepare(config_for(corpus, validation_sources=(SourceConfig(corpus),)), tmp_path / "data")
+    (tmp_path / "empty.txt").write_text("")
+    empty = (SourceConfig(str(tmp_path / "empty.txt")),)
+    with pytest.raises(ValueError, match="data.validation_sources .*empty.txt: no documents"):
+        prepare(config_for(corpus, validation_sources=empty), tmp_path / "data")
+
+
+@pytest.fixture(scope="module")
+def nfc_tokenizer(tmp_path_factory) -> pathlib.Path:
+    """As Qwen's and Command R's: byte-level, with a normalizer."""
+    folder = tmp_path_factory.mktemp("nfc")
+    made = tiny_directories.tokenizer_of(["<|endoftext|>"], normalizers.NFC())
+    made.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "<|endoftext|>"}')
+    (folder / "packed.json").write_bytes(pack_tokenizer(folder))
+    return folder / "packed.json"
+
+
+def test_text_in_another_form_is_set_aside_or_normalized(tmp_path, nfc_tokenizer):
+    tokenizer = load_tokenizer(nfc_tokenizer)
+    text = "caf\u00e9 \u212b \ufb01"
+    assert tokenizer.normal_form == "NFC"
+    assert tokenizer.decode(tokenizer.encode(text)) == unicodedata.normalize("NFC", text) != text
+    texts = [*texts_of(150), "cafe\u0301"]
+    corpus = write_lines(tmp_path / "corpus.jsonl", texts)
+    config = config_for(corpus, tokenizer=str(nfc_tokenizer))
+    aside = prepare(config, tmp_path / "data")
+    entry = json.loads((aside.directory / "quarantine.jsonl").read_text())
+    assert entry["line"] == 151 and "not in Unicode's NFC" in entry["reason"]
+    assert "data.normalize=True" in entry["reason"]
+    changed = prepare(dataclasses.replace(config, normalize=True), tmp_path / "data")
+    assert changed.manifest["quarantined"] == 0
+    counts = [sum(prepared.manifest[split]["documents"] for split in ("train", "validation"))
+              for prepared in (aside, changed)]
+    assert counts == [150, 151]
+    size = sum(changed.manifest[split]["bytes"] for split in ("train", "validation"))
+    assert size == sum(len(unicodedata.normalize("NFC", text).encode()) for text in texts)
 
 
 # Dying

@@ -3,6 +3,7 @@
 import functools
 import json
 import pathlib
+import random
 import tempfile
 
 import pytest
@@ -14,7 +15,7 @@ from batiste.data import (
 )
 from batiste.data.huggingface_tokenizer import HuggingFaceTokenizer
 from batiste.data.tokenizer import ByteTokenizer, SentencePieceTokenizer
-from batiste.data.tokenizer_training import train
+from batiste.data.tokenizer_training import LONGEST_UNIT, train
 
 TEXTS = [f"def f{n}(self, x):\n\tif x:\n        return été[{n}] + {n * 7}\n\n\n"
          for n in range(200)]
@@ -198,3 +199,35 @@ def test_no_tokenizer_is_one_clear_line(tmp_path):
     (tmp_path / "broken.model").write_bytes(b"not a model")
     with pytest.raises(ValueError, match="broken.model: not a SentencePiece model"):
         load_tokenizer(tmp_path / "broken.model")
+
+
+def _random_text(alphabet: str, size: int) -> str:
+    return "".join(random.Random(0).choices(alphabet, k=size))
+
+
+SPACELESS = {
+    "dna": _random_text("ACGT", 3000), "digits": _random_text("0123456789", 3000),
+    "thai": "\u0e01\u0e32\u0e23\u0e40\u0e23\u0e35\u0e22\u0e19\u0e20\u0e32\u0e29\u0e32\u0e44\u0e17\u0e22" * 40
+    + _random_text("\u0e01\u0e02\u0e04\u0e07\u0e08\u0e32\u0e34\u0e35", 800),
+    "chinese": _random_text("\u5929\u5730\u7384\u9ec4\u5b87\u5b99\u6d2a\u8352\u65e5\u6708", 3000),
+}
+
+
+@pytest.mark.parametrize("kind", ("bpe", "unigram"))
+@pytest.mark.parametrize("name", SPACELESS)
+def test_a_vocabulary_is_learned_from_text_without_spaces(kind, name):
+    text = SPACELESS[name]
+    tokenizer = SentencePieceTokenizer(train(kind, 300, [text]))
+    assert len(tokenizer.encode(text)) < 0.8 * len(text), "no piece of several characters"
+    for other in (text, " ", f" {text[:50]}  a\u2581 b "):
+        ids = tokenizer.encode(other)
+        assert tokenizer.decode(ids) == other
+        assert tokenizer.byte_lengths_V[ids].sum() == len(other.encode())
+
+
+def test_a_line_without_an_end_is_learned_from():
+    """SentencePiece drops a sentence above its limit of bytes, which one line of CJK easily is."""
+    text = SPACELESS["chinese"] * (5 * LONGEST_UNIT // 3000 + 1)
+    tokenizer = SentencePieceTokenizer(train("bpe", 320, [text]))
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert len(tokenizer.encode(text)) < 0.8 * len(text)

@@ -28,7 +28,10 @@ FAULTS = {
     "nan_gradient:layer=1": ("not_finite", 1, "layers.attention.out_NHD", 0, "learning_rate"),
     "activation:layer=1": ("activation_blow_up", 1, None, 0, "roll_back"),
     "dead_layer:layer=1": ("dead_units", 1, "layers.feed_forward", 3, "activation=swiglu"),
-    "frozen:layer=1": ("update_ratio", 1, "layers.attention.", 3, "multiplier"),
+    "frozen:layer=1": ("frozen_layers", 1, None, 3, "multiplier"),
+    "no_gradient:layer=1:layers=2": ("frozen_layers", 1, None, 3, "stop_gradient"),
+    "shifted_targets": ("wrong_targets", None, None, 0, "input t + 1"),
+    "same_batch": ("repeated_batch", None, None, 2, "batch_size"),
     "learning_rate": ("update_ratio", None, None, 0, "learning_rate=0.0001"),
     "garbage": ("data_fault", None, None, 0, "roll_back"),
     "repeated_document": ("data_fault", None, None, 0, "duplicates"),
@@ -47,6 +50,9 @@ def test_a_fault_is_found_where_it_is(fault):
     assert BEGUN <= first.step <= BEGUN + looks, first.line()
     assert (first.parameter or "").startswith(parameter or "")
     assert remedy in first.remedy and first.evidence
+    if kind == "frozen_layers":
+        last = 2 if "layers=2" in fault else 1
+        assert (first.evidence["first layer"], first.evidence["last layer"]) == (1, last)
     if kind == "data_fault":
         assert set(first.examples) == set(range(100 * BEGUN, 100 * BEGUN + ROWS))
     if kind == "not_finite":  # The step was not taken, and nobody can tell from the next one.
@@ -80,6 +86,15 @@ def _scale_gradients(factor, upto):
     return change
 
 
+def _still(factor):
+    """Half of the layers move so little beside the others that it is nothing."""
+    def change(record, since):
+        for norm in record["update"].values():
+            if isinstance(norm, list):
+                norm[:2] = [factor * value for value in norm[:2]]
+    return change
+
+
 def _set(name, layer, value):
     def change(record, since):
         record[name][layer] = value
@@ -99,6 +114,7 @@ def _slow(seconds, wait):
 CHANGES = {
     "loss_spike": (_ramp, None, 20),
     "gradient_explosion": (_scale_gradients(50.0, upto=1), 1, 0),
+    "frozen_layers": (_still(1e-8), 0, 3),
     "vanishing_gradients": (_scale_gradients(1e-6, upto=1), 1, 3),
     "activation_blow_up": (_set("rms", 1, 1e4), 1, 0),
     "dead_units": (_set("dead", 2, 0.9), 2, 3),
@@ -120,13 +136,50 @@ def test_a_change_in_the_records_is_found(kind):
         assert found[0].examples == tuple(100 * BEGUN + row for row in (2, 3, 4))
 
 
-def test_a_router_that_collapses_is_found():
+@pytest.mark.parametrize("where", ["layers", "embedding_VD"])
+def test_a_gradient_27_times_a_restless_median_is_said(where):
+    """Norms that go up and down by 1.6: 27 times their median is 7 robust deviations of them."""
+    records, random = copy.deepcopy(stream(None)), np.random.default_rng(0)
+    for record in records:
+        factor = 10 ** (0.2 * random.normal())
+        for name, norm in record["gradient"].items():
+            record["gradient"][name] = (factor * np.array(norm)).tolist()
+    assert findings(records) == []
+    once = records[BEGUN - 1]
+    for name, norm in once["gradient"].items():
+        times = 27 if where == "layers" else 600 * (name == where) or 1
+        once["gradient"][name] = (times * np.array(norm)).tolist()
+    (found,) = findings(records)
+    assert (found.kind, found.step) == ("gradient_explosion", BEGUN)
+    assert found.evidence["times the median"] > 20
+    assert where == "layers" or found.parameter == where
+
+
+@pytest.mark.parametrize("spread,begun,step", [
+    (0.27, BEGUN, BEGUN + 3),  # 2.2 of 8 experts, and 2 of a token.
+    (0.45, BEGUN, None),       # One expert of every token, 4 each of some.
+    (0.27, 9, 65),             # Never settled: said when others have.
+])
+def test_a_router_that_collapses_is_found(spread, begun, step):
     records = copy.deepcopy(stream(None))
     for record in records:
-        bad = record["step"] >= BEGUN
-        record.update(router_load=[1.2, 3.9 if bad else 1.5], router_idle=[0.0, 0.0])
-    (found,) = findings(records, model__num_experts=8, model__experts_per_token=2)
-    assert (found.kind, found.layer, found.step) == ("router_collapse", 1, BEGUN + 3)
+        bad = record["step"] >= begun
+        record.update(router_load=[1.2, 3.9 if bad else 1.5], router_idle=[0.0, 0.0],
+                      router_spread=[0.9, spread if bad else 0.9])
+    found = findings(records, model__num_experts=8, model__experts_per_token=2)
+    assert [(each.kind, each.layer, each.step) for each in found] == (
+        [("router_collapse", 1, step)] if step else [])
+
+
+def test_a_router_with_one_expert_of_every_token_is_left_in_peace():
+    """The quickstart with 4 experts and 2 of a token, measured: from step 12 on one expert is among
+    the two of nearly every token, and the others share what is left."""
+    records = copy.deepcopy(stream(None))
+    for record in records:
+        uneven = record["step"] >= 12
+        record.update(router_load=[1.979 if uneven else 1.2] * 2, router_idle=[0.0] * 2,
+                      router_spread=[0.717 if uneven else 0.99] * 2)
+    assert findings(records, model__num_experts=4, model__experts_per_token=2) == []
 
 
 def test_a_plateau_is_found_and_a_slow_fall_is_not():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import json
 import os
 import pathlib
 import re
@@ -177,7 +178,33 @@ def test_the_notebook_runs_from_top_to_bottom(ten_lines, tmp_path, environment):
     shutil.copy(ROOT / "notebooks" / "quickstart.ipynb", tmp_path)
     # The notebook trains on the text of the README's example: prepared once.
     shutil.copytree(ten_lines[0] / "runs/ten_lines/data", tmp_path / "runs/notebook/data")
-    code = "from nbclient.cli import main; main()"
+    code = """if True:
+        import nbclient, nbformat
+        notebook = nbformat.read("quickstart.ipynb", as_version=4)
+        nbclient.NotebookClient(notebook, timeout=900).execute()
+        nbformat.write(notebook, "executed.ipynb")
+    """
     environment = environment | {"JUPYTER_PLATFORM_DIRS": "1"}
-    run([sys.executable, "-c", code, "quickstart.ipynb", "--timeout=900"], tmp_path, environment)
+    run([sys.executable, "-c", code], tmp_path, environment)
     assert (tmp_path / "runs/notebook/report.md").exists()
+    assert (tmp_path / "runs/notebook/report.html").exists()
+    cells = json.loads((tmp_path / "executed.ipynb").read_text())["cells"]
+    outputs = [output for cell in cells for output in cell.get("outputs", ())]
+    # What a person sees is no log of errors, no source of Markdown, and no type of NumPy.
+    assert {output.get("name") for output in outputs} <= {None, "stdout"}
+    kinds = {kind for output in outputs for kind in output.get("data", ())}
+    assert {"image/png", "text/markdown"} <= kinds
+    printed = "".join("".join(output.get("text", output.get("data", {}).get("text/plain", "")))
+                      for output in outputs)
+    assert "np.float64" not in printed and "## Samples" not in printed
+    assert "done after step 30: validation loss" in printed
+
+
+def test_the_notebook_finds_the_clone_that_it_lies_in_or_asks(tmp_path):
+    notebook = json.loads((ROOT / "notebooks" / "quickstart.ipynb").read_text())
+    (code,) = ("".join(cell["source"]) for cell in notebook["cells"]
+               if "REPOSITORY = None" in "".join(cell["source"]))
+    names = {}
+    exec(code, names)  # Where batiste is installed, as here, it installs nothing.
+    assert names["clone_around"](ROOT / "notebooks") == ROOT
+    assert names["clone_around"](tmp_path) is None and "REPOSITORY or input(" in code

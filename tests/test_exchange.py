@@ -25,7 +25,7 @@ from batiste.configs import encoder_families, families, quickstart
 from batiste.configs.experiment import Experiment
 from batiste.data import SourceConfig
 from batiste.inference import SamplingConfig, generate
-from batiste.interop import FAMILIES, files, fitting_family
+from batiste.interop import FAMILIES, chat, files, fitting_family
 from batiste.interop import certificate as certificates
 from batiste.models import Transformer, TransformerConfig
 from batiste.verbs import VERBS
@@ -131,6 +131,28 @@ def test_a_chat_is_the_template_that_came_along(published, workdir, tmp_path, ca
         main.generate(tmp_path, ["hi"], greedy, chat=True)
 
 
+ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+HOSTILE = {
+    "time": (ENDLESS, "takes more than 1 s"),
+    "size": ("{{ 'x' * 2000000 }}", r"makes 2,000,000 characters: expected at most 1,048,578"),
+    "memory": ("{{ 'x' * 9000000000 }}", "takes more than 2 GiB"),
+    "refusal": ("{{ raise_exception('only\\nfour roles') }}", "refused the messages: only four roles"),
+    "attack": ("{{ ''.__class__.__mro__ }}", "refused the messages: .* unsafe"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_a_template_is_somebody_elses_program_and_has_limits(kind, published, tmp_path, monkeypatch):
+    template, message = HOSTILE[kind]
+    shutil.copytree(published, tmp_path / "model")
+    (tmp_path / "model/chat_template.jinja").write_text(template)
+    monkeypatch.setattr(chat, "RENDER_SECONDS", 1)
+    with pytest.raises(ValueError, match=message) as refused:
+        chat.chat_tokens(tmp_path / "model", [{"role": "user", "content": "hi"}])
+    assert "\n" not in str(refused.value)
+
+
 def test_greedy_decoding_in_bfloat16_is_that_of_transformers_for_64_tokens(exported, workdir):
     """Where it is not, the two likeliest tokens are as likely as bfloat16 can tell."""
     torch_model = transformers.AutoModelForCausalLM.from_pretrained(exported)
@@ -138,7 +160,7 @@ def test_greedy_decoding_in_bfloat16_is_that_of_transformers_for_64_tokens(expor
     prompts = [tokenizer(text).input_ids for text in ("def f7(self", "    return", "x")]
     assembly, params = main._load(workdir)
     model = nnx.merge(assembly.program.graphdef, params)
-    steps = list(generate(model, prompts, -1, SamplingConfig(temperature=0.0, max_tokens=64)))
+    steps = list(generate(model, prompts, (), SamplingConfig(temperature=0.0, max_tokens=64)))
     likeliest = 0
     for prompt, row in zip(prompts, zip(*steps, strict=True), strict=True):
         with torch.no_grad():

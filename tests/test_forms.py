@@ -12,12 +12,12 @@ import pytest
 import step_checks
 from flax import nnx
 from test_objectives import (
-    BOS, DECODERS, ENCODERS, LENGTH, PAD, TOKENIZER, TWO_STACKS, WORDS, config, documents_of,
+    BOS, DECODERS, ENCODERS, LENGTH, TOKENIZER, TWO_STACKS, WORDS, config, documents_of,
     transformed,
 )
 
 from batiste.data import transform_of
-from batiste.data.packing import concatenate
+from batiste.data.packing import PADDING, concatenate
 from batiste.inference import SamplingConfig, generate
 from batiste.models import Beside, Transformer, TransformerConfig
 from batiste.models.positions import relative_bias
@@ -90,7 +90,9 @@ def sample_records(length: int) -> np.ndarray:
     text = TOKENIZER.encode(" ".join(WORDS * 9))
     rows = [[BOS, *text[:length // 3], BOS, *text[3:length]],
             [*text[:length // 2], BOS, *text[7:7 + length // 4], BOS]]
-    return np.stack([np.pad(row[:length + 1], (0, max(0, length + 1 - len(row)))) for row in rows])
+    return np.stack([
+        np.pad(row[:length + 1], (0, max(0, length + 1 - len(row))), constant_values=PADDING)
+        for row in rows])
 
 
 def test_a_decoder_sees_what_prefixes_let_it_see():
@@ -146,9 +148,9 @@ def test_cached_decoding_of_a_source_equals_the_full_forward(change):
     # What is generated from a padded source is what is generated from it alone.
     greedy = SamplingConfig(temperature=0.0, top_p=None, max_tokens=5)
     prompts = [row[:count].tolist() for row, count in zip(source_BS, (13, 4, 0))]
-    together = list(generate(model, prompts, BOS, greedy))
+    together = list(generate(model, prompts, (BOS,), greedy, start_ids=(BOS,)))
     for index, prompt in enumerate(prompts):
-        alone = list(generate(model, [prompt], BOS, greedy))
+        alone = list(generate(model, [prompt], (BOS,), greedy, start_ids=(BOS,)))
         assert [row[0] for row in alone] == [row[index] for row in together][:len(alone)]
 
 
@@ -202,7 +204,7 @@ def test_relative_buckets_are_those_of_t5():
 def test_an_encoder_generates_nothing():
     model = Transformer(model_of("encoder", num_layers=1), rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="model.form='encoder'"):
-        next(generate(model, [[1, 2]], BOS, SamplingConfig()))
+        next(generate(model, [[1, 2]], (BOS,), SamplingConfig()))
 
 
 MIXTURES = {
@@ -221,7 +223,7 @@ def records():
     folder = pathlib.Path(json.__file__).parent
     texts = [path.read_text() for path in sorted(folder.glob("*.py"))]
     documents = [np.array(ids, np.int32) for ids in TOKENIZER.encode_batch(texts)]
-    return np.stack(list(concatenate(documents, LENGTH, BOS, PAD)))
+    return np.stack(list(concatenate(documents, LENGTH, TOKENIZER)))
 
 
 @pytest.mark.slow

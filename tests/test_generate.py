@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -31,9 +32,9 @@ def model(model_config) -> Transformer:
     return nnx.merge(graphdef, params)
 
 
-def rows_of(model, prompts, config, stop_id=-1) -> list[list[int]]:
+def rows_of(model, prompts, config, stop_ids=()) -> list[list[int]]:
     """Everything that each prompt is continued with."""
-    steps = list(generate(model, prompts, stop_id, config))
+    steps = list(generate(model, prompts, stop_ids, config))
     return [[token for token in row if token is not None] for row in zip(*steps)]
 
 
@@ -60,18 +61,71 @@ def test_a_batch_of_unequal_prompts_equals_the_first_row_alone(model, config):
 def test_rows_end_at_the_stop_token_and_at_the_end_of_the_model(model):
     rows = rows_of(model, PROMPTS, GREEDY)
     stop = rows[0][2]
-    stopped = rows_of(model, PROMPTS, GREEDY, stop_id=stop)
+    stopped = rows_of(model, PROMPTS, GREEDY, stop_ids=(stop,))
     for row, short in zip(rows, stopped):
         assert short == (row[: row.index(stop)] if stop in row else row)
     endless = rows_of(model, PROMPTS, dataclasses.replace(GREEDY, max_tokens=None))
     assert [len(prompt) + len(row) for prompt, row in zip(PROMPTS, endless)] == [16] * 4
 
 
+GROWING = {
+    "window": {},
+    "latent": {"layer_pattern": ("global",), "window": None, "num_kv_heads": 4, "latent_rank": 9,
+               "rope_dim": 2, "value_dim": 5},
+    "prefix": {"layer_pattern": ("global",), "window": None, "positions": "learned"},
+    "two stacks": {"form": "encoder_decoder", "encoder_layers": 2, "positions": "relative",
+                   "layer_pattern": ("global",), "window": None},
+}
+
+
+@pytest.mark.parametrize("kind", GROWING)
+def test_a_cache_that_grows_decodes_what_one_of_full_length_does(model, kind, monkeypatch):
+    changed = dataclasses.replace(model.config, **GROWING[kind])
+    graphdef = nnx.split(nnx.eval_shape(lambda: Transformer(changed, rngs=nnx.Rngs(3))))[0]
+    params = jax.jit(lambda: nnx.split(Transformer(changed, rngs=nnx.Rngs(3)))[1])()
+    module = sys.modules["batiste.inference.generate"]
+    endless = dataclasses.replace(GREEDY, max_tokens=None)
+    rows, decoders, make = {}, [], module._compiled
+    monkeypatch.setattr(module, "_compiled", lambda *given: decoders.append(make(*given)) or decoders[-1])
+    for room in (1, 16):
+        monkeypatch.setattr(module, "FIRST_ROOM", room)
+        steps = generate(nnx.merge(graphdef, params), PROMPTS, 0, endless, kind == "prefix")
+        rows[room] = list(steps)
+    assert rows[1] == rows[16] and len(rows[1]) > 3
+    # From 8 to 16 tokens, from 2 for what is written from nothing; and at once 16.
+    grown, whole = (decode._cache_size() for _, _, decode in decoders)
+    assert whole == 1 < grown <= (4 if kind == "two stacks" else 2)
+
+
+def test_a_cache_has_room_for_what_is_asked_and_is_given_up_to_the_next_step(model, monkeypatch):
+    long = dataclasses.replace(model.config, max_length=2048)
+    model = Transformer(long, rngs=nnx.Rngs(0))
+    module, caches, make = sys.modules["batiste.inference.generate"], [], None
+    make = module._compiled
+
+    def watched(*given):
+        prefill, grow, decode = make(*given)
+
+        def watch(params, token_B, cache, keys_B):
+            caches.append(cache)
+            return decode(params, token_B, cache, keys_B)
+
+        return prefill, grow, watch
+
+    monkeypatch.setattr(module, "_compiled", watched)
+    for tokens, room in ((3, 16), (1000, 256), (None, 256)):
+        caches.clear()
+        steps = generate(model, PROMPTS, -1, dataclasses.replace(GREEDY, max_tokens=tokens))
+        next(steps), next(steps)
+        assert caches[0].k_LBSKH.shape[2] == room
+        assert caches[0].k_LBSKH.is_deleted()
+
+
 def test_prompts_that_do_not_fit_are_refused(model):
     with pytest.raises(ValueError, match="expected 1 to 15.*model.max_length=16"):
-        next(generate(model, [[1] * 16], 0, GREEDY))
+        next(generate(model, [[1] * 16], (0,), GREEDY))
     with pytest.raises(ValueError, match="expected 1 to 15"):
-        next(generate(model, [[]], 0, GREEDY))
+        next(generate(model, [[]], (0,), GREEDY))
 
 
 def draws(config, logits, count=4000):

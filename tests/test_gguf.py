@@ -16,7 +16,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 
 from batiste import exchange, interop
 from batiste.data import load_tokenizer, pack_tokenizer
-from batiste.interop import FAMILIES, WeightMap
+from batiste.interop import FAMILIES, WeightMap, gguf_files
 from batiste.interop.gguf_files import GGUFile
 from batiste.interop.gguf_tokenizer import bring_tokenizer
 from batiste.models import Transformer
@@ -150,6 +150,7 @@ def with_tokenizer(tmp_path_factory) -> tuple[pathlib.Path, Tokenizer]:
     writer.add_token_merges([" ".join(each) for each in model["merges"]])
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(1)
+    writer.add_eot_token_id(2)
     writer.add_chat_template("{{ messages[0].content }}")
     for name, parameter in transformers.AutoModelForCausalLM.from_config(config).named_parameters():
         writer.add_tensor(their_name(name), parameter.detach().numpy())
@@ -167,6 +168,7 @@ def test_its_tokenizer_and_chat_template_come_along(with_tokenizer, tmp_path):
         ids = found.encode(text)
         assert ids == tokenizer.encode(text).ids and found.decode(ids) == text
     assert (found.begin_ids, found.bos_id, found.end_id) == ((0,), 0, 1)
+    assert found.stop_ids == (1, 2)  # Of a text, and of a turn.
     files = workdir / "imported" / "files"
     loaded = transformers.AutoTokenizer.from_pretrained(files)
     assert loaded.apply_chat_template([{"content": "hi"}], tokenize=False) == "hi"
@@ -200,14 +202,9 @@ def test_tokenizers_cut_text_as_their_models_want(tmp_path):
 ))
 def test_what_is_not_known_is_refused_by_name(
         with_tokenizer, tmp_path, monkeypatch, key, value, expected):
-    reader = gguf.GGUFReader(with_tokenizer[0])
-
-    class Field:
-        def contents(self):
-            return value
-
-    reader.fields[key] = Field()
-    monkeypatch.setattr(gguf, "GGUFReader", lambda path: reader)
+    header = gguf_files.read_header(with_tokenizer[0], gguf_files._sizes(with_tokenizer[0]))
+    header.metadata[key] = value
+    monkeypatch.setattr(gguf_files, "read_header", lambda path, sizes: header)
     with pytest.raises(ValueError, match=expected):
         GGUFile(with_tokenizer[0]).bring(tmp_path)
 

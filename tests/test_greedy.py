@@ -67,11 +67,12 @@ def written(logits_of, prompts: list[list[int]]) -> list[list[int]]:
     return [row[len(prompt):] for row, prompt in zip(rows, prompts, strict=True)]
 
 
-def ours(pair, prompts: list[list[int]], stop: int) -> list[list[int]]:
+def ours(pair, prompts: list[list[int]], start_ids: tuple[int, ...] = ()) -> list[list[int]]:
     """What our model writes."""
     assert pair.weights.model.dtype == "bfloat16"
     model = nnx.merge(pair.graphdef, pair.params)
-    return [list(row) for row in zip(*generate(model, prompts, stop, GREEDY), strict=True)]
+    steps = generate(model, prompts, (), GREEDY, start_ids=start_ids)
+    return [list(row) for row in zip(*steps, strict=True)]
 
 
 @pytest.mark.slow
@@ -89,7 +90,7 @@ def test_a_decoder_writes_what_transformers_does(name, tmp_path):
     theirs = written(lambda tokens, _: torch_model(tokens).logits, prompts)
     assert theirs == [
         row[size:size + TOKENS].tolist() for row, size in zip(text_BT, PROMPTS, strict=True)]
-    assert ours(paired(tmp_path, torch_model), prompts, -1) == theirs
+    assert ours(paired(tmp_path, torch_model), prompts) == theirs
 
 
 @pytest.mark.slow
@@ -112,4 +113,4 @@ def test_an_encoder_decoder_writes_what_transformers_does(name, tmp_path):
     theirs = written(logits_of, [[start]] * len(PROMPTS))
     assert theirs == text_BT.tolist()
     prompts = [source.tolist() for source in sources]
-    assert ours(two_stacks.paired(tmp_path, torch_model), prompts, start) == theirs
+    assert ours(two_stacks.paired(tmp_path, torch_model), prompts, (start,)) == theirs

@@ -13,6 +13,7 @@ from batiste.data import Batch
 from batiste.models import TransformerConfig
 from batiste.sharding import MeshConfig, make_mesh, place
 from batiste.train import TrainConfig, make_program, make_train_step
+from batiste.train.health_statistics import _spread
 
 DENSE = TransformerConfig(
     vocab_size=48, num_layers=4, model_dim=24, num_heads=4, num_kv_heads=2, head_dim=6,
@@ -114,4 +115,8 @@ def test_experts_say_how_they_are_loaded():
     health = metrics["health"]
     np.testing.assert_allclose(health.router_load_L.max(), metrics["router_load"], rtol=1e-6)
     assert ((0 <= health.router_idle_L) & (health.router_idle_L < 1)).all()
+    # One expert with all of its mean times router_load, and the others even, is the least uneven.
+    assert ((0.25 < health.router_spread_L) & (health.router_spread_L < 1)).all()
+    load_LE = np.array([[1.0, 1, 1, 1], [4, 4, 0, 0], [8, 0, 0, 0]])
+    np.testing.assert_allclose(_spread(load_LE), [1, 0.5, 0.25], rtol=1e-6)
     assert alone(False)[2]["health"].router_load_L is None

@@ -13,11 +13,13 @@ import textwrap
 import numpy as np
 import pytest
 from tensorboardX.proto import event_pb2
+from tensorboardX.proto.plugin_hparams_pb2 import HParamsPluginData
 
 from batiste.train import progress as progress_module
 from batiste.train.ledger import Ledger, read_ledger
 from batiste.train.metrics import MetricsWriter, read_metrics
 from batiste.train.progress import Progress, duration, mfu_formula_line
+from batiste.train.samples import write_samples
 from batiste.train.report import ReportFacts, smoothed, write_report
 
 
@@ -318,3 +320,50 @@ def test_a_rate_is_of_the_tokens_that_each_step_had(clock):
         clock.now += 0.5
         bar.update(step, 3.0, tokens)
     assert bar.tokens_per_second == pytest.approx((300 + 500 + 100) / 1.5)
+
+
+def look(step, layers=2):
+    """A record of a step's health as a run writes it."""
+    by_layer = [0.5 + layer for layer in range(layers)]
+    norms = {"embedding_VD": 2.0, "layers.a_D": by_layer, "layers.b_DF": by_layer}
+    return {"loss": 10.0 / step, "gradient_norm": 1.0, "learning_rate": 0.1, "seconds": 0.5,
+            "wait": 0.1, **dict.fromkeys(("gradient", "parameter", "update"), norms),
+            "rms": by_layer, "largest": by_layer, "row_loss": [1.0, 2.0], "row_checksum": [3, 4]}
+
+
+def test_tensorboard_gets_tokens_mfu_layers_config_and_samples(tmp_path):
+    config = {"model.num_layers": 2, "data.sources": ["a"], "train.faults": None, "x.rate": 0.5}
+    writer = MetricsWriter(tmp_path, 0, config)
+    for step in (1, 2, 3):
+        writer.write(step, loss=2.0, tokens=100.0 * step, mfu=0.25)
+        writer.write_health(step, look(step))
+    writer.write(3, kind="validation", loss=2.0, bits_per_byte=1.5)
+    writer.close()
+    MetricsWriter(tmp_path, 2, config).write(3, loss=1.0, tokens=7.0)  # Continued from step 2.
+    write_samples(tmp_path, 3, [("<b>", "it **is**\nso")])
+    values = {}
+    for event in tensorboard_events(tmp_path):
+        for value in event.summary.value:
+            values.setdefault(value.tag, []).append(value)
+    last = {tag: each[-1].simple_value for tag, each in values.items()}
+    assert last["train/tokens_in_all"] == 307.0 and last["train/mfu"] == 0.25
+    assert last["validation/bits_per_byte"] == 1.5
+    assert last["gradient_norm/layer_01"] == pytest.approx(math.sqrt(2 * 1.5**2))
+    assert last["update_norm/embedding_VD"] == 2.0 and last["rms/layer_00"] == 0.5
+    plugin = HParamsPluginData.FromString(
+        values["_hparams_/session_start_info"][0].metadata.plugin_data.content)
+    shown = plugin.session_start_info.hparams
+    assert shown["model.num_layers"].number_value == 2 and shown["x.rate"].number_value == 0.5
+    assert shown["data.sources"].string_value == "['a']" and "train.faults" not in shown
+    (sample,) = values["samples/0/text_summary"]
+    assert sample.tensor.string_val == [b"    <b>it **is**\n    so\n"]
+
+
+def test_layers_are_shown_to_tensorboard_at_steps_that_grow_apart(tmp_path):
+    writer = MetricsWriter(tmp_path, 0)
+    for step in range(1, 1001):
+        writer.write_health(step, look(step))
+    writer.close()
+    steps = [event.step for event in tensorboard_events(tmp_path)
+             for value in event.summary.value if value.tag == "rms/layer_00"]
+    assert steps[:50] == list(range(1, 51)) and 250 < len(steps) < 400 and steps[-1] > 980

@@ -41,7 +41,7 @@ def packed(draw, length: int = LENGTH):
     texts = [" ".join(random.choice(WORDS, count)) for count in lengths]
     documents = [np.array(ids, np.int32) for ids in TOKENIZER.encode_batch(texts)]
     pack = concatenate if draw(st.booleans()) else first_fit
-    return np.stack(list(pack(documents, length, BOS, PAD)))
+    return np.stack(list(pack(documents, length, TOKENIZER)))
 
 
 many = settings(max_examples=25, deadline=None, derandomize=True)
@@ -117,7 +117,7 @@ def undone(tokens, special):
 @many
 def test_a_moved_middle_can_be_moved_back(records):
     data = config(DECODERS["middle"])
-    before, after = unpack(records, BOS, PAD), transformed(records, data, "decoder")
+    before, after = unpack(records, TOKENIZER), transformed(records, data, "decoder")
     special = special_ids(data, TOKENIZER)
     np.testing.assert_array_equal(before.segments_BT, after.segments_BT)
     np.testing.assert_array_equal(before.weights_BT, after.weights_BT)
@@ -150,7 +150,7 @@ def test_as_many_middles_are_moved_as_asked():
 @given(records=packed())
 @many
 def test_a_prefix_is_seen_and_not_predicted(records):
-    before = unpack(records, BOS, PAD)
+    before = unpack(records, TOKENIZER)
     after = transformed(records, config(DECODERS["prefix"]), "decoder")
     for row in range(len(records)):
         for was, now in zip(documents_of(before, row), documents_of(after, row), strict=True):
@@ -170,7 +170,7 @@ def test_a_prefix_is_seen_and_not_predicted(records):
 @many
 def test_hidden_tokens_are_targets_and_nothing_else_changes(name, records):
     data = config(ENCODERS.get(name, REPLACED))
-    before, after = unpack(records, BOS, PAD), transformed(records, data, "encoder")
+    before, after = unpack(records, TOKENIZER), transformed(records, data, "encoder")
     mask = special_ids(data, TOKENIZER)["<mask>"]
     hidden = after.weights_BT == 1
     np.testing.assert_array_equal(before.segments_BT, after.segments_BT)
@@ -211,7 +211,7 @@ def test_hidden_tokens_are_as_many_as_asked_and_replaced_as_bert_does(whole_word
 @many
 def test_halves_are_swapped_and_the_label_says_so(records):
     data = config(RecordObjective("order", rate=0.2))
-    before, after = unpack(records, BOS, PAD), transformed(records, data, "encoder")
+    before, after = unpack(records, TOKENIZER), transformed(records, data, "encoder")
     special = special_ids(data, TOKENIZER)
     for row in range(len(records)):
         for was, now in zip(documents_of(before, row), documents_of(after, row), strict=True):
@@ -250,7 +250,7 @@ def of_segment(tokens_BT, segments_BT, row, segment):
 @many
 def test_what_is_read_and_what_is_written_make_the_document(name, records):
     data = config(TWO_STACKS[name])
-    before, after = unpack(records, BOS, PAD), transformed(records, data, "encoder_decoder")
+    before, after = unpack(records, TOKENIZER), transformed(records, data, "encoder_decoder")
     special = special_ids(data, TOKENIZER)
     assert after.tokens_BT.shape[1] == target_length(data)
     for row in range(len(records)):

@@ -21,7 +21,7 @@ from batiste.planning import (
     Account, Choice, Workload, fits, gpu_machine, machine_here, search, tpu_machine,
 )
 from batiste.planning.program_text import read_program
-from batiste.planning.saved import bytes_per_row, saved_arrays
+from batiste.planning.saved import bytes_per_row, repetitions, saved_arrays
 from batiste.planning.step_time import (
     axis_bandwidth, bytes_sent, flops_of, predict, product_flops,
 )
@@ -93,7 +93,7 @@ def test_what_is_said_to_be_kept_is_what_the_real_derivative_keeps(change, remat
         if leaf.shape[:1] in [(n,) for n in rows] or leaf.shape[:2] in [(periods, n) for n in rows]
     ]
     predicted = sum(
-        3 * bytes_per_row(entry, model, 12, ALONE) * (periods if entry.per_layer else 1)
+        3 * bytes_per_row(entry, model, 12, ALONE) * repetitions(model, entry.stack)
         for entry in saved_arrays(model)
     )
     assert predicted == sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in kept) > 0

@@ -48,7 +48,7 @@ def test_smollm2_of_a_gguf_file_says_what_transformers_reads_in_it(tmp_path):
         question, add_generation_prompt=True, return_dict=False)
     greedy = SamplingConfig(temperature=0.0, max_tokens=12)
     stop = tokenizer.eos_token_id
-    answer = [row for (row,) in generate(model, [ids], stop, greedy) if row is not None]
+    answer = [row for (row,) in generate(model, [ids], (stop,), greedy) if row is not None]
     assert "Paris" in tokenizer.decode(answer)
     torch_model = transformers.AutoModelForCausalLM.from_config(
         transformers.AutoConfig.from_pretrained(folder, gguf_file=name), dtype=torch.float32)

@@ -43,9 +43,12 @@ def test_groups_are_read_in_every_notation():
     for text in ("replica_groups={{0,4},{1,5},{2,6},{3,7}}", "replica_groups=[4,2]<=[2,4]T(1,0)",
                  "replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_0'}",
                  "replica_groups=mesh['axis_0'=4,'axis_1'=2], device_ids=([2,4]T(1,0)) {'axis_1'}",
+                 "replica_groups=mesh['data'=2,'stage'=1,'tensor'=4] {'stage','data'}",
                  "source_target_pairs={{0,4},{1,5},{2,6},{3,7}}"):
         assert replica_groups(text) == want
     assert replica_groups("replica_groups=[2,4]<=[8]") == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    with pytest.raises(AssertionError, match="not known"):
+        replica_groups("replica_groups=mesh['data'=8] {'data':(2)4}")
 
 
 def parts(letters: str, sizes: dict[str, int]) -> int:

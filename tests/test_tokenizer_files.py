@@ -10,7 +10,7 @@ import transformers
 
 from batiste import main
 from batiste.configs.experiment import Experiment
-from batiste.data import DataConfig, SourceConfig
+from batiste.data import DataConfig, SourceConfig, tokenizer_training
 from batiste.data.tokenizer import SentencePieceTokenizer
 from batiste.interop.tokenizer_files import write_tokenizer
 from batiste.models import TransformerConfig
@@ -51,6 +51,25 @@ def test_what_would_be_read_otherwise_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="tokenizer.json would encode .* and not"):
         write_tokenizer(tmp_path, learned, 64)
     assert [path.name for path in tmp_path.iterdir()] == ["tokenizer.model"]
+
+
+def test_nothing_is_before_what_an_encoder_reads(tmp_path):
+    tokenizer = tokenizers.tokenizer_of("bpe")
+    write_tokenizer(tmp_path, tokenizer, 64, source=True)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert theirs("def f")["input_ids"] == tokenizer.encode("def f")
+
+
+@pytest.mark.parametrize("kind", ("bpe", "unigram"))
+def test_one_that_was_learned_without_spaces_reads_them_alike(kind, tmp_path):
+    text = tokenizers.SPACELESS["dna"]
+    tokenizer = SentencePieceTokenizer(tokenizer_training.train(kind, 300, [text]))
+    write_tokenizer(tmp_path, tokenizer, 64)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for each in (text[:60], f" {text[:20]}  {text[20:40]}\n"):
+        begin, *found = theirs(each)["input_ids"]
+        assert theirs.decode(found) == each == tokenizer.decode(found)
+        assert len(found) == len(tokenizer.encode(each))
 
 
 def test_the_bos_of_somebody_elses_model_may_have_another_name(tmp_path):

@@ -30,8 +30,10 @@ _MODULES = {
     "optimizer": ("OWN_KINDS",),
     "progress": ("Progress", "mfu_formula_line"),
     "replaced": ("ReplacedTerms",),
+    "replicas": ("Replicas",),
     "report": ("ReportFacts", "write_report"),
     "resume": ("RESUME_MODES", "arrays_of", "check_mode", "check_override", "check_same"),
+    "samples": ("write_samples",),
     "state": ("Program", "TrainState", "from_checkpoint", "make_program"),
     "step": ("make_train_step",),
 }

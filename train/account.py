@@ -15,7 +15,7 @@ FINISHED = ("done", "patience")
 RUNNING, KILLED = "running", "killed"
 SUPERVISION = ("supervise", "exit")  # Written by `batiste supervise`, which outlives the starts.
 # Every other event is something that has happened to the run, and is listed.
-BOOKKEEPING = ("exit", "start", "run", "from", "phase", "first step", "finished", "end")
+BOOKKEEPING = ("exit", "start", "run", "from", "phase", "first step", "end")
 
 
 @dataclasses.dataclass

@@ -20,11 +20,17 @@ EXPLAINS = {
     "activation_blow_up": ("loss_spike", "gradient_explosion", "data_fault", "attention",
                            "vanishing_gradients", "update_ratio"),
     "update_ratio": ("loss_spike", "gradient_explosion", "data_fault", "activation_blow_up",
-                     "dead_units", "attention", "vanishing_gradients"),
+                     "dead_units", "attention", "vanishing_gradients", "frozen_layers"),
+    "wrong_targets": ("loss_spike", "gradient_explosion", "data_fault", "update_ratio", "plateau",
+                      "overfitting", "vanishing_gradients"),
+    "repeated_batch": ("data_fault", "plateau", "overfitting", "update_ratio",
+                       "vanishing_gradients", "loss_spike"),
+    "frozen_layers": ("update_ratio", "vanishing_gradients", "plateau"),
+    "attention": ("frozen_layers",),
     "data_fault": ("loss_spike", "gradient_explosion", "update_ratio", "data_fault"),
     "gradient_explosion": ("loss_spike", "update_ratio", "data_fault"),
     "loss_spike": ("gradient_explosion", "data_fault"),
-    "dead_units": ("vanishing_gradients", "loss_spike", "data_fault"),
+    "dead_units": ("vanishing_gradients", "loss_spike", "data_fault", "frozen_layers"),
 }
 SOON = 16  # Looks.
 
@@ -42,7 +48,8 @@ class Detector:
         every, window = settings["train.health.every"], settings["train.health.window"]
         self._settings, self._examples, self._window = settings, examples, window
         self._layers = LayerRules(window, settings)
-        self._losses = LossRules(window, settings["train.num_steps"] // every)
+        self._losses = LossRules(window, settings["train.num_steps"] // every,
+                                 next_tokens=settings.get("data.objectives") == [])
         self._clock = ClockRules(window)
         self._looks = 0
         self._seen: dict[tuple[str, int | None], int] = {}
@@ -53,17 +60,18 @@ class Detector:
         symptoms = _not_finite(record)
         if not symptoms:
             symptoms = self._layers.look(record)
+            first = [*self._losses.targets(record), *self._losses.batch(record)]
             rows = self._losses.rows(record)
             causes = {symptom.kind for symptom in symptoms} & {"activation_blow_up", "update_ratio"}
             # A batch that is wrong explains gradients that are large; a model that is wrong explains
             # rows that are.
-            symptoms = [*symptoms, *rows] if causes else [*rows, *symptoms]
+            symptoms = [*first, *symptoms, *rows] if causes else [*first, *rows, *symptoms]
             symptoms += self._losses.loss(record) + self._clock.look(record)
         return self._new(record["step"], symptoms)
 
     def remember(self, record: dict[str, Any]) -> None:
         """Takes in a record of long ago, of which only its loss still counts."""
-        self._losses.loss(record)
+        self._losses.remember(record["loss"])
 
     def observe_validation(self, step: int, loss: float) -> list[Finding]:
         """Findings of a validation loss, in nats per token."""

@@ -6,12 +6,13 @@ from typing import Any
 
 import numpy as np
 
-from batiste.data.json_files import read_json
 from batiste.train.detector import Detector
 from batiste.train.findings import Finding
 from batiste.train.health import HealthConfig
 from batiste.train.ledger import LEDGER_FILE, read_ledger
 from batiste.train.metrics import read_all
+from batiste.train.run_data import read_flat_config
+from batiste.train.thinning import is_thinned
 
 # What is read of a run's config, without the config classes of later rooms.
 CONFIG = {
@@ -36,18 +37,21 @@ def diagnose(workdir: str | os.PathLike) -> list[Finding]:
     data. Raises ValueError where there is no run.
     """
     workdir = pathlib.Path(workdir)
-    path = workdir / "config.json"
-    if not path.is_file():
+    settings = MAY_BE_NULL | read_flat_config(workdir, CONFIG)
+    if not (workdir / "config.json").is_file():
         raise ValueError(f"workdir={workdir}: no config.json there, so no run; expected the "
                          "--workdir of a `batiste train`")
-    settings = MAY_BE_NULL | _flat(read_json(path, CONFIG))
     found = {(finding.kind, finding.step): finding for finding in _written(workdir)}
     HealthConfig(settings["train.health.every"], settings["train.health.window"]).validate()
     if settings["train.health.every"] is not None:
         detector = Detector(settings)
-        for record in read_all(workdir):
+        records = read_all(workdir)
+        # Whole looks between thinned ones are of different times, and compare with nothing.
+        last_thinned = max((record["step"] for record in records
+                            if record["kind"] == "health" and is_thinned(record)), default=-1)
+        for record in records:
             try:
-                new = _look(detector, record)
+                new = _look(detector, record, last_thinned)
             except (ArithmeticError, LookupError, StopIteration, TypeError, ValueError) as error:
                 raise ValueError(
                     f"{workdir}/metrics.jsonl: the {record['kind']} record of step {record['step']} "
@@ -57,11 +61,13 @@ def diagnose(workdir: str | os.PathLike) -> list[Finding]:
     return sorted(found.values(), key=lambda finding: finding.step)
 
 
-def _look(detector: Detector, record: dict[str, Any]) -> list[Finding]:
-    """What the detector finds in a record of any kind."""
-    if record["kind"] == "health":
+def _look(detector: Detector, record: dict[str, Any], last_thinned: int) -> list[Finding]:
+    """What the detector finds in a record of any kind; up to a step it only remembers looks."""
+    if record["kind"] == "health" and record["step"] <= last_thinned:
+        detector.remember(record)
+    elif record["kind"] == "health":
         return detector.observe(record)
-    if record["kind"] == "validation":
+    elif record["kind"] == "validation":
         return detector.observe_validation(record["step"], record["loss"])
     return []
 
@@ -71,18 +77,12 @@ def _written(workdir: pathlib.Path) -> list[Finding]:
     return [Finding.from_event(event) for event in events if event["event"] == "finding"]
 
 
-def _flat(config: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(config, dict):
-        return {prefix: config}
-    return {name: value for key, part in config.items()
-            for name, value in _flat(part, f"{prefix}.{key}" if prefix else key).items()}
-
-
 def write_diagnosis(workdir: str | os.PathLike) -> str:
     """The findings as Markdown; writes it and its plots into the work directory, too."""
     workdir = pathlib.Path(workdir)
     findings = diagnose(workdir)
-    records = [record for record in read_all(workdir) if record["kind"] == "health"]
+    records = [record for record in read_all(workdir)
+               if record["kind"] == "health" and not is_thinned(record)]
     lines = [f"# Health of {workdir.name}", ""]
     if records:
         lines += [f"{len(records):,} looks, up to step {records[-1]['step']:,}; "

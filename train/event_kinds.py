@@ -30,7 +30,8 @@ BY_PARAMETER = dict[str, float | str | list[float | str]] | None
 HEALTH_RECORD = {
     **dict.fromkeys(("gradient", "parameter", "update"), BY_PARAMETER),
     **dict.fromkeys(("rms", "largest", "entropy", "logit", "dead", "router_load", "router_idle",
-                     "row_loss", "row_checksum"), NUMBERS),
+                     "router_spread", "row_loss", "row_checksum"), NUMBERS),
+    "targets": dict[str, float | str] | None,
     **dict.fromkeys(("loss", "gradient_norm", "learning_rate", "seconds", "wait"),
                     float | str | None),
 }

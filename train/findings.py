@@ -84,9 +84,18 @@ def explain(symptom: Symptom, settings: dict[str, Any]) -> tuple[str, str]:
         "balance": "--config.train.objective.balance_loss="
                    f"{max(0.01, 2 * settings['train.objective.balance_loss']):g}",
         "policy": f"--config.train.health.policies={symptom.kind}",
-        "group": symptom.parameter or "all parameters",
+        "group": _group(symptom),
     }
     return cause.format(**values), remedy.format(**values)
+
+
+def _group(symptom: Symptom) -> str:
+    if symptom.parameter is not None:
+        return symptom.parameter
+    first, last = (symptom.evidence.get(name) for name in ("first layer", "last layer"))
+    if first is None:
+        return "all parameters"
+    return f"layer {first:.0f}" if first == last else f"layers {first:.0f} to {last:.0f}"
 
 
 CAUSES: dict[str, Any] = {
@@ -124,9 +133,14 @@ CAUSES: dict[str, Any] = {
                   "{rate} is perhaps a typing error.", "{less_rate}"),
         "huge": ("From the start, steps are as large as the parameters: the learning rate of "
                  "{rate} is perhaps a typing error.", "{less_rate} or {warmup}"),
-        "frozen": ("The gradient is there, and this does not move: {group}.",
+    },
+    "frozen_layers": {
+        "update": ("The gradient is there, and this does not move: {group}.",
                    "look for a multiplier of 0 among --config.train.optimizer.*_multiplier, or a "
                    "--config.train.faults that was left on"),
+        "gradient": ("No gradient arrives here at all: {group}.",
+                     "look for a stop_gradient, an output that nothing reads, or a "
+                     "--config.train.faults that was left on"),
     },
     "data_fault": {
         "repeated": ("One document fills several rows of the batch.",
@@ -138,6 +152,18 @@ CAUSES: dict[str, Any] = {
                     "before: another language, or no text at all.",
                     "look at the records; {policy}=roll_back passes the batches by"),
     },
+    "wrong_targets": {
+        "same": ("The targets are the inputs themselves: the model learns to copy.",
+                 "look at what makes the batches: target t must be input t + 1"),
+        "after": ("The targets are not the next tokens but those after them.",
+                  "look at what makes the batches: target t must be input t + 1"),
+        "other": ("The targets are not the next tokens of their rows: they belong to other places.",
+                  "look at what makes the batches: target t must be input t + 1"),
+    },
+    "repeated_batch": ("The model is shown the same rows over and over: the input does not go on, or "
+                       "the data set is not larger than a batch.",
+                       "look at what yields the batches; more text in --config.data.sources; a "
+                       "smaller --config.train.batch_size"),
     "plateau": ("The training loss no longer falls.",
                 "{more_rate}, or a lower one if its curve is noisy; if the loss is good enough, "
                 "--config.train.stop.patience=3"),

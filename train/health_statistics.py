@@ -23,7 +23,8 @@ class HealthStatistics(NamedTuple):
     residual stream after each block. entropy: of attention, over its maximum; logit: its largest
     (models.AttentionSums). dead: fraction of the feed-forward's units that are silent at every
     token. router_load: of the busiest expert, over the mean; router_idle: fraction of the experts
-    that nobody chose. loss_B: cross-entropy of each row in nats per token; checksum_B: equal for
+    that nobody chose; router_spread: over how many experts the load spreads (exp of its entropy),
+    as a fraction of all. loss_B: cross-entropy of each row in nats per token; checksum_B: equal for
     equal rows.
     """
 
@@ -37,6 +38,7 @@ class HealthStatistics(NamedTuple):
     dead_L: jax.Array | None
     router_load_L: jax.Array | None
     router_idle_L: jax.Array | None
+    router_spread_L: jax.Array | None
     loss_B: jax.Array
     checksum_B: jax.Array
 
@@ -64,6 +66,7 @@ def health_statistics(
         else load_LE.max(axis=1) / jnp.maximum(load_LE.mean(axis=1), 1),
         router_idle_L=None if load_LE is None
         else (load_LE == 0).astype(jnp.float32).mean(axis=1),
+        router_spread_L=None if load_LE is None else _spread(load_LE),
     ))
     norms = [jax.tree.map(by_depth, tree) for tree in (gradient, parameter, update)]
     statistics = HealthStatistics(
@@ -71,6 +74,13 @@ def health_statistics(
         checksum_B=rows.checksum_B,
     )
     return jax.tree.map(lambda leaf: constrain(leaf, ""), statistics)
+
+
+def _spread(load_LE: jax.Array) -> jax.Array:
+    """exp of the entropy of each row, over its length: 1 where it is even, 1 / E for one alone."""
+    share_LE = load_LE / jnp.maximum(load_LE.sum(axis=1, keepdims=True), 1)
+    entropy_L = -jax.scipy.special.xlogy(share_LE, share_LE).sum(axis=1)
+    return jnp.exp(entropy_L) / load_LE.shape[1]
 
 
 def _norms(program: Program, trees: tuple[Any, Any, Any]) -> list[dict[str, jax.Array]]:

@@ -6,18 +6,20 @@ import numpy as np
 
 from batiste.train.findings import Symptom
 from batiste.train.optimizer import parameter_group
-from batiste.train.series import ENOUGH, Runs, Series
+from batiste.train.router_rules import RouterRules
+from batiste.train.series import ENOUGH, IN_A_ROW, Runs, Series
 
 FAR = 8.0  # Robust standard deviations.
 TIMES = 10.0  # How many times its median a norm must be, besides, to be an explosion.
+# A restless past hides what is far beyond it: 27 times the median may be 7 deviations of it.
+MANY_TIMES, RESTLESS = 20.0, 4.0  # Times the median; robust standard deviations.
+STILL = 1e-6  # Of the median ratio of update to parameter.
 BEGUN = 3.0  # Where it began is the first place with as many times its median.
-IN_A_ROW = 4  # Looks that a lasting state must last.
 SPREAD = 0.05  # Least standard deviation of a norm, in decades.
 VANISHED = 1e-3  # Of its median.
 DEAD, DEAD_GROWTH = 0.5, 0.3  # Fraction of units; how much of it is new.
 ONE_KEY = 0.05  # Attention's entropy over its maximum.
 SATURATED = 100.0  # Logit from which Kimi K2 clips queries and keys (arXiv:2507.20534).
-IDLE, OVERLOADED = 0.5, 0.9  # Of the experts; of the load that one expert can have.
 HUGE = 0.5  # Update over parameter.
 
 
@@ -50,9 +52,10 @@ class LayerRules:
 
     def __init__(self, window: int, settings: dict[str, Any]):
         self._settings, self._runs = settings, Runs()
+        self._router = RouterRules(settings)
         self._where: list[tuple[str, int | None]] | None = None
         self._series = {name: Series(window) for name in (
-            "gradient_norm", "gradient", "ratio", "rms", "largest", "dead")}
+            "gradient_norm", "whole", "gradient", "ratio", "rms", "largest", "dead")}
 
     def look(self, record: dict[str, Any]) -> list[Symptom]:
         """Symptoms of one record, all of whose numbers are finite."""
@@ -68,14 +71,17 @@ class LayerRules:
         matrix = self._groups != "vector"
         ratio = np.where(matrix & (parameter > 0), update / np.maximum(parameter, 1e-30), np.nan)
         by_layer = {name: np.array(record[name]) for name in
-                    ("rms", "largest", "entropy", "dead", "logit", "router_load", "router_idle")
+                    ("rms", "largest", "entropy", "dead", "logit", "router_load", "router_idle",
+                     "router_spread")
                     if name in record}
         symptoms = [
             *self._activations(by_layer), *self._units(by_layer),
-            *self._gradients(where, gradient, matrix), *self._updates(record, where, ratio),
-            *self._attention(by_layer), *self._router(by_layer),
+            *self._gradients(where, gradient, matrix), *self._updates(where, ratio),
+            *self._attention(by_layer), *self._router.look(by_layer),
+            *self._frozen(record, where, ratio, matrix & self._meant & (gradient == 0)),
         ]
         self._push("gradient_norm", _decades(self._without_tables(gradient)))
+        self._push("whole", _decades(np.sqrt(np.square(gradient).sum())))
         self._push("gradient", _decades(gradient))
         self._push("ratio", _decades(np.where(np.isnan(ratio), 1, ratio)))
         for name in ("rms", "largest"):
@@ -88,10 +94,10 @@ class LayerRules:
     def _known(self, name: str) -> bool:
         return len(self._series[name]) >= ENOUGH
 
-    def _times(self, name: str, values: np.ndarray) -> np.ndarray:
+    def _times(self, name: str, values: np.ndarray, far: float = FAR) -> np.ndarray:
         """How many times the median, 1 where that is not far beyond the usual."""
         series, now = self._series[name], _decades(values)
-        return np.where(series.z(now, SPREAD) > FAR, 10 ** (now - series.median), 1.0)
+        return np.where(series.z(now, SPREAD) > far, 10 ** (now - series.median), 1.0)
 
     def _without_tables(self, gradient: np.ndarray) -> np.ndarray:
         """The norm of all but embeddings, whose own a rare token multiplies by 50 in healthy runs."""
@@ -113,15 +119,19 @@ class LayerRules:
         if not self._known("gradient"):
             return []
         found = []
-        norm = self._without_tables(gradient)
+        norm, whole = self._without_tables(gradient), np.sqrt(np.square(gradient).sum())
         times = float(self._times("gradient_norm", norm))
+        # What clips the whole step is said however restless its past, tables included.
+        if times < TIMES and self._times("whole", whole, RESTLESS) >= MANY_TIMES:
+            norm, times = whole, float(self._times("whole", whole, RESTLESS))
         if times >= TIMES:
-            begun = np.nonzero(self._times("gradient", gradient) >= BEGUN)[0]
+            grown = self._times("gradient", gradient, RESTLESS)
+            begun = np.nonzero(grown >= BEGUN)[0]
             parameter, layer = where[begun[0]] if len(begun) else (None, None)
             evidence = {"gradient norm": float(norm), "times the median": times}
             found.append(Symptom("gradient_explosion", evidence, layer, parameter))
         usual = 10 ** self._series["gradient"].median
-        gone = matrix & ((gradient < VANISHED * usual) | (gradient == 0))
+        gone = matrix & (gradient < VANISHED * usual) & (gradient > 0)  # None at all: `_frozen`.
         lasting = self._runs.add("vanished", gone) >= IN_A_ROW
         if lasting.any():
             place = int(np.argmax(lasting))
@@ -130,13 +140,21 @@ class LayerRules:
             found.append(Symptom("vanishing_gradients", evidence, layer, parameter))
         return found
 
-    def _updates(self, record, where, ratio) -> list[Symptom]:
-        """What is out of range; learning rates of 0 and groups that are frozen on purpose are not."""
-        still = (ratio < 1e-9) & self._meant & (record["learning_rate"] > 0)
+    def _frozen(self, record, where, ratio, without_gradient) -> list[Symptom]:
+        """What does not move, needing no past; rates of 0 and groups frozen on purpose are not."""
+        least = max(1e-9, STILL * float(np.nanmedian(ratio)))
+        still = (ratio < least) & self._meant & (record["learning_rate"] > 0)
+        # What is still all zeros has no ratio, and may not have had its turn.
+        moving = np.isfinite(ratio)
+        for variant, wrong in (("gradient", without_gradient & moving), ("update", still & moving)):
+            lasting = self._runs.add(f"frozen {variant}", wrong) >= IN_A_ROW
+            if lasting.any():
+                return [_layers(where, lasting, ratio, variant)]
+        return []
+
+    def _updates(self, where, ratio) -> list[Symptom]:
+        """What is out of range."""
         found = []
-        frozen = self._runs.add("frozen", still) >= IN_A_ROW
-        if frozen.any():
-            found.append(_somewhere(where, frozen, ratio, "frozen"))
         huge = self._runs.add("huge", ratio > HUGE) >= IN_A_ROW
         large = np.zeros(len(where), bool)
         if self._known("ratio"):
@@ -177,21 +195,6 @@ class LayerRules:
                 return [Symptom("attention", evidence, layer, "layers.attention", variant=variant)]
         return []
 
-    def _router(self, by_layer) -> list[Symptom]:
-        if "router_load" not in by_layer:
-            return []
-        load_L, idle_L = by_layer["router_load"], by_layer["router_idle"]
-        experts, chosen = (self._settings[f"model.{name}"]
-                           for name in ("num_experts", "experts_per_token"))
-        overloaded = (load_L > OVERLOADED * experts / chosen) & (experts > chosen)
-        lasting = self._runs.add("router", overloaded | (idle_L >= IDLE)) >= IN_A_ROW
-        if not lasting.any():
-            return []
-        layer = int(np.argmax(lasting))
-        evidence = {"load of the busiest expert over the mean": load_L[layer],
-                    "experts without a token": idle_L[layer]}
-        return [Symptom("router_collapse", evidence, layer, "layers.mixture.router_DE")]
-
 
 def _at(norms: dict[str, Any], place: tuple[str, int | None]) -> float:
     name, layer = place
@@ -200,6 +203,26 @@ def _at(norms: dict[str, Any], place: tuple[str, int | None]) -> float:
 
 def _decades(values: np.ndarray) -> np.ndarray:
     return np.log10(np.maximum(values, 1e-30))
+
+
+def _layers(where, wrong, ratio, variant) -> Symptom:
+    """The layers all of whose matrices are wrong; one place where there is no such layer."""
+    compared = np.isfinite(ratio)
+    indices = np.nonzero(wrong)[0]
+    by_layer: dict[int, list[bool]] = {}
+    for (_, layer), bad, counts in zip(where, wrong, compared):
+        if layer is not None and counts:
+            by_layer.setdefault(layer, []).append(bool(bad))
+    layers = sorted(layer for layer, each in by_layer.items() if all(each))
+    evidence = {"update over parameter": float(np.median(ratio[indices])),
+                "matrices": float(len(indices)), "of": float(compared.sum())}
+    if len(indices) == compared.sum():
+        return Symptom("frozen_layers", evidence, variant=variant)
+    if not layers:
+        parameter, layer = where[indices[-1]]
+        return Symptom("frozen_layers", evidence, layer, parameter, variant=variant)
+    evidence |= {"layers": len(layers), "first layer": layers[0], "last layer": layers[-1]}
+    return Symptom("frozen_layers", evidence, layers[0], variant=variant)
 
 
 def _somewhere(where, wrong, ratio, variant, times=None) -> Symptom:

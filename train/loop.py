@@ -15,6 +15,7 @@ from batiste.train.ledger import Ledger
 from batiste.train.metrics import MetricsWriter
 from batiste.train.progress import Progress
 from batiste.train.monitor import Monitor
+from batiste.train.replicas import Replicas
 from batiste.train.state import TrainState
 from batiste.train.stopping import stop_requests
 
@@ -23,13 +24,14 @@ from batiste.train.stopping import stop_requests
 class Run:
     """What the loop drives.
 
-    batches: Batches on the mesh, the one of step `state.step` first. evaluate: the validation loss
-    of a state in nats per token. last_step: where the run ends, by its steps or its FLOP budget.
+    batches: Batches on the mesh, the one of step `state.step` first. evaluate: what a state makes of
+    the validation split, by name; "loss" in nats per token. last_step: where the run ends, by its
+    steps or its FLOP budget.
     """
 
     train_step: Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]
     batches: Iterator[Any]
-    evaluate: Callable[[TrainState], float]
+    evaluate: Callable[[TrainState], dict[str, float]]
     last_step: int
 
 
@@ -37,7 +39,7 @@ class Run:
 class Records:
     """Where a run writes. `meta` is saved with every checkpoint; its "validation" list grows.
 
-    monitor: None where steps do not measure their health.
+    monitor: None where steps do not measure their health. replicas: None where nobody compares them.
     """
 
     checkpoints: Checkpoints
@@ -46,6 +48,7 @@ class Records:
     ledger: Ledger
     meta: dict[str, Any]
     monitor: Monitor | None = None
+    replicas: Replicas | None = None
 
 
 def fit(
@@ -81,14 +84,18 @@ def fit(
             last = step == last_step or asked is not None
             evaluation_due = step % config.evaluation.every == 0 or step == last_step
             save_due = step % config.checkpoint.every == 0 or records.checkpoints.failed(step)
+            checks = records.replicas is not None
+            if checks and (last or save_due or records.replicas.due(step)):
+                state = records.replicas.check(step, state)
             if not (last or evaluation_due or save_due):
                 continue
             _record(records, *pending)
             pending = None
             if evaluation_due:
                 ledger.enter("evaluation")
-                loss = run.evaluate(state)
-                records.metrics.write(step, "validation", loss=loss)
+                measured = run.evaluate(state)
+                records.metrics.write(step, "validation", **measured)
+                loss = measured["loss"]
                 records.progress.note(f"step {step:,}  validation loss {loss:.4f}")
                 records.meta["validation"].append([step, loss])
                 if records.monitor is not None:
@@ -96,6 +103,7 @@ def fit(
                 if out_of_patience(records.meta["validation"], config.stop.patience):
                     reason, last = "patience", True
             if last or save_due:
+                state = records.replicas.check(step, state) if checks else state
                 ledger.enter("save blocked")
                 records.checkpoints.save(step, state, records.meta)
             if last:
@@ -123,6 +131,8 @@ def _record(records: Records, step: int, metrics: dict[str, jax.Array]) -> None:
     rate = records.progress.tokens_per_second
     if rate is not None:
         values["tokens_per_second"] = rate
+    if records.progress.mfu is not None:
+        values["mfu"] = records.progress.mfu
     records.metrics.write(step, "train", **values)
     if records.monitor is not None:
         records.monitor.look(records.metrics, step, metrics["health"], values)

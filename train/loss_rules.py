@@ -17,15 +17,22 @@ ROW_FAR, ROWS = 8.0, 3  # Robust standard deviations of a row; so many of them w
 BATCH_FAR = 3.0  # Of the median row of a batch, in standard deviations of rows.
 SAME = 0.25, 3  # Rows alike: at least so much of the batch, and so many.
 BLOCK = 256, 0.1  # Looks of a plateau: at least so many, and so much of the run.
+RIGHT = 0.99  # Of the targets.
+AGAIN = 2  # Looks in a row at batches that were looked at before.
 SURE = 2.0  # Standard errors by which the loss must have fallen.
 WORSE = 1.01  # Validation loss over its best.
 WAITING, CLOCK, SLOW = 0.5, 32, 3.0  # Share of the time; over so many looks; times the median.
 
 
 class LossRules:
-    """Looks at records in order. window: looks to compare with; total: looks of the whole run."""
+    """Looks at records in order. window: looks to compare with; total: looks of the whole run.
 
-    def __init__(self, window: int, total: int):
+    next_tokens: whether every target of the run is the token after its input.
+    """
+
+    def __init__(self, window: int, total: int, next_tokens: bool = False):
+        self._next_tokens = next_tokens
+        self._batches, self._again = collections.deque(maxlen=window), 0
         self._loss = Series(window)
         # By look: their number changes with the batch size.
         self._rows: collections.deque[np.ndarray] = collections.deque(maxlen=window)
@@ -34,6 +41,28 @@ class LossRules:
         self._losses: list[float] = []
         self._validation: list[tuple[float, float]] = []
         self._since: list[float] = []
+
+    def targets(self, record: dict[str, Any]) -> list[Symptom]:
+        """Whether the targets are what is predicted, for objectives of which that is known."""
+        shares = record.get("targets") or {}
+        if not self._next_tokens or not shares or shares["next"] >= RIGHT:
+            return []
+        variant = next((name for name in ("same", "after") if shares[name] >= RIGHT), "other")
+        evidence = {"targets that are the next token": shares["next"],
+                    "that are the token itself": shares["same"],
+                    "that are the one after the next": shares["after"]}
+        return [Symptom("wrong_targets", evidence, variant=variant)]
+
+    def batch(self, record: dict[str, Any]) -> list[Symptom]:
+        """Whether batches come again, in whatever order their rows are."""
+        batch = tuple(sorted(record["row_checksum"]))
+        since = {each: looks for looks, each in enumerate(reversed(self._batches), start=1)}
+        self._again = self._again + 1 if batch in since else 0
+        self._batches.append(batch)
+        if self._again < AGAIN:
+            return []
+        evidence = {"looks in a row": self._again, "looks ago": since[batch]}
+        return [Symptom("repeated_batch", evidence, rows=tuple(range(min(4, len(batch)))))]
 
     def rows(self, record: dict[str, Any]) -> list[Symptom]:
         """What the rows of a batch say of the data."""
@@ -79,9 +108,13 @@ class LossRules:
                 found.append(Symptom("loss_spike", evidence, rows=tuple(map(int, worst[:4]))))
         self._loss.push(np.array(loss))
         self._rows.append(np.array(record["row_loss"]))
+        self.remember(loss)
+        return found + self._plateau()
+
+    def remember(self, loss: float) -> None:
+        """What of a look counts for ever: for plateaus and overfitting."""
         self._losses.append(loss)
         self._since.append(loss)
-        return found + self._plateau()
 
     def _plateau(self) -> list[Symptom]:
         block = self._block

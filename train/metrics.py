@@ -17,6 +17,7 @@ from batiste.data.json_files import parse_json
 from batiste.train.event_kinds import check_record
 from batiste.train.ledger import Ledger
 from batiste.train.lines import Lines, complain
+from batiste.train.thinning import EVERY, thin
 
 METRICS_FILE = "metrics.jsonl"
 KINDS = ("train", "validation")
@@ -91,6 +92,11 @@ def _ranges(steps: Iterable[int]) -> list[list[int]]:
     return ranges
 
 
+def _tokens_of(record: dict[str, Any]) -> float:
+    """Of a step; records of before padding was left out count the targets that have a weight."""
+    return record.get("real_tokens", record.get("tokens", 0.0))
+
+
 class MetricsWriter:
     """Appends records to metrics.jsonl and TensorBoard event files in a work directory.
 
@@ -100,13 +106,17 @@ class MetricsWriter:
     returns (flushed), so a killed process loses at most the record it was writing. A disk that is
     full does not end the run; what could not be written is written later.
 
-    workdir: None writes nothing, for all processes of a run but the first. `reached` is the last
-    step that was recorded before. A step is recorded once: of several records the last is kept;
-    `repeated` says how many others there were, and `missing` which steps, as [first, last], have no
-    training record though the run has done them.
+    workdir: None writes nothing, for all processes of a run but the first. config: by dotted name,
+    for TensorBoard. look_back: health records that a continued run looks at again; older ones are
+    thinned out (train/thinning.py), None keeps them. `reached` is the last step that was recorded
+    before. A step is recorded once: of several records the last is kept; `repeated` says how many
+    others there were, and `missing` which steps, as [first, last], have no training record though
+    the run has done them.
     """
 
-    def __init__(self, workdir: str | os.PathLike | None, steps_done: int):
+    def __init__(self, workdir: str | os.PathLike | None, steps_done: int,
+                 config: dict[str, Any] | None = None, look_back: int | None = None):
+        self._look_back, self._looks = look_back, 0
         self._lines = self._tensorboard = None
         self.reached, self.missing, self.repeated = steps_done, [], 0
         if workdir is None:
@@ -129,7 +139,11 @@ class MetricsWriter:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        self._lines, self._tensorboard = Lines(path), TensorBoard(workdir, steps_done)
+        self._lines, self._tensorboard = Lines(path), TensorBoard(workdir, steps_done, config)
+        self._looks = sum(record["kind"] == HEALTH and "gradient" in record
+                          for record in kept.values())
+        self._tokens = sum(
+            _tokens_of(record) for record in kept.values() if record["kind"] == "train")
 
     def say_what_is_missing(self, ledger: Ledger) -> None:
         """Writes to the ledger, and in one line, what was wrong with the records before."""
@@ -157,13 +171,21 @@ class MetricsWriter:
             return
         values = {name: float(value) for name, value in values.items()}
         self._write({"step": int(step), "kind": kind, **values})
-        self._tensorboard.write(
-            int(step), {f"{kind}/{name}": value for name, value in values.items()})
+        shown = {f"{kind}/{name}": value for name, value in values.items()}
+        if kind == "train":
+            self._tokens += _tokens_of(values)
+            shown["train/tokens_in_all"] = self._tokens
+        self._tensorboard.write(int(step), shown)
 
     def write_health(self, step: int, record: dict[str, Any]) -> None:
-        """Writes what a step measured of its own health; to metrics.jsonl alone."""
-        if self._lines is not None:
-            self._write({"step": int(step), "kind": HEALTH, **record})
+        """Writes what a step measured of its own health; by layer to TensorBoard, now and then."""
+        if self._lines is None:
+            return
+        self._write({"step": int(step), "kind": HEALTH, **record})
+        self._tensorboard.write_layers(int(step), record)
+        self._looks += 1
+        if self._look_back is not None and self._looks % EVERY == 0:
+            thin(self._lines.path, self._look_back)
 
     def close(self) -> None:
         """Closes the files."""

@@ -1,6 +1,8 @@
 """Watches over a run: statistics to records, records to findings, findings to decisions."""
 
+import collections
 import dataclasses
+import math
 import pathlib
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -13,10 +15,11 @@ from batiste.train.decisions import RollBack, decide, decisions_of, lower
 from batiste.train.detector import Detector
 from batiste.train.findings import Finding
 from batiste.train.health import parse_policies
-from batiste.train.health_record import health_record
+from batiste.train.health_record import health_record, target_record
 from batiste.train.health_statistics import HealthStatistics
 from batiste.train.ledger import Ledger
 from batiste.train.metrics import MetricsWriter, read_all
+from batiste.train.thinning import is_thinned
 
 # Steps in a row without an update, before the run gives up; in float16, with a loss scale that can
 # be halved no further: halving it is how it is found.
@@ -49,19 +52,37 @@ class Monitor:
         self._detector = Detector(watched.settings, watched.examples)
         self._policies = parse_policies(config.health.policies)
         self._waited, self._since, self._skips = 0.0, time.perf_counter(), 0
+        self._targets: collections.deque[dict[str, float]] = collections.deque()
 
     def remember(self, workdir: pathlib.Path, step: int) -> None:
         """Looks at what the run wrote up to a step, so that it goes on as if never interrupted."""
         records = [record for record in read_all(workdir) if record["step"] <= step]
-        looks = [record["step"] for record in records if record["kind"] == "health"]
-        whole = looks[-LOOK_BACK * self._config.window:][:1]
+        looks = [record for record in records if record["kind"] == "health"]
+        again = looks[-self.look_back(self._config.window):]
+        thinned = sum(map(is_thinned, again))
+        if thinned:
+            self._watched.note(f"health: of {thinned} of the last {len(again)} looks only the loss "
+                               "was kept: what is usual is learned anew from those after them")
+            again = again[max(place for place, look in enumerate(again) if is_thinned(look)) + 1:]
+        first = again[0]["step"] if again else math.inf
         for record in records:
             if record["kind"] == "validation":
                 self._detector.observe_validation(record["step"], record["loss"])
-            elif record["kind"] == "health" and record["step"] >= whole[0]:
+            elif record["kind"] == "health" and record["step"] >= first:
                 self._detector.observe(record)
             elif record["kind"] == "health":
                 self._detector.remember(record)
+
+    @staticmethod
+    def look_back(window: int) -> int:
+        """How many looks a continued run looks at again."""
+        return LOOK_BACK * window
+
+    def inspect(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """The same batches, of the host, one for each `look` to come; sees what their targets are."""
+        for batch in batches:
+            self._targets.append(target_record(batch))
+            yield batch
 
     def watch(self, batches: Iterator[Any]) -> Iterator[Any]:
         """The same batches; measures how long the loop waits for them."""
@@ -85,12 +106,13 @@ class Monitor:
         now = time.perf_counter()
         seconds, waited = now - self._since, self._waited
         self._since, self._waited = now, 0.0
+        targets = self._targets.popleft()
         skipped = bool(metrics.get("skipped"))
         halved = skipped and metrics.get("loss_scale", 0.0) > self._least_scale
         self._skips = self._skips + 1 if skipped and not halved else 0
         if step % self._config.every and not skipped:
             return
-        record = health_record(jax.device_get(statistics), metrics, seconds, waited)
+        record = health_record(jax.device_get(statistics), metrics, seconds, waited, targets)
         writer.write_health(step, record)
         # float16 finds its loss scale by overflowing now and then, and skips by itself.
         if not ("loss_scale" in metrics and skipped):

@@ -3,6 +3,7 @@
 import numpy as np
 
 ENOUGH = 16  # Looks before anything is compared with the past.
+IN_A_ROW = 4  # Looks that a lasting state must last.
 NORMAL = 1.4826  # Standard deviations in a median absolute deviation, where errors are normal.
 
 
@@ -55,4 +56,16 @@ class Runs:
         """Counts one more look; zero where it is not so."""
         before = self._count.get(name, np.zeros(so.shape, int))
         self._count[name] = np.where(so, before + 1, 0)
+        return self._count[name]
+
+
+class Counts:
+    """At how many looks something has been so, by name."""
+
+    def __init__(self):
+        self._count: dict[str, np.ndarray] = {}
+
+    def add(self, name: str, so: np.ndarray) -> np.ndarray:
+        """Counts one more look."""
+        self._count[name] = self._count.get(name, np.zeros(so.shape, int)) + so
         return self._count[name]

@@ -13,7 +13,9 @@ from jax.sharding import PartitionSpec
 from batiste.models import rebalanced
 from batiste.sharding import HOST_MEMORY, compiler_options, constrain, layer_order
 from batiste.train.config import TrainConfig
-from batiste.train.faults import faulty_gradients, faulty_params, faulty_updates, parse_fault
+from batiste.train.faults import (
+    faulty_gradients, faulty_params, faulty_state, faulty_updates, parse_fault,
+)
 from batiste.train.gradients import accumulate
 from batiste.train.health import parse_policies
 from batiste.train.health_statistics import health_statistics
@@ -79,6 +81,8 @@ def _common_step(program: Program, config: TrainConfig, mesh: jax.sharding.Mesh)
         gradients, terms = gradients_of(params, batch, state.step, scale)
         gradients = faulty_gradients(fault, gradients, state.step + 1, places)
         new, metrics = _update(program, config, state, gradients, (terms, factor))
+        new = new._replace(params=faulty_state(
+            fault, new.params, state.step + 1, program.abstract_state.params))
         if slices > 1:
             sums = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(terms))
             metrics["slice_bytes"] = jnp.float32(gradient_bytes + all_reduce_bytes(slices, sums))

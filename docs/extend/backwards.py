@@ -14,4 +14,4 @@ def backwards(
     """Next tokens of the record, which has its documents reversed with probability `rate`."""
     if random.random() < objective.rate:
         record = np.concatenate([record[:1], record[:0:-1]])
-    return unpack(record[None], vocabulary.bos_id, vocabulary.pad_id)
+    return unpack(record[None], vocabulary)
