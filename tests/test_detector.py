@@ -295,7 +295,7 @@ def statistics_of_nothing() -> HealthStatistics:
     one = {"norm_D": np.float32(1)}
     of_layers = np.ones(1, np.float32)
     return HealthStatistics({"norm_D": np.float32(np.nan)}, one, one, of_layers, of_layers, None,
-                            None, None, None, None, np.ones(8, np.float32), np.arange(8))
+                            None, None, None, None, None, np.ones(8, np.float32), np.arange(8))
 
 
 def test_halving_the_loss_scale_is_no_finding_and_a_scale_that_cannot_be_halved_is(tmp_path):
@@ -308,7 +308,7 @@ def test_halving_the_loss_scale_is_no_finding_and_a_scale_that_cannot_be_halved_
         monitor = Monitor(config, Watched({"decisions": []}, ledger, settings, notes.append,
                                           lambda step: np.arange(8)))
         writer, scale = MetricsWriter(tmp_path, 0), config.loss_scale.maximum
-        for step in range(1, 100):
+        for step, _ in enumerate(monitor.inspect(itertools.repeat(batch(0), 99)), start=1):
             metrics = {"loss": 4.0, "gradient_norm": np.inf, "learning_rate": 1e-3, "skipped": 1.0,
                        "loss_scale": scale}
             try:

@@ -7,6 +7,7 @@ import pytest
 from health_streams import settings
 
 from batiste.train import TrainConfig
+from batiste.train.findings import Finding
 from batiste.train.ledger import Ledger
 from batiste.train.metrics import MetricsWriter, _encode, read_all
 from batiste.train.monitor import Monitor, Watched
@@ -48,7 +49,7 @@ def workdir(tmp_path_factory):
         (folder / "checkpoints" / str(step)).mkdir(parents=True)
     with Ledger(folder) as ledger:
         ledger.begin()
-        ledger.write("finding", step=40)
+        ledger.write("finding", **Finding("loss_spike", 40, None, None, (), {}, "", "").event())
         ledger.close("done")
     writer = MetricsWriter(folder, 0)
     for step in range(1, LOOKS + 1):
