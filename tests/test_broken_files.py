@@ -22,11 +22,11 @@ from batiste.train.account import read_account
 from batiste.train.diagnosis import diagnose
 from batiste.train.ledger import last_saved, read_ledger
 from batiste.train.metrics import read_all
-from batiste.train.plots import norms_by_layer, read_records
 from batiste.train.report import ReportFacts, write_report
+from batiste.train.run_data import read_run
 from batiste.verbs import say_text
 
-MUTATIONS = 300
+MUTATIONS = 100
 CONFIG, METRICS, LEDGER = "config.json", "metrics.jsonl", "ledger.jsonl"
 STRANGE = (None, True, -1, 0, 10**30, 1e300, "", "3", "x" * 200, "\x1b[31m", [], [1], [[]], {},
            {"a": 1}, [None], "nan")
@@ -63,10 +63,10 @@ def events() -> list[dict]:
 def contents() -> dict[str, list]:
     """The files, as lists of what is on a line each (config.json has one)."""
     experiment = Experiment()
-    experiment.train.health.window = 8
-    records = [record for step in range(1, 21) for record in (
+    experiment.train.health.window = 16
+    records = [record for step in range(1, 25) for record in (
         {"step": step, "kind": "train", "loss": 3.0, "learning_rate": 1e-3}, health(step))]
-    records.append({"step": 20, "kind": "validation", "loss": 2.5})
+    records.append({"step": 24, "kind": "validation", "loss": 2.5})
     return {CONFIG: [dataclasses.asdict(experiment)], METRICS: records, LEDGER: events()}
 
 
@@ -109,9 +109,9 @@ def damaged(draw: random.Random, text: bytes) -> bytes:
 
 
 READERS = {
-    CONFIG: (main.load_experiment, diagnose),
-    METRICS: (read_all, diagnose, lambda folder: norms_by_layer(read_records(folder), "gradient")),
-    LEDGER: (read_ledger, read_account, last_saved, diagnose),
+    CONFIG: (main.load_experiment, diagnose, read_run),
+    METRICS: (read_all, diagnose, read_run),
+    LEDGER: (read_ledger, read_account, last_saved, diagnose, read_run),
 }
 
 

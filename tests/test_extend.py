@@ -108,9 +108,14 @@ def test_a_run_remembers_its_parts_and_refuses_to_go_on_with_others(corpus, tmp_
     assert np.isfinite(evaluate(workdir).loss)
     assert len(generate(workdir, ["a", "bcd"])) == 2
     path.write_text(code + "# Another thought.\n")
+    with pytest.raises(ValueError, match="runs .*mine.py, .* or has changed: .*--trust_code"):
+        evaluate(workdir)
+    experiment.train.num_steps = 5
+    longer = ["train.num_steps"]
     with pytest.raises(ValueError, match="own code was .*mine.py=.* is .*mine.py="):
-        train(experiment, workdir)
-    train(experiment, workdir, resume_override=["own code"])
+        train(experiment, workdir, resume_override=longer)
+    assert train(experiment, workdir, resume_override=[*longer, "own code"]).step == 5
+    assert np.isfinite(evaluate(workdir).loss)
 
 
 @pytest.mark.parametrize("name,message", [

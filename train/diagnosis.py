@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from batiste.data.printable import printable
 from batiste.train.detector import Detector
 from batiste.train.findings import Finding
 from batiste.train.health import HealthConfig
@@ -98,6 +99,7 @@ def write_diagnosis(workdir: str | os.PathLike) -> str:
         draw(workdir / PICTURE_FILE, records, findings)
         lines += ["", f"![Loss, gradients and activations by layer]({PICTURE_FILE})"]
     text = "\n".join(lines) + "\n"
+    text = printable(text)
     (workdir / DIAGNOSIS_FILE).write_text(text, encoding="utf-8")
     return text
 
