@@ -12,7 +12,7 @@ NEWEST_PYTHON := $(shell .ci/newest_python $(PYTHON))
 NEWEST := .venv-newest
 # What depends on the versions of JAX and flax most: kernels, sharding, the step, resuming.
 CORE := $(addprefix tests/test_, attention_reference.py attention_gpu.py attention_tpu_compile.py \
-	flash_decode.py fused_cross_entropy.py sharding.py slices.py step.py resume.py checkpoints.py)
+	flash_decode.py fused_cross_entropy.py sharding.py slices.py step.py resume.py)
 # And what is slow of it: real processes, and the notebook.
 SLOW_CORE := tests/test_processes.py tests/test_docs.py::test_the_notebook_runs_from_top_to_bottom
 
