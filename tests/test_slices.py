@@ -79,7 +79,7 @@ def test_only_shares_of_gradients_cross_and_their_bytes_are_reported(sizes, zero
     slices = sizes["slice"]
     crossed = crossings(text, slices, 8)
     assert {kind for kind, *_ in crossed} == {"all-reduce"}
-    entries = sum(size for _, size in shares(program, sizes)) + 3  # And three sums of losses.
+    entries = sum(size for _, size in shares(program, sizes)) + 4  # And four sums over rows.
     sent = 2 * (slices - 1) / slices * 4 * entries
     assert sum(size for _, size, _ in crossed) == sent
     assert entries < sum(leaf.size for leaf in jax.tree.leaves(program.abstract_state.params)) / 1.9
@@ -119,8 +119,8 @@ def test_gradients_of_micro_batches_are_summed_over_data_once(zero):
     ))
     assert over_data["reduce-scatter"] == split // 4
     assert over_data["all-gather"] == split
-    # And three sums of losses; under ZeRO-1 the gradient's norm, of shares, is sums of scalars too.
-    scalars = 3 * 4 + (8 * len(sizes) if zero else 0)
+    # And four sums over rows; under ZeRO-1 the gradient's norm, of shares, is sums of scalars too.
+    scalars = 4 * 4 + (8 * len(sizes) if zero else 0)
     assert sum(sizes) - split <= over_data.pop("all-reduce") <= sum(sizes) - split + scalars
     assert set(over_data) == {"reduce-scatter", "all-gather"}
 
