@@ -16,7 +16,7 @@ CORE := $(addprefix tests/test_, attention_reference.py attention_gpu.py attenti
 # And what is slow of it: real processes, and the notebook.
 SLOW_CORE := tests/test_processes.py tests/test_docs.py::test_the_notebook_runs_from_top_to_bottom
 
-.PHONY: quickstart check test test-weights check-newest test-newest clean
+.PHONY: quickstart check test test-long test-weights check-newest test-newest clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/batiste train --config=$(CONFIG) --workdir=$(WORKDIR)
@@ -27,10 +27,15 @@ check: $(VENV)/installed-dev
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest tests --numprocesses=2 --dist=loadfile
 
+# Ten times as many random experiments, each trained for two steps on a mesh: hours on two cores.
+test-long: $(VENV)/installed-dev
+	$(BIN)/python -m pytest tests/test_random_configs.py --random-configs=400 --numprocesses=2 \
+		--dist=load
+
 # What CI runs on the newest versions; `make test-newest` runs all that needs no torch.
 check-newest: newest-environment
 ifneq ($(NEWEST_PYTHON),)
-	$(NEWEST)/bin/python -m pytest $(SLOW_CORE) --numprocesses=2 --dist=worksteal
+	$(NEWEST)/bin/python -m pytest $(SLOW_CORE) --numprocesses=2 --dist=loadfile
 	$(NEWEST)/bin/python -m pytest $(CORE) --numprocesses=2 --dist=worksteal -m 'not slow'
 endif
 

@@ -23,7 +23,7 @@ from batiste.verbs import VERBS
 
 ROOT = pathlib.Path(__file__).resolve().parent
 # What a file in the wrong place means, besides what the system calls it.
-PLACES = {errno.ENOTDIR: ": a directory is needed there", errno.EEXIST: ": a directory is needed there"}
+PLACES = dict.fromkeys((errno.ENOTDIR, errno.EEXIST), ": a directory is needed there")
 EXTRAS = {"cuda": "cuda", "gpu": "cuda", "tpu": "tpu"}  # JAX_PLATFORMS to an extra of setup.py.
 USAGE = """usage: batiste VERB [--flags]
 
@@ -33,9 +33,9 @@ Several processes of one run each add --distributed (SLURM, Open MPI, Kubernetes
 --coordinator_address=HOST:PORT --num_processes=N --process_id=I; see docs/launch.md.
 
 FILE is a Python file such as configs/quickstart.py; every field of it is a flag, for instance
---config.model.num_layers=8. `batiste VERB --help` lists the flags, and with --config=FILE the fields;
-`batiste VERB --config=FILE --print_config` prints the whole config; `batiste completion bash` (or zsh)
-prints what completes all of these in a shell; `batiste --version` says what is installed.
+--config.model.num_layers=8. `batiste VERB --help` lists the flags, with --config=FILE the fields, too;
+`batiste VERB --config=FILE --print_config` prints the whole config; `batiste completion bash` (or
+zsh) prints what completes all of these in a shell; `batiste --version` says what is installed.
 """
 
 

@@ -7,7 +7,7 @@ import platform
 import sys
 
 VARIABLE = "BATISTE_COMPILATION_CACHE"
-MAX_BYTES = 4 * 2**30  # The least recently used programs make room; one of a large model has 100 MB.
+MAX_BYTES = 4 * 2**30  # Of all of a machine; the least recently used programs make room.
 MIN_SECONDS = 1.0  # What compiles faster is compiled again.
 
 

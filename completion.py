@@ -7,8 +7,9 @@ from absl import flags
 
 SHELLS = ("bash", "zsh")
 # After an equals sign and for words that are no flags the shell completes file names by itself.
-SCRIPT = """{start}# Completion of `batiste` for {shell}: source it, or put `source <(batiste completion {shell})` into
-# the file that the shell reads when it starts. A new version of batiste may have other fields.
+SCRIPT = """{start}# Completion of `batiste` for {shell}: source it, or put
+#     source <(batiste completion {shell})
+# into the file that the shell reads when it starts.
 _batiste() {{
     local word="${{COMP_WORDS[COMP_CWORD]}}" verb="${{COMP_WORDS[1]}}" words=""
     COMPREPLY=()

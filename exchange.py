@@ -59,7 +59,8 @@ class Imported(NamedTuple):
         path = self.folder / TOKENIZER
         if not path.is_file():
             raise ValueError(
-                f"{self.folder}: the model came without a tokenizer.json or vocab.txt; put one "
+                f"{self.folder}: the model came without a tokenizer.json, vocab.txt, "
+                "tokenizer.model, or vocab.json with merges.txt; put one "
                 "beside its config.json and import it again"
             )
         return path

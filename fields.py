@@ -1,7 +1,7 @@
-"""What every config is made of: known fields, each of its type, each with a text that says what it is.
+"""What every config is made of: known fields, each of a type, each with a text that says what it is.
 
-A config is a dataclass that derives from `Config`. A field that it does not have is refused where it
-is set, and `check_types` refuses a value of another type by the field's dotted name.
+A config is a dataclass that derives from `Config`. A field that it does not have is refused where
+it is set, and `check_types` refuses a value of another type by the field's dotted name.
 """
 
 import ast
@@ -25,7 +25,7 @@ NAMES = {int: "a whole number", float: "a finite number", bool: "True or False",
 
 
 class Config:
-    """Base of the config dataclasses: setting or giving a field that there is not raises at once."""
+    """Base of the config dataclasses: a field that does not exist is refused where it is set."""
 
     def __new__(cls, *values: Any, **fields: Any) -> "Config":
         """A config; TypeError, with the nearest name, for a field that its class does not have."""
@@ -58,8 +58,8 @@ def types_of(kind: type) -> dict[str, Any]:
 def check_types(config: Any, prefix: str = "") -> None:
     """Raises ValueError, naming `prefix` and the field, for a value that is not of its field's type.
 
-    A bool is no number, a list is no tuple, and neither NaN nor infinity is a number. A whole number
-    stands for a float, too. Configs inside a config are checked with it.
+    A bool is no number, a list is no tuple, and neither NaN nor infinity is a number. A whole
+    number stands for a float, too. Configs inside a config are checked with it.
     """
     for name, hint in types_of(type(config)).items():
         _check(prefix + name, getattr(config, name), hint)
@@ -112,8 +112,8 @@ def type_name(hint: Any) -> str:
 def texts(kind: type) -> dict[str, str]:
     """What each field of a config class is, from the comments beside it or the class's docstring.
 
-    A comment stands at the end of the field's line, or in the lines right above it. In the docstring
-    an entry is `name: text`, or `name, other: text`, at the beginning of a sentence.
+    A comment stands at the end of the field's line, or in the lines right above it. In the
+    docstring an entry is `name: text`, or `name, other: text`, at the beginning of a sentence.
     """
     found = dict(_docstring_entries(kind))
     source = textwrap.dedent(inspect.getsource(kind))

@@ -137,9 +137,12 @@ def _fit_from(
             ledger.write(event, **fields)
             progress.note(f"{event} after step {fields['step']}: {fields['what']} [{fields['action']}]")
 
-        replicas = Replicas(
-            experiment.train.health, assembly.mesh, assembly.program.abstract_state, report,
-            lambda: checkpoints.latest_step)
+        def newest() -> int | None:
+            checkpoints.wait()
+            return checkpoints.latest_step
+
+        replicas = Replicas(experiment.train.health, assembly.mesh,
+                            assembly.program.abstract_state, report, newest)
     try:
         return fit(experiment.train, state, run,
                    Records(checkpoints, metrics, progress, ledger, meta, monitor, replicas))

@@ -5,7 +5,8 @@ import sys
 from absl import flags
 
 from batiste.verb_flags import (
-    define_compilation_cache, define_config, define_trust, define_workdir, define_written_workdir, required,
+    define_compilation_cache, define_config, define_trust, define_workdir, define_written_workdir,
+    required,
 )
 
 

@@ -31,8 +31,8 @@ def define_written_workdir(values: flags.FlagValues) -> None:
 def define_trust(values: flags.FlagValues) -> None:
     """--trust_code, of verbs that read a work directory."""
     flags.DEFINE_bool(
-        "trust_code", False, "Run the code that the directory's config names, now and later, as long "
-        "as it does not change (docs/extend.md).", flag_values=values)
+        "trust_code", False, "Run the code that the directory's config names, now and later, as "
+        "long as it does not change (docs/extend.md).", flag_values=values)
 
 
 def trust(values: flags.FlagValues, name: str = "workdir") -> str:

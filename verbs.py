@@ -13,8 +13,8 @@ from batiste import exit_codes
 from batiste.exchange_verbs import define_export, define_import, export, import_
 from batiste.task_verbs import define_embed, define_tune, embed, tune
 from batiste.verb_flags import (
-    connect_processes, define_compilation_cache, define_config, define_processes, define_trust, define_workdir,
-    define_written_workdir, given_experiment, required, trust,
+    connect_processes, define_compilation_cache, define_config, define_processes, define_trust,
+    define_workdir, define_written_workdir, given_experiment, required, trust,
 )
 
 

@@ -1,4 +1,4 @@
-"""Which code outside the package may run because a work directory names it: what was used here before.
+"""Which code a work directory may run by naming it: what was used with it on this machine before.
 
 The config of a work directory may name a Python file (docs/extend.md). One that came from elsewhere
 must not run it unasked. So what a run or an import uses is remembered outside the directory, in the

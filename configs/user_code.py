@@ -1,4 +1,4 @@
-"""Python files of a person's own: run once each, with errors that show that person's frames alone."""
+"""Python files of a person's own: run, with errors that show that person's frames alone."""
 
 import contextlib
 import importlib.util
@@ -7,7 +7,7 @@ import sys
 import sysconfig
 import traceback
 from collections.abc import Iterator
-from types import ModuleType, TracebackType
+from types import ModuleType
 
 import xxhash
 
@@ -53,7 +53,8 @@ def own_errors(what: str, path: str) -> Iterator[None]:
     except (Exception, SystemExit) as error:
         if isinstance(error, ValueError) and file.parent.parent == PACKAGE:
             raise ValueError(str(error)) from None
-        refused = ValueError(f"{what}={path}: {type(error).__name__}: {' '.join(str(error).split())}")
+        text = " ".join(str(error).split())
+        refused = ValueError(f"{what}={path}: {type(error).__name__}: {text}")
         refused.add_note(_frames(error, file))
         raise refused from None
 
@@ -62,13 +63,9 @@ def _frames(error: BaseException, file: pathlib.Path) -> str:
     """The frames of an error that are neither Batiste's nor a library's, as a traceback has them."""
     if isinstance(error, SyntaxError):
         return "".join(traceback.format_exception_only(error)[:-1]).rstrip("\n")
-    frames = [frame for frame in traceback.extract_tb(_after_this_file(error.__traceback__))
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__)
               if _is_own(frame.filename, file)]
     return "".join(traceback.format_list(frames)).rstrip("\n")
-
-
-def _after_this_file(frames: TracebackType | None) -> TracebackType | None:
-    return None if frames is None else frames.tb_next
 
 
 def _is_own(name: str, file: pathlib.Path) -> bool:

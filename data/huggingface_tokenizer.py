@@ -11,6 +11,7 @@ from typing import Any
 
 from batiste.data.json_files import MAX_TOKENIZER_BYTES, parse_json, read_json, shown
 from batiste.data.tokenizer import PROBE, SPACE, Tokenizer
+from batiste.data.vocabulary_files import has_vocabulary, vocabulary_json
 from batiste.data.wordpiece import VOCABULARY, wordpiece_json
 
 SUFFIX = ".json"
@@ -106,13 +107,13 @@ class HuggingFaceTokenizer(Tokenizer):
 
 
 def pack(folder: pathlib.Path) -> bytes:
-    """What `HuggingFaceTokenizer` takes, of a directory with a tokenizer.json, or BERT's vocab.txt.
+    """What `HuggingFaceTokenizer` takes, of a directory with a tokenizer.json, or what is older.
 
     Raises ValueError where nothing in it says which token begins or ends a document.
     """
     settings = {name: read_json(folder / name, SETTINGS)
                 for name in FILES[1:] if (folder / name).is_file()}
-    text = _described(folder)
+    text, also_named = _described(folder)
     with package_errors(f"{folder}: the tokenizer"):
         tokenizer = tokenizers_package().Tokenizer.from_str(text)
         begin_ids, close_ids = _template(tokenizer)
@@ -120,6 +121,7 @@ def pack(folder: pathlib.Path) -> bytes:
     def ids_of(kind: str) -> list[int]:
         """The tokens of a kind, those that the tokenizer's files name before the model's."""
         named = [settings.get(name, {}).get(f"{kind}_token") for name in reversed(FILES[1:3])]
+        named += [also_named.get(f"{kind}_token")]
         named = [each.get("content") if isinstance(each, dict) else each for each in named]
         found = [tokenizer.token_to_id(each) for each in named if each is not None]
         for name in reversed(FILES[3:]):
@@ -162,12 +164,16 @@ def _template(tokenizer) -> tuple[list[int], list[int]]:
     return whole[:start], whole[start + len(plain):]
 
 
-def _described(folder: pathlib.Path) -> str:
+def _described(folder: pathlib.Path) -> tuple[str, dict[str, str]]:
+    """The tokenizer.json of a directory, and names of tokens that no other file has."""
     if not (folder / FILES[0]).is_file():
-        return wordpiece_json(folder, tokenizers_package())
+        with package_errors(f"{folder}: the tokenizer"):
+            if (folder / VOCABULARY).is_file():
+                return wordpiece_json(folder, tokenizers_package()), {}
+            return vocabulary_json(folder, tokenizers_package())
     data = (folder / FILES[0]).open("rb").read(MAX_TOKENIZER_BYTES + 1)
     described_in(data, str(folder / FILES[0]))
-    return data.decode("utf-8-sig")
+    return data.decode("utf-8-sig"), {}
 
 
 def described_in(data: bytes | str, where: str) -> dict[str, Any]:
@@ -206,7 +212,8 @@ def package_errors(what: str) -> Iterator[None]:
 
 def can_pack(names: Iterable[str]) -> bool:
     """Whether files of these names have a tokenizer that `pack` can read."""
-    return FILES[0] in names or VOCABULARY in names
+    names = list(names)
+    return FILES[0] in names or VOCABULARY in names or has_vocabulary(names)
 
 
 def tokenizers_package():

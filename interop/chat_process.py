@@ -49,10 +49,12 @@ def _answered(transformers, asked: dict) -> dict:
 
 
 def _limit(seconds: int) -> None:
-    """Ends this process by a signal after so much more CPU time, and bounds its memory."""
+    """Ends this process by a signal after so much more CPU time; on Linux bounds its memory, too."""
     used = resource.getrusage(resource.RUSAGE_SELF)
     until = int(used.ru_utime + used.ru_stime) + seconds + 1
     resource.setrlimit(resource.RLIMIT_CPU, (until, until))
+    if sys.platform != "linux":  # Others count what was only reserved, or do not hold to it.
+        return
     with open("/proc/self/statm") as sizes:
         taken = int(sizes.read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (taken + MOST_BYTES, taken + MOST_BYTES))

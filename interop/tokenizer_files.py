@@ -7,10 +7,10 @@ from typing import Any
 from batiste.data import Tokenizer
 from batiste.data.huggingface_tokenizer import tokenizers_package
 from batiste.data.tokenizer import PROBE, SPACE, TAB
+from batiste.data.vocabulary_files import (
+    BYTE, CONTROL, UNKNOWN, USER_DEFINED, merging, model_of, pieces_of,
+)
 
-UNIGRAM, BPE, CHARACTERS = 1, 2, 4  # SentencePiece's numbers of kinds of models,
-UNKNOWN, CONTROL, USER_DEFINED, BYTE = 2, 3, 4, 6  # and of pieces.
-NEVER = -1e6  # A score for names of bytes, "<0x41>": read as one only beside unknown characters.
 SAMPLE = PROBE.replace("<s>", "").replace(SPACE, "") + "def f(self, x):\n\treturn [x] * 23  # été\n"
 
 
@@ -61,38 +61,9 @@ def _described(tokenizer: Tokenizer) -> dict[str, Any]:
     if tokenizer.name == "bytes":
         pieces = [("<pad>", 0.0, CONTROL), ("<s>", 0.0, CONTROL),
                   *((f"<0x{value:02X}>", 0.0, BYTE) for value in range(256))]
-        return _file(pieces, _merging(pieces), tokenizer.bos_id)
-    from sentencepiece import sentencepiece_model_pb2
-
-    proto = sentencepiece_model_pb2.ModelProto.FromString(tokenizer.model)
-    pieces = [(each.piece, each.score, each.type) for each in proto.pieces]
-    kind = proto.trainer_spec.model_type
-    if kind not in (UNIGRAM, BPE, CHARACTERS):
-        raise ValueError("a SentencePiece model of whole words has no tokenizer.json")
-    model = _likeliest(pieces) if kind == UNIGRAM else _merging(pieces)
-    return _file(pieces, model, tokenizer.bos_id)
-
-
-def _merging(pieces: list[tuple[str, float, int]]) -> dict[str, Any]:
-    """Byte-pair encoding: pieces that are text, the best first, each from any two others."""
-    vocabulary = {piece: index for index, (piece, _, _) in enumerate(pieces)}
-    text = {piece: score for piece, score, kind in pieces if kind not in (CONTROL, UNKNOWN, BYTE)}
-    merges = [
-        [piece[:cut], piece[cut:]]
-        for piece in sorted(text, key=lambda piece: (-text[piece], vocabulary[piece]))
-        for cut in range(1, len(piece)) if piece[:cut] in text and piece[cut:] in text
-    ]
-    return {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-            "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": True,
-            "ignore_merges": False, "vocab": vocabulary, "merges": merges}
-
-
-def _likeliest(pieces: list[tuple[str, float, int]]) -> dict[str, Any]:
-    """The unigram model: the pieces whose scores add up to the most."""
-    scored = [[piece, NEVER if kind in (CONTROL, UNKNOWN, BYTE) else score]
-              for piece, score, kind in pieces]
-    unknown = next(index for index, each in enumerate(pieces) if each[2] in (UNKNOWN, CONTROL))
-    return {"type": "Unigram", "unk_id": unknown, "vocab": scored, "byte_fallback": True}
+        return _file(pieces, merging(pieces), tokenizer.bos_id)
+    proto, pieces = pieces_of(tokenizer.model)
+    return _file(pieces, model_of(proto.trainer_spec.model_type, pieces), tokenizer.bos_id)
 
 
 def _file(

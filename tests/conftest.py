@@ -38,9 +38,11 @@ def pytest_addoption(parser):
     """--update-golden rewrites the golden files that the tests it selects compare with.
 
     --without-torch skips the modules that import torch, each counted with its reason.
+    --random-configs: so many random experiments are held to what every legal one must do.
     """
     parser.addoption("--update-golden", action="store_true")
     parser.addoption("--without-torch", action="store_true")
+    parser.addoption("--random-configs", type=int, default=40)
 
 
 class ModuleThatNeedsTorch(pytest.Module):

@@ -25,8 +25,8 @@ from batiste.evaluation import make_row_losses
 from batiste.models import Transformer
 from batiste.sharding import MeshConfig, laid_out, make_mesh, place, time_order
 from batiste.train import (
-    Checkpoints, Ledger, Monitor, TrainConfig, TrainState, Watched, make_program, make_train_step,
-    roll_back,
+    Checkpoints, Ledger, Monitor, Replicas, TrainConfig, TrainState, Watched, make_program,
+    make_train_step, roll_back,
 )
 from batiste.train.detector import Detector
 from batiste.train.findings import Finding
@@ -142,7 +142,9 @@ def watched(experiment: Experiment, _):
             done.append(monitor()._act([dataclasses.replace(finding, kind=kind)]))
         except ValueError as error:
             done.append(str(error))
-    return looks, said, dataclasses.asdict(goes), done
+    replicas = Replicas(experiment.train.health, make_mesh(MeshConfig()), {})
+    compared = [step for step in range(1, 9) if replicas.due(step)]
+    return looks, said, dataclasses.asdict(goes), done, compared
 
 
 def rates(experiment: Experiment, _):

@@ -18,6 +18,7 @@ from batiste.forecast import choice_of
 from batiste.inference import SamplingConfig, generate
 from batiste.interop import FAMILIES, WeightMap, fitting_family
 from batiste.interop import files as weight_files
+from batiste.interop.family import FREE_FIELDS
 from batiste.models import Beside, Transformer, resolve_attention
 from batiste.models.config_checks import (
     BIASES, DTYPES, EXPERT_SCORES, FORMS, NORM_PLACEMENTS, POSITIONS, REMAT_POLICIES, ROPE_SCALINGS,
@@ -125,7 +126,18 @@ def _model(source: random.Random, experiment: Experiment) -> dict[str, Any]:
         fields |= _experts(source, fields["num_layers"])
     if some(0.2):
         fields |= _latent(source, fields)
-    return fields
+    return _of_family(source, fields) if some(0.3) else fields
+
+
+def _of_family(source: random.Random, fields: dict[str, Any]) -> dict[str, Any]:
+    """Of the fields those in which members of a family differ; of the others what all have."""
+    family = source.choice(FAMILIES)
+    own = {*FREE_FIELDS, *(field.ours for field in family.fields)}
+    if family.rope_base is not None:
+        own |= {"rope_base", "rope_scaling", "rope_original_length"}
+    absent = {field.ours: field.absent for field in family.fields if field.theirs is None}
+    return {name: value for name, value in fields.items() if name in own} | {
+        name: value for name, value in (absent | dict(family.fixed)).items() if not callable(value)}
 
 
 def _experts(source: random.Random, num_layers: int) -> dict[str, Any]:
@@ -371,11 +383,12 @@ def check_decoding(settled: Settled, seed: int) -> None:
     whole = kinds == {"prefix"} and model.form == "decoder"
     transformer = nnx.merge(settled.program.graphdef, jax.device_put(settled.params, jax.devices()[0]))
     config = SamplingConfig(temperature=0.0, top_p=None, max_tokens=min(6, model.max_length - 5))
-    steps = list(generate(transformer, prompts, -1, config, whole_prompts=whole))
-    written = [[row for row in each] for each in zip(*steps)]
     two = model.form == "encoder_decoder"
-    # `generate` begins what is written with the stop token, whose id here is none: that is 0.
-    starts = [[0] for _ in prompts] if two else prompts
+    stop_id = 0 if two else -1  # What is written to a source begins with it.
+    steps = list(generate(transformer, prompts, stop_id, config, whole_prompts=whole))
+    written = [[token for token in each if token is not None] for each in zip(*steps)]
+    written = written or [[] for _ in prompts]
+    starts = [[stop_id] for _ in prompts] if two else prompts
     length = max(map(len, starts)) + len(steps)
     tokens_BT = np.zeros((len(prompts), length), np.int32)
     for row, start, more in zip(tokens_BT, starts, written):
@@ -412,14 +425,15 @@ def check_exchange(settled: Settled, folder: Any) -> str | None:
     read = WeightMap(family, again, theirs, abstract).parameters(
         weight_files.Tensors(folder), abstract)
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(read), settled.params)
-    if model.discriminator:
-        return family.model_type
+    free = {name: getattr(model, name) for name in FREE_FIELDS}
+    if model.discriminator or dataclasses.replace(again, **free) == model:
+        return family.model_type  # The same parameters of the same model say the same.
     tokens_BT = np.arange(16, dtype=np.int32).reshape(2, 8) % model.vocab_size
     beside = Beside(source_tokens_BS=tokens_BT if model.encoder_layers else None)
 
     def logits(model, params):
         graphdef = nnx.split(nnx.eval_shape(lambda: Transformer(model, rngs=nnx.Rngs(0))))[0]
-        return nnx.merge(graphdef, params)(tokens_BT, beside=beside)
+        return jax.jit(lambda params: nnx.merge(graphdef, params)(tokens_BT, beside=beside))(params)
 
     np.testing.assert_allclose(
         logits(again, read), logits(model, settled.params), rtol=1e-5, atol=1e-5)

@@ -158,7 +158,7 @@ BY_HAND = ("--coordinator_address=localhost:1", "--num_processes=2", "--process_
 def test_processes_that_cannot_be_joined_are_refused(
     verb, arguments, flags, parts, refusal, monkeypatch
 ):
-    monkeypatch.setattr(main, "load_experiment", lambda workdir: Experiment())
+    monkeypatch.setattr(main, "load_experiment", lambda workdir, trust_code=False: Experiment())
     line = refusal(verb, *arguments, "--workdir=x", *flags)
     for part in parts:
         assert part in line, line
@@ -258,6 +258,6 @@ def test_a_refused_process_ends_with_its_line_and_1(argument, part, tmp_path):
 
 
 def test_what_is_not_the_persons_mistake_keeps_its_traceback(monkeypatch, tmp_path):
-    monkeypatch.setattr(main, "load_experiment", lambda workdir: int("a defect"))
+    monkeypatch.setattr(main, "load_experiment", lambda workdir, trust_code=False: int("a defect"))
     with pytest.raises(ValueError, match="invalid literal"):
         command_line.run(["batiste", "train", f"--workdir={tmp_path}"])

@@ -142,7 +142,7 @@ CASES = {
     **cases(probes.start, "train.", {"seed": 1}),
     **cases(probes.watched, "train.", {
         "health.every": (2, {"train.health.every": 1}), "health.window": 16, "health.roll_back": 3,
-        "health.policies": "loss_spike=stop",
+        "health.policies": "loss_spike=stop", "health.replicas_every": 2,
     }),
     **cases(probes.layout, "mesh.", {
         "slice": 2, "stage": 2, "context": 2, "expert": (2, EXPERTS), "data": (8, {"mesh.tensor": 2}),

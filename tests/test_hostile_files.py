@@ -21,6 +21,7 @@ from mutations import mutate_bytes, mutate_json, outcome
 from test_data_tokenizer import TEXTS
 from test_families import CASES as DECODERS
 from test_families import torch_twin
+from test_vocabulary_files import sentencepiece_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from batiste.data import PackedReader, can_pack, load_tokenizer, pack_tokenizer
@@ -28,10 +29,10 @@ from batiste.interop import FAMILIES, WeightMap, family_of
 from batiste.interop.directory import open_source
 from batiste.models import Transformer, TransformerConfig
 
-FEW, MANY = 24, 130  # Mutations of each kind of file: in all 312, and 1,690.
+FEW, MANY = 20, 100  # Mutations of each kind of file: in all 300, and 1,500.
 KINDS = ("config", "config of experts", "config of two", "index", "header", "weights", "gguf",
          "gguf's numbers", "tokenizer", "tokenizer settings", "special tokens", "generation",
-         "vocabulary")
+         "vocabulary", "sentencepiece", "merges")
 
 
 @functools.lru_cache(maxsize=None)
@@ -91,6 +92,11 @@ def published(tmp_path_factory) -> dict[str, pathlib.Path]:
     transformers.BertForMaskedLM(bert).save_pretrained(root / "bert")
     (root / "bert/vocab.txt").write_text("\n".join(
         ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghij", "##a", "##b")))
+    for name in ("merged", "pieces"):
+        shutil.copytree(root / "llama", root / name, ignore=lambda *_: ["tokenizer.json"])
+        (root / name / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer"}')
+    tokenizer.model.save(str(root / "merged"))
+    (root / "pieces/tokenizer.model").write_bytes(sentencepiece_model(vocab_size=300))
     gguf_model(root)
     return {"root": root}
 
@@ -144,6 +150,8 @@ TARGETS = {
     "special tokens": ("llama", "special_tokens_map.json", mutate_json),
     "generation": ("llama", "generation_config.json", mutate_json),
     "vocabulary": ("bert", "vocab.txt", mutate_bytes),
+    "sentencepiece": ("pieces", "tokenizer.model", mutate_bytes),
+    "merges": ("merged", "merges.txt", mutate_bytes),
 }
 
 

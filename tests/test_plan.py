@@ -18,7 +18,7 @@ from batiste.configs import llama3_8b, quickstart
 from batiste.models import Transformer, TransformerConfig
 from batiste.pallas_kernels import certified
 from batiste.planning import (
-    Account, Choice, Workload, fits, gpu_machine, machine_here, search, tpu_machine,
+    Account, Choice, Workload, fits, gpu_machine, machine_here, saved, search, tpu_machine,
 )
 from batiste.planning.program_text import read_program
 from batiste.planning.saved import bytes_per_row, repetitions, saved_arrays
@@ -71,6 +71,7 @@ def test_predicted_state_is_what_a_real_state_takes(kind, data, tensor, zero):
     {"norm_placement": "parallel", "local_rope_base": 100.0, "embedding_norm": True},
     {"num_kv_heads": 8, "head_dim": 20, "latent_rank": 26, "rope_dim": 6, "value_dim": 18,
      "query_rank": 34},
+    {"num_experts": 4, "shared_experts": 2, "activation": "swiglu"},
 ], ids=str)
 @pytest.mark.parametrize("remat", ["none", "full", "names"])
 def test_what_is_said_to_be_kept_is_what_the_real_derivative_keeps(change, remat):
@@ -97,6 +98,38 @@ def test_what_is_said_to_be_kept_is_what_the_real_derivative_keeps(change, remat
         for entry in saved_arrays(model)
     )
     assert predicted == sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in kept) > 0
+
+
+def test_what_is_not_known_is_said_once_and_stops_nothing(monkeypatch, capsys):
+    shared = Workload(dataclasses.replace(WIDE, num_experts=4, shared_experts=2),
+                      TrainConfig(batch_size=16), 16)
+    choice = Choice(mesh_config(), "none", 1)
+    assert Account(shared).unknown(choice) is None
+    known = Account(shared).estimate(choice).total
+    monkeypatch.setattr(saved, "other_sizes", lambda model: {})
+    account = Account(shared)
+    assert account.unknown(choice).startswith("not accounted for: ")
+    assert "BT?" in account.unknown(choice)
+    assert 0 < account.estimate(choice).total < known
+    experiment = quickstart.get_config()
+    experiment.model = dataclasses.replace(
+        experiment.model, num_experts=4, shared_experts=2, bias="none")
+    forecast.check_memory(experiment)
+    assert capsys.readouterr().err.count("not accounted for") == 1
+
+
+def test_generators_future_heads_and_encoders_are_accounted_for():
+    def kept(**change):
+        model = dataclasses.replace(
+            WIDE, num_layers=4, layer_pattern=("global",), window=None, **change)
+        return Account(workload(model)).saved_bytes(Choice(mesh_config(), "none", 1))
+
+    assert kept(future_heads=2) == pytest.approx(kept() * 6 / 4, rel=0.2)
+    two = dict(form="encoder_decoder")
+    more = [kept(encoder_layers=layers, **two) for layers in (1, 2, 8)]
+    assert more[2] - more[1] == pytest.approx(6 * (more[1] - more[0])) != 0
+    found = dict(form="encoder", discriminator=True)
+    assert kept(**found) * 1.2 < kept(generator_heads=4, **found) < kept(**found) * 1.9
 
 
 @pytest.mark.parametrize("size", [2, 4])

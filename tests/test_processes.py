@@ -4,6 +4,7 @@ What is computed by the same processes again is bit-equal. Between one process a
 within 1e-6: gloo adds the parts of the devices in another order than one process does.
 """
 
+import contextlib
 import json
 import os
 import pathlib
@@ -92,7 +93,9 @@ def budget(experiment, steps: int) -> float:
 
 def program_checks(workdir: pathlib.Path) -> dict:
     """Runs in both processes of PROGRAM: shares of odd meshes, and refusals, one line each."""
+    from batiste.main import prepare
     from batiste.sharding import Share, agree, check_shared, together
+    from batiste.train import work_directory_lock
 
     index = jax.process_index()
     devices = np.array(jax.devices()).reshape(2, 4)
@@ -121,7 +124,13 @@ def program_checks(workdir: pathlib.Path) -> dict:
         except (ValueError, OSError) as error:
             return str(error)
 
+    # A directory that process 0 holds already, as another run would.
+    taken = workdir.with_name("taken")
+    with work_directory_lock(taken) if index == 0 else contextlib.nullcontext():
+        held = refused(lambda: prepare(experiment("nothing", "zero"), taken))
+        together("leave the directory that is taken")
     return {
+        "held": held,
         "shares": shares,
         "together": together("count", lambda: str(index)),
         "failed": refused(lambda: together("write", fail)),
@@ -306,6 +315,8 @@ def test_processes_wait_agree_and_fail_together(program):
     assert first["differs"] == second["differs"]
     assert "process 1 differs from process 0: b is 1 and not 0" in first["differs"]
     assert "--workdir must be on a file system that all processes share" in first["not shared"]
+    assert re.match("workdir=.*taken: is in use by process ", first["held"])
+    assert second["held"].startswith("process 0 could not hold ") and first["held"] in second["held"]
     assert re.match("wait: not all 2 processes were done after 0.5 s", first["late"])
 
 

@@ -82,7 +82,7 @@ def test_one_bit_is_found_named_and_repaired_on_any_mesh(laid_out):
         compared.add(paths[index])
         with pytest.raises(ValueError, match=f"after step {number}.*{paths[index]}.*device") as error:
             stops.check(number, broken)
-        assert f"device {device.id} " in str(error.value) and "is of step 40" in str(error.value)
+        assert f"device {device.id} " in str(error.value) and "newest is of step 40" in str(error.value)
         assert "\n" not in str(error.value)
         if replicas == 2:  # Which of the two is right, nobody knows.
             with pytest.raises(ValueError, match="no majority"):

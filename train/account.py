@@ -200,6 +200,8 @@ def _add_steps(total: Account, start: Start, event: dict[str, Any]) -> None:
     seconds, step = event["seconds"].get("step", 0.0), event["step"]
     if step is None:
         return
+    if not total.legs:  # The line that says from where is lost.
+        _continue_from(total, start, 0, 0)
     last = total.stretches[-1] if total.stretches else None
     if last is not None and last.first == last.last == start.reached:
         last.last, last.seconds, last.until = step, last.seconds + seconds, start.end

@@ -24,6 +24,8 @@ CONFIG = {
             f"{group}_multiplier": float for group in ("embedding", "head", "matrix", "vector")}},
     },
 }
+MAY_BE_NULL = dict.fromkeys(
+    ("train.health.every", "train.optimizer.clip_norm", "model.num_experts"))
 DIAGNOSIS_FILE = "doctor.md"
 PICTURE_FILE = "doctor.png"
 
@@ -35,8 +37,8 @@ def diagnose(workdir: str | os.PathLike) -> list[Finding]:
     data. Raises ValueError where there is no run.
     """
     workdir = pathlib.Path(workdir)
-    settings = read_flat_config(workdir, CONFIG)
-    if not settings:
+    settings = MAY_BE_NULL | read_flat_config(workdir, CONFIG)
+    if not (workdir / "config.json").is_file():
         raise ValueError(f"workdir={workdir}: no config.json there, so no run; expected the "
                          "--workdir of a `batiste train`")
     found = {(finding.kind, finding.step): finding for finding in _written(workdir)}
@@ -50,7 +52,7 @@ def diagnose(workdir: str | os.PathLike) -> list[Finding]:
         for record in records:
             try:
                 new = _look(detector, record, last_thinned)
-            except (LookupError, TypeError, ValueError) as error:
+            except (ArithmeticError, LookupError, StopIteration, TypeError, ValueError) as error:
                 raise ValueError(
                     f"{workdir}/metrics.jsonl: the {record['kind']} record of step {record['step']} "
                     f"does not go with those before: {type(error).__name__}: {error}") from error

@@ -39,9 +39,15 @@ NOT_FINITE = ("nan", "inf", "-inf")
 
 
 def check_event(event: dict[str, Any], where: str) -> None:
-    """Raises ValueError, naming `where` and the key, for an event of the ledger that is no such."""
+    """Raises ValueError, naming `where` and the key, for an event of the ledger that is no such.
+
+    What may be null, and is left out, is null afterwards.
+    """
     check_json(event, EVENT, where)
-    check_json(event, OF_EVENT.get(event["event"], {}), where)
+    kinds = OF_EVENT.get(event["event"], {})
+    check_json(event, kinds, where)
+    for name in kinds:
+        event.setdefault(name, None)
     if event.get("action") == "roll_back":
         check_json(event, {"to": int}, where)
     for name in ("time", "clock", "alive"):

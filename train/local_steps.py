@@ -33,8 +33,8 @@ class LocalStepsConfig(Config):
 
     steps: between exchanges; step train.num_steps exchanges too. Evaluation, generation and a run
     that stops early see what the slices last agreed on. outer_learning_rate, outer_momentum:
-    of the outer optimizer, SGD with Nesterov's momentum. compression: of what is exchanged (train/compression.py).
-    kept_fraction: of the entries, by top_k.
+    of the outer optimizer, SGD with Nesterov's momentum. compression: of what is exchanged
+    (train/compression.py). kept_fraction: of the entries, by top_k.
     """
 
     steps: int | None = None

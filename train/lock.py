@@ -40,7 +40,7 @@ def work_directory_lock(workdir: str | os.PathLike, break_lock: bool = False) ->
       ValueError: another process, or another thread of this one, holds it; the message names it.
     """
     folder = pathlib.Path(workdir)
-    made = not folder.exists()
+    made = [each for each in (folder, *folder.parents) if not each.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / LOCK_FILE
     descriptor = _acquire(path, break_lock)
@@ -53,9 +53,9 @@ def work_directory_lock(workdir: str | os.PathLike, break_lock: bool = False) ->
         ended.set()
         beat.join()
         _release(path, descriptor)
-        if made:
-            with contextlib.suppress(OSError):
-                folder.rmdir()  # Only an empty one.
+        with contextlib.suppress(OSError):
+            for each in made:
+                each.rmdir()  # Only an empty one.
 
 
 def holder_of(workdir: str | os.PathLike) -> dict[str, Any] | None:

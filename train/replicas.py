@@ -80,12 +80,12 @@ class Replicas:
             return self._repaired(state, found)
         why = ", and no majority to repair them from" if self._repairs else ""
         latest = self._latest()
-        last = "none was saved" if latest is None else f"the last one is of step {latest}"
+        last = "none was saved" if latest is None else f"the newest is of step {latest}"
         raise ValueError(
-            f"replicas of the training state differ after step {step}{why}: {said}{more}. Nothing "
-            f"of this state is saved, and checkpoints are good ({last}): look at that device, then "
-            "continue with the same command; train.health.policies=replicas_differ=repair goes on "
-            "with what most replicas have"
+            f"replicas of the training state differ after step {step}{why}: {said}{more}. This "
+            f"state is not saved; what was saved before was compared and is good ({last}). Look at "
+            "that device, and the same command continues; train.health.policies="
+            "replicas_differ=repair goes on with what most replicas have"
         )
 
     def _compare(self, state: Any) -> list[Difference]:
@@ -113,7 +113,8 @@ class Replicas:
                              for place in places)
 
         if found.wrong:
-            return f"{found.parameter} on {named(found.wrong)}, unlike {len(found.among)} replicas' most"
+            return (f"{found.parameter} on {named(found.wrong)}, unlike most of its "
+                    f"{len(found.among)} replicas")
         return f"{found.parameter} between {named(found.among)}"
 
     def _repaired(self, state: Any, found: list[Difference]) -> Any:
