@@ -6,7 +6,7 @@ import time
 
 import numpy as np
 import pytest
-from health_streams import BEGUN, ROWS, batch, findings, stream
+from health_streams import BEGUN, ROWS, batch, findings, stream, settings
 
 from batiste.configs.experiment import Experiment, flatten
 from batiste.data import position
@@ -17,6 +17,7 @@ from batiste.train.config import TrainConfig
 from batiste.train.decisions import (
     Decision, learning_rate_factor, lower, roll_back, skipped, start_of,
 )
+from batiste.train.detector import Detector
 from batiste.train.findings import CAUSES, Finding
 from batiste.train.health import CLASSES, parse_policies
 from batiste.train.health_statistics import HealthStatistics
@@ -169,6 +170,19 @@ def test_a_router_that_collapses_is_found(spread, begun, step):
     found = findings(records, model__num_experts=8, model__experts_per_token=2)
     assert [(each.kind, each.layer, each.step) for each in found] == (
         [("router_collapse", 1, step)] if step else [])
+
+
+def test_what_one_process_alone_sees_keeps_nothing_quiet():
+    """Targets are looked at by each process in its own rows: all must still act alike."""
+    records = copy.deepcopy(stream(None))
+    for record in records[BEGUN - 1:]:
+        _ramp(record, record["step"] - BEGUN)
+        record["targets"] = {"next": 0.0, "same": 0.0, "after": 0.0}
+    assert stream(None)[-1]["targets"]["next"] == 1.0
+    assert [finding.kind for finding in findings(records)] == ["wrong_targets"]
+    detector = Detector(settings(), alone=False)
+    kinds = [found.kind for record in records for found in detector.observe(record)]
+    assert kinds[0] == "wrong_targets" and "loss_spike" in kinds
 
 
 def test_a_router_with_one_expert_of_every_token_is_left_in_peace():

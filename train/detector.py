@@ -39,12 +39,16 @@ class Detector:
     """Looks at a run's records in order; equal records give equal findings.
 
     settings: the flat config of the run. examples: step -> numbers of the records in its batch, by
-    row; None leaves them out.
+    row; None leaves them out. alone: whether no other process looks at rows of its own; where one
+    does, what is seen of these explains nothing, so that all processes act alike.
     """
 
     def __init__(
-        self, settings: dict[str, Any], examples: Callable[[int], Sequence[int]] | None = None
+        self, settings: dict[str, Any], examples: Callable[[int], Sequence[int]] | None = None,
+        alone: bool = True,
     ):
+        self._explains = EXPLAINS if alone else {
+            kind: explained for kind, explained in EXPLAINS.items() if kind != "wrong_targets"}
         every, window = settings["train.health.every"], settings["train.health.window"]
         self._settings, self._examples, self._window = settings, examples, window
         self._layers = LayerRules(window, settings)
@@ -82,7 +86,7 @@ class Detector:
         findings = []
         for symptom in symptoms:
             explained = any(
-                symptom.kind in EXPLAINS.get(kind, ()) and self._looks - look < SOON
+                symptom.kind in self._explains.get(kind, ()) and self._looks - look < SOON
                 for (kind, _), look in self._seen.items())
             place = symptom.kind, symptom.layer
             lasts = self._looks - self._seen.get(place, -self._window) < self._window

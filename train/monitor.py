@@ -49,7 +49,8 @@ class Monitor:
     def __init__(self, config: TrainConfig, watched: Watched):
         self._config, self._watched = config.health, watched
         self._least_scale = config.loss_scale.minimum
-        self._detector = Detector(watched.settings, watched.examples)
+        self._detector = Detector(
+            watched.settings, watched.examples, alone=jax.process_count() == 1)
         self._policies = parse_policies(config.health.policies)
         self._waited, self._since, self._skips = 0.0, time.perf_counter(), 0
         self._targets: collections.deque[dict[str, float]] = collections.deque()
