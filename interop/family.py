@@ -87,6 +87,29 @@ class Family:
 
         brought: the config that an import brought along, for keys that are not ours.
         """
+        theirs, differences = self._compared(model, brought)
+        if differences:
+            raise ValueError(
+                f"a {self.model_type} has no place for {', '.join(differences)}: export another "
+                "family, or train a model that is one"
+            )
+        return theirs
+
+    def differences(self, model: TransformerConfig) -> list[str]:
+        """The fields in which a model is none of this family, each beside what the family has.
+
+        Raises ValueError where the family has nothing comparable to it.
+        """
+        return self._compared(model, {})[1]
+
+    def _compared(
+        self, model: TransformerConfig, brought: Mapping[str, Any]
+    ) -> tuple[dict[str, Any], list[str]]:
+        """The config of the family's model that is most like it, and where the two differ."""
+        theirs = self._write(model, brought)
+        return theirs, _different(model, self.model_of(theirs))
+
+    def _write(self, model: TransformerConfig, brought: Mapping[str, Any]) -> dict[str, Any]:
         theirs = dict(self.extra) | dict(brought) | dict(self.required)
         theirs |= {"model_type": self.model_type, "architectures": [self.architecture],
                    "dtype": model.dtype}
@@ -107,12 +130,6 @@ class Family:
         if self.has_layer_types:
             names = {ours: name for name, ours in KINDS.items()}
             theirs["layer_types"] = [names[kind] for kind in model.layer_kinds]
-        different = _different(model, self.model_of(theirs))
-        if different:
-            raise ValueError(
-                f"a {self.model_type} has no place for {', '.join(different)}: export another "
-                "family, or train a model that is one"
-            )
         return theirs
 
     def _read(self, field: Field, theirs: Mapping[str, Any]) -> Any:
@@ -147,21 +164,34 @@ def family_of(theirs: Mapping[str, Any], families: Sequence[Family]) -> Family:
 
 
 def fitting_family(model: TransformerConfig, families: Sequence[Family]) -> Family:
-    """The first family that has a model like this; ValueError says what the nearest one lacks."""
-    reasons = []
+    """The first family that has a model like this.
+
+    Raises ValueError naming the family that differs in the fewest fields, and these fields.
+    """
+    nearest: tuple[Family, list[str]] | None = None
     for family in families:
         try:
-            family.config_of(model, {})
+            differences = family.differences(model)
+        except ValueError:  # Not even a config of that family can be written of this model.
+            continue
+        if not differences:
             return family
-        except ValueError as error:
-            reasons.append(str(error))
-    raise ValueError(f"no family has this model; the nearest: {min(reasons, key=len)}")
+        if nearest is None or len(differences) < len(nearest[1]):
+            nearest = family, differences
+    if nearest is None:
+        raise ValueError(
+            "no family has a model like this one: --format=stablehlo writes a decoder's program")
+    raise ValueError(
+        f"no family has this model; the nearest is {nearest[0].model_type}, which has no place for "
+        f"{', '.join(nearest[1])}: train a model that is one, or write a decoder's program with "
+        "--format=stablehlo"
+    )
 
 
 def _different(one: TransformerConfig, other: TransformerConfig) -> list[str]:
     one, other = _plain(one), _plain(other)
     return [
-        f"model.{field.name}={getattr(one, field.name)!r}"
+        f"model.{field.name}={getattr(one, field.name)!r} (its own is {getattr(other, field.name)!r})"
         for field in dataclasses.fields(one)
         if field.name not in FREE_FIELDS and getattr(one, field.name) != getattr(other, field.name)
     ]

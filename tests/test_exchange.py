@@ -1,6 +1,7 @@
 """`batiste import` and `batiste export`: nothing is lost either way, and what is wrong is named."""
 
 import copy
+import dataclasses
 import json
 import logging
 import pathlib
@@ -20,11 +21,11 @@ from test_families import SMALL, torch_twin
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from batiste import command_line, exchange, main
-from batiste.configs import encoder_families, families
+from batiste.configs import encoder_families, families, quickstart
 from batiste.configs.experiment import Experiment
 from batiste.data import SourceConfig
 from batiste.inference import SamplingConfig, generate
-from batiste.interop import FAMILIES, files
+from batiste.interop import FAMILIES, files, fitting_family
 from batiste.interop import certificate as certificates
 from batiste.models import Transformer, TransformerConfig
 from batiste.verbs import VERBS
@@ -188,6 +189,24 @@ def test_a_model_that_was_not_imported_finds_its_family(tmp_path):
     assert certificates.check(certificate, found) < 1e-5
     with pytest.raises(ValueError, match="a llama has no place for model.bias='qkv'"):
         exchange.export_model(given, str(tmp_path / "other"), "llama")
+
+
+def test_the_model_that_everybody_trains_first_has_a_family():
+    assert fitting_family(quickstart.get_config().model, FAMILIES).model_type == "qwen3"
+
+
+@pytest.mark.parametrize("changes,expected", [
+    ({"activation": "relu2"}, "qwen3, which has no place for model.activation='relu2' (its own is 'swiglu')"),
+    ({"attention_sinks": True}, "qwen3, which has no place for model.attention_sinks=True"),
+    ({"num_experts": 4, "activation": "relu"}, "qwen3_moe, which has no place for model.activation"),
+    ({"form": "encoder", "qk_norm": False, "positions": "learned", "norm": "layer", "bias": "all",
+      "norm_placement": "post", "activation": "relu2"}, "which has no place for"),
+])
+def test_a_model_of_no_family_hears_of_the_nearest(changes, expected):
+    model = dataclasses.replace(quickstart.get_config().model, **changes)
+    with pytest.raises(ValueError, match=f"the nearest is .*{re.escape(expected)}") as refusal:
+        fitting_family(model, FAMILIES)
+    assert len(re.findall(r"model\.\w+=", str(refusal.value))) <= 6
 
 
 def test_verification_finds_a_byte_and_a_weight(exported, tmp_path):

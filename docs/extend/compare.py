@@ -12,14 +12,14 @@ import pathlib
 from batiste.configs.experiment import Experiment
 from batiste.configs.quickstart import get_config as quickstart
 
-# F that gives a layer 12 D² parameters: 4 D² + 2 D F, 6 D F, and 9 D² + 2 D F.
+# F that gives a layer 12 D² parameters without a gate: 4 D² + 2 D F, 6 D F, and 9 D² + 2 D F.
 WIDTHS = {"attention": 512, "GatedRecurrence": 256, "LSTM": 192}
 
 
 def get_config(mixer: str = "attention") -> Experiment:
-    """The quickstart, with what mixes tokens exchanged."""
+    """The quickstart with ReLU², and what mixes tokens exchanged."""
     config = quickstart()
-    config.model.mlp_dim = WIDTHS[mixer]
+    config.model.activation, config.model.mlp_dim = "relu2", WIDTHS[mixer]
     if mixer != "attention":
         config.model.positions, config.model.qk_norm = "none", False
         config.model.mixer = f"{pathlib.Path(__file__).with_name('recurrent.py')}:{mixer}"
