@@ -342,7 +342,8 @@ def test_another_batch_size_goes_on_with_the_next_record_and_so_does_the_one_aft
     for rows, steps in ((16, 3), (8, 5)):
         experiment.train.batch_size, experiment.train.num_steps = rows, steps
         read.clear()
-        assert train(experiment, workdir, resume_override=override).step == steps
+        result = train(experiment, workdir, resume_override=override)
+        assert (result.reason, result.step) == ("done", steps)
         start = begins.pop(0)
         for number in range(2):  # Threads read ahead, in any order.
             first = start + number * rows
