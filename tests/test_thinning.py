@@ -69,7 +69,7 @@ def findings_after(workdir, step):
         monitor = Monitor(config, Watched({"decisions": []}, ledger, flat, said.append, lambda _: ()))
         monitor.remember(workdir, step)
         noted = list(said)
-        found = [finding.line() for after in range(step + 1, LOOKS + 20)
+        found = [finding.line() for after in range(step + 1, step + 31)
                  for finding in monitor._detector.observe({"step": after, **look(after)})]
     return noted, found
 
