@@ -28,7 +28,8 @@ from batiste.models.parts import ACTIVATIONS, NORMS
 from batiste.planning import Account, Workload
 from batiste.planning.saved import bytes_per_row, repetitions
 from batiste.sharding import AXES, CONTEXT_EXCHANGES, RULES, MeshConfig, layer_order, make_mesh
-from batiste.train import make_program, make_train_step
+from batiste.train import Replicas, make_program, make_train_step
+from batiste.train.health import HealthConfig
 from batiste.train.optimizer import KINDS as OPTIMIZERS
 from batiste.train.schedule import KINDS as SCHEDULES
 from batiste.train.schedule import WARMUPS
@@ -332,6 +333,8 @@ def two_steps(settled: Settled, layout: MeshConfig, devices: int, batch: Batch) 
     for _ in range(2):
         state, metrics = step(state, placed)
         measured.append(jax.device_get(metrics))
+    if devices > 1:  # Raises where devices came to different bits of what they all have.
+        Replicas(HealthConfig(), mesh, program.abstract_state).check(2, state)
     return measured, by_depth(jax.device_get(state.params), layout, model.num_layers)
 
 
