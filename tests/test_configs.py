@@ -153,7 +153,7 @@ def test_the_docstring_holds_the_command_that_launches_it(name, monkeypatch):
         raise Launched(experiment, workdir)
 
     monkeypatch.setattr(main, "train", launched)
-    monkeypatch.setattr(main, "import_weights", lambda source, workdir, experiment: launched(
+    monkeypatch.setattr(main, "import_weights", lambda source, workdir, experiment, break_lock: launched(
         experiment, workdir))
     docstring = importlib.import_module(f"batiste.configs.{name}").__doc__
     docstring = docstring.replace("\\\n", "") + "\n"
