@@ -28,9 +28,10 @@ START_IDS = {"bart": [2], "marian": [58100], "t5": [0]}
 
 MOST_TOKENS = 2**21  # Eight times the largest published vocabulary; a table has a row for each id.
 STEP = dict | None
+ADDED = {"id": int, "content": str, "special": bool}
 KIND = {  # Of a tokenizer.json.
     "model": {"type": str | None, "vocab": dict[str, int] | list, "merges": list | None},
-    "added_tokens": (list[{"id": int, "content": str, "special": bool}], None),
+    "added_tokens": (list[ADDED], None),
     "normalizer": STEP, "pre_tokenizer": STEP, "decoder": STEP, "post_processor": STEP,
 }
 NAMED = (str, {"content": str}, None)

@@ -25,10 +25,11 @@ BYTE_LEVEL = {
 SPECIAL = {"gpt2": ("<|endoftext|>",), "qwen2": ("<|endoftext|>",),
            "roberta": ("<s>", "<pad>", "</s>", "<unk>", "<mask>")}
 NAMED = (str, {"content": str}, None)
+ADDED = {"content": str, "special": bool | None}
 SETTINGS = {
     "tokenizer_class": str | None, "add_bos_token": bool | None, "add_eos_token": bool | None,
     "bos_token": NAMED, "eos_token": NAMED,
-    "added_tokens_decoder": (dict[str, {"content": str, "special": bool | None}], None),
+    "added_tokens_decoder": (dict[str, ADDED], None),
 }
 INSTEAD = ("save it as tokenizer.json with transformers' "
            "AutoTokenizer.from_pretrained(DIRECTORY).save_pretrained(DIRECTORY), and import that")

@@ -11,7 +11,6 @@ import pathlib
 import random
 import shutil
 
-import jax
 import numpy as np
 import pytest
 import torch
