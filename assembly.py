@@ -95,6 +95,18 @@ class Assembly:
             return {"loss": result.loss}
         return {"loss": result.loss, "bits_per_byte": result.bits_per_byte}
 
+    def sample(self, params: Any, step: int) -> list[tuple[str, str]]:
+        """Continues the config's prompts and (process 0) writes them down, as those of a step."""
+        # An encoder continues nothing.
+        encoder = self.experiment.model.form == "encoder"
+        prompts = () if encoder else self.experiment.sample.prompts
+        with jax.transfer_guard("allow"):  # Not a step of training: it waits for each token.
+            texts = self.write(params, prompts, self.experiment.sample)
+        samples = list(zip(prompts, texts, strict=True))
+        if is_first():
+            write_samples(self.workdir, step, samples)
+        return samples
+
     def plain(self, params: Any) -> Any:
         """The parameters as decoding wants them: layers by depth, on MeshConfig.plain."""
         layout = self.program.layout
@@ -201,14 +213,10 @@ class Assembly:
         ledger.enter("evaluation")
         result = self.measure(params)
         ledger.enter("sampling")
-        # An encoder continues nothing.
-        prompts = () if experiment.model.form == "encoder" else experiment.sample.prompts
-        texts = self.write(params, prompts, experiment.sample)
+        samples = self.sample(params, step)
         ledger.enter("idle")
         if not is_first():
             return result
-        samples = list(zip(prompts, texts, strict=True))
-        write_samples(self.workdir, step, samples)
         facts = ReportFacts(
             name=self.workdir.name,
             parameters=self.parameters,

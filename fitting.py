@@ -130,6 +130,8 @@ def _fit_from(
         evaluate=lambda state: assembly.validation(
             state.params, experiment.train.evaluation.max_batches),
         last_step=last_step,
+        sample=(lambda state, step: assembly.sample(state.params, step))
+        if experiment.train.evaluation.samples else None,
     )
     replicas = None
     if experiment.train.health.replicas_every is not None and assembly.mesh.size > 1:

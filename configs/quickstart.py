@@ -38,7 +38,7 @@ def get_config(arg: str | None = None) -> Experiment:
                 kind="linear", learning_rate=0.012, warmup_steps=0.091, final_fraction=0.02,
             ),
             checkpoint=CheckpointConfig(every=80),
-            evaluation=EvaluationConfig(every=220),
+            evaluation=EvaluationConfig(every=220, samples=True),
         ),
         sample=SamplingConfig(
             temperature=0.6, prompts=("    def close(self):\n", "    for line in", "import os\n"),

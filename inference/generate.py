@@ -1,5 +1,7 @@
 """Continues prompts of unequal length, token by token, with a KV cache."""
 
+import collections
+import copy
 import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -16,6 +18,9 @@ from batiste.sharding import compiler_options
 
 # Tokens that a cache has room for at first, if so many may come; it doubles when it is full.
 FIRST_ROOM = 256
+# The programs of the last models and ways to sample, which a second call finds again. They are
+# compared and not hashed: the static part of a model holds its config, which may be changed.
+_RECENT: collections.deque[tuple[Any, Any]] = collections.deque(maxlen=4)
 
 
 def generate(
@@ -56,7 +61,7 @@ def generate(
     graphdef, params = nnx.split(model, nnx.Param)
     (device, *_) = jax.tree.leaves(params)[0].devices()
     options = compiler_options(device, letters_tree(params))
-    prefill, grow, decode = _compiled(graphdef, config, options, whole_prompts)
+    prefill, grow, decode = _programs(graphdef, config, options, whole_prompts)
     keys_B = jax.random.split(jax.random.key(config.seed), len(prompts))
     start = functools.partial(prefill, params)
     if reads:
@@ -86,6 +91,20 @@ def generate(
 def _room(tokens: int, max_length: int) -> int:
     """The size of a cache for so many tokens: a power of two, so that few programs are compiled."""
     return min(1 << (tokens - 1).bit_length(), max_length)
+
+
+def _programs(
+    graphdef: Any, config: SamplingConfig, options: dict[str, bool] | None, whole_prompts: bool
+) -> tuple[Any, Any, Any]:
+    """Prefill, grow and decode of a model: those of an earlier call, where there was one alike."""
+    wanted = graphdef, config, options, whole_prompts
+    for known, programs in list(_RECENT):
+        if known == wanted:
+            return programs
+    wanted = copy.deepcopy(wanted)
+    programs = _compiled(*wanted)
+    _RECENT.append((wanted, programs))
+    return programs
 
 
 def _compiled(

@@ -35,6 +35,7 @@ from batiste.train.health_record import health_record
 from batiste.train.health_statistics import HealthStatistics
 from batiste.train.local_steps import make_exchange
 from batiste.train.metrics import read_metrics
+from batiste.train.samples import read_samples
 
 TOKENS_BT = np.arange(16, dtype=np.int32).reshape(2, 8) % 7
 BATCH = Batch(TOKENS_BT, TOKENS_BT + 1, np.ones((2, 8), np.float32),
@@ -228,7 +229,7 @@ def first_batch(experiment: Experiment, corpus: pathlib.Path):
 
 
 def run(experiment: Experiment, corpus: pathlib.Path):
-    """What the real `train` leaves: why and when it ended, checkpoints, metrics, samples."""
+    """What the real `train` leaves: why and when it ended, metrics, checkpoints, samples by step."""
     with tempfile.TemporaryDirectory(dir=corpus) as workdir, _replacing(SHARED):
         workdir = pathlib.Path(workdir)
         result = main.train(experiment, workdir)
@@ -236,12 +237,13 @@ def run(experiment: Experiment, corpus: pathlib.Path):
                     if name not in ("tokens_per_second", "mfu")}
                    for record in read_metrics(workdir)]
         saved = sorted(path.name for path in (workdir / "checkpoints").glob("[0-9]*"))
+        sampled = [sample["step"] for sample in read_samples(workdir)]
         samples = re.search(r"^## Samples\n.*?(?=^## |\Z)", (workdir / "report.md").read_text(),
                             re.S | re.M)[0]
         kept = corpus / "run"
         shutil.rmtree(kept, ignore_errors=True)
         shutil.copytree(workdir, kept)
-        return result.reason, result.step, metrics, saved, samples
+        return result.reason, result.step, metrics, saved, samples, sampled
 
 
 def failed_saves(experiment: Experiment, corpus: pathlib.Path) -> int:

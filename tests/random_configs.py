@@ -134,7 +134,7 @@ def _of_family(source: random.Random, fields: dict[str, Any]) -> dict[str, Any]:
     """Of the fields those in which members of a family differ; of the others what all have."""
     family = source.choice(FAMILIES)
     own = {*FREE_FIELDS, *(field.ours for field in family.fields)}
-    if family.rope_base is not None:
+    if family.rotates:
         own |= {"rope_base", "rope_scaling", "rope_original_length"}
     absent = {field.ours: field.absent for field in family.fields if field.theirs is None}
     return {name: value for name, value in fields.items() if name in own} | {
@@ -388,7 +388,8 @@ def check_decoding(settled: Settled, seed: int) -> None:
     config = SamplingConfig(temperature=0.0, top_p=None, max_tokens=min(6, model.max_length - 5))
     two = model.form == "encoder_decoder"
     stop_id = 0 if two else -1  # What is written to a source begins with it.
-    steps = list(generate(transformer, prompts, stop_id, config, whole_prompts=whole))
+    steps = list(generate(transformer, prompts, (stop_id,), config, whole_prompts=whole,
+                          start_ids=(stop_id,) if two else ()))
     written = [[token for token in each if token is not None] for each in zip(*steps)]
     written = written or [[] for _ in prompts]
     starts = [[stop_id] for _ in prompts] if two else prompts

@@ -1,5 +1,6 @@
 """Laws of generation and of perplexity."""
 
+import collections
 import dataclasses
 import math
 import sys
@@ -86,10 +87,12 @@ def test_a_cache_that_grows_decodes_what_one_of_full_length_does(model, kind, mo
     module = sys.modules["batiste.inference.generate"]
     endless = dataclasses.replace(GREEDY, max_tokens=None)
     rows, decoders, make = {}, [], module._compiled
+    monkeypatch.setattr(module, "_RECENT", collections.deque(maxlen=0))
     monkeypatch.setattr(module, "_compiled", lambda *given: decoders.append(make(*given)) or decoders[-1])
     for room in (1, 16):
         monkeypatch.setattr(module, "FIRST_ROOM", room)
-        steps = generate(nnx.merge(graphdef, params), PROMPTS, 0, endless, kind == "prefix")
+        steps = generate(nnx.merge(graphdef, params), PROMPTS, (0,), endless, kind == "prefix",
+                         start_ids=(2,) if changed.form == "encoder_decoder" else ())
         rows[room] = list(steps)
     assert rows[1] == rows[16] and len(rows[1]) > 3
     # From 8 to 16 tokens, from 2 for what is written from nothing; and at once 16.
@@ -112,13 +115,34 @@ def test_a_cache_has_room_for_what_is_asked_and_is_given_up_to_the_next_step(mod
 
         return prefill, grow, watch
 
+    monkeypatch.setattr(module, "_RECENT", collections.deque(maxlen=0))
     monkeypatch.setattr(module, "_compiled", watched)
     for tokens, room in ((3, 16), (1000, 256), (None, 256)):
         caches.clear()
-        steps = generate(model, PROMPTS, -1, dataclasses.replace(GREEDY, max_tokens=tokens))
+        steps = generate(model, PROMPTS, (-1,), dataclasses.replace(GREEDY, max_tokens=tokens))
         next(steps), next(steps)
         assert caches[0].k_LBSKH.shape[2] == room
         assert caches[0].k_LBSKH.is_deleted()
+
+
+def test_a_second_call_compiles_nothing_unless_something_has_changed(model, monkeypatch):
+    module, made = sys.modules["batiste.inference.generate"], []
+    make = module._compiled
+    monkeypatch.setattr(module, "_RECENT", collections.deque(maxlen=4))
+    monkeypatch.setattr(module, "_compiled", lambda *given: made.append(make(*given)) or made[-1])
+    first = rows_of(model, PROMPTS, GREEDY)
+    assert rows_of(model, PROMPTS, dataclasses.replace(GREEDY)) == first
+    assert [part._cache_size() for part in made[0]] == [1, 0, 1] and len(made) == 1
+    capped = dataclasses.replace(model.config, logit_soft_cap=1e-3)
+    graphdef, params = nnx.split(model)
+    del graphdef
+    other = nnx.merge(
+        nnx.split(nnx.eval_shape(lambda: Transformer(capped, rngs=nnx.Rngs(3))))[0], params)
+    warm = dataclasses.replace(GREEDY, temperature=1.0, seed=1)
+    assert rows_of(other, PROMPTS, warm) != rows_of(model, PROMPTS, warm)
+    assert len(made) == 3
+    warm.temperature = 0.0  # In place: what was compiled for another temperature is not taken.
+    assert rows_of(model, PROMPTS, warm) == first
 
 
 def test_prompts_that_do_not_fit_are_refused(model):

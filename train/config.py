@@ -51,6 +51,7 @@ class EvaluationConfig(Config):
 
     every: int = 100  # steps between two measurements of the validation loss
     max_batches: int | None = None  # batches of a measurement; None: all there are
+    samples: bool = False  # continue sample.prompts each time, too, for the report
 
 
 @dataclasses.dataclass

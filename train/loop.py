@@ -26,13 +26,15 @@ class Run:
 
     batches: Batches on the mesh, the one of step `state.step` first. evaluate: what a state makes of
     the validation split, by name; "loss" in nats per token. last_step: where the run ends, by its
-    steps or its FLOP budget.
+    steps or its FLOP budget. sample: writes down what a state makes of the prompts, after each
+    evaluation but the last; None writes none.
     """
 
     train_step: Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]
     batches: Iterator[Any]
     evaluate: Callable[[TrainState], dict[str, float]]
     last_step: int
+    sample: Callable[[TrainState, int], None] | None = None
 
 
 @dataclasses.dataclass
@@ -102,6 +104,9 @@ def fit(
                     records.monitor.validated(step, loss)
                 if out_of_patience(records.meta["validation"], config.stop.patience):
                     reason, last = "patience", True
+                if run.sample is not None and not last:
+                    ledger.enter("sampling")
+                    run.sample(state, step)
             if last or save_due:
                 state = records.replicas.check(step, state) if checks else state
                 ledger.enter("save blocked")

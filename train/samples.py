@@ -1,4 +1,4 @@
-"""What a run has written at the end of each of its extensions: samples.jsonl, and TensorBoard's text."""
+"""What a run makes of its prompts, by step: samples.jsonl, and TensorBoard's text."""
 
 import json
 import os
