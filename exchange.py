@@ -19,6 +19,7 @@ from batiste.configs.experiment import Experiment, flatten
 from batiste.data import (
     PackedReader, RecordObjective, TextReader, Tokenizer, can_pack, load_tokenizer, pack_tokenizer,
 )
+from batiste.data.json_files import read_json
 from batiste.interop import FAMILIES, Family, Tensors, WeightMap, family_of, fitting_family
 from batiste.interop import certificate as certificates
 from batiste.interop.chat import chat_tokens
@@ -35,6 +36,7 @@ from batiste.train import (
 )
 
 FOLDER, META, FILES, TOKENIZER = "imported", "import.json", "files", "tokenizer.json"
+META_KIND = {"family": str, "model": dict, "arrays": dict}
 USUAL_OBJECTIVES = {"decoder": (), "encoder": ("masked",), "encoder_decoder": ("spans",)}
 
 
@@ -91,7 +93,7 @@ def imported(workdir: pathlib.Path) -> Imported | None:
     """What a work directory begins with, None if it was not imported."""
     folder = pathlib.Path(workdir, FOLDER)
     path = folder / META
-    return Imported(folder, json.loads(path.read_text())) if path.is_file() else None
+    return Imported(folder, read_json(path, META_KIND)) if path.is_file() else None
 
 
 def chat_prompt(workdir: pathlib.Path, message: str) -> list[int]:
@@ -233,7 +235,7 @@ def export_model(
     begun = imported(given.workdir)
     brought = None if begun is None else begun.folder / FILES
     family = _family(given.model, family_name, begun)
-    config = {} if brought is None else json.loads((brought / CONFIG).read_text())
+    config = {} if brought is None else read_json(brought / CONFIG)
     aside = read_aside(brought)
     if begun is None:
         config = _ids(given)

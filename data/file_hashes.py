@@ -9,6 +9,8 @@ from typing import Any
 
 import xxhash
 
+from batiste.data.json_files import check_json
+
 HASHING_THREADS = 4  # xxh3 and reading let go of the interpreter; one core hashes 10 GB/s and more.
 PIECE_BYTES = 4 * 2**20
 
@@ -37,9 +39,11 @@ def read_signed(path: pathlib.Path) -> dict[str, Any] | None:
     """What `write_signed` wrote, None if that is not what the file holds; FileNotFoundError."""
     try:
         value = json.loads(path.read_bytes())
-        return value if value.pop("digest") == _digest(value) else None
-    except (ValueError, LookupError, TypeError, AttributeError):
+        check_json(value, {"digest": str, "files": dict[str, list[int | str]]}, str(path))
+    except (ValueError, RecursionError):
         return None
+    whole = all([type(part) for part in each] == [int, str] for each in value["files"].values())
+    return value if value.pop("digest") == _digest(value) and whole else None
 
 
 def damage(

@@ -9,6 +9,7 @@ import numpy as np
 
 from batiste.data.file_hashes import Hashes, damage, read_signed
 from batiste.data.huggingface_tokenizer import HuggingFaceTokenizer
+from batiste.data.json_files import check_json, shown
 from batiste.data.record_reader import RecordReader
 from batiste.data.tokenizer import ByteTokenizer, SentencePieceTokenizer, Tokenizer
 
@@ -20,6 +21,16 @@ PIPELINE = 2
 # format has hashes of its own, and of 60 flipped bytes none came through when they were read.
 HASHED_BYTES = 8 << 30
 RECORDS = ".array_record"
+TOKENIZERS = {"sentencepiece": SentencePieceTokenizer, "huggingface": HuggingFaceTokenizer}
+DTYPES = ("uint16", "int32")  # Of stored tokens.
+# What is read of a manifest; see data/json_files.py for what the kinds mean.
+SPLIT = {"records": int, "bytes": int, "sources": list[
+    {"files": list[{"name": str, "bytes": int, "records": int}]}]}
+KIND = {
+    "fingerprint": str, "pipeline": int | None, "tokenizer": {"name": str, "dtype": str},
+    "config": {"sequence_length": int, "sources": list[{"weight": float}]}, "train": SPLIT,
+    "validation": SPLIT,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +59,7 @@ class Prepared:
         name = self.manifest["tokenizer"]["name"]
         if name == "bytes":
             return ByteTokenizer()
-        kind = {"sentencepiece": SentencePieceTokenizer, "huggingface": HuggingFaceTokenizer}[name]
+        kind = TOKENIZERS[name]
         return kind((self.directory / kind.file_name).read_bytes())
 
     def num_records(self, split: str) -> int:
@@ -87,7 +98,14 @@ def load_prepared(directory) -> Prepared:
     why = problem(directory)
     if why is not None:
         raise ValueError(f"{why}; `batiste prepare` makes it again from the same text")
-    return Prepared(directory, json.loads((directory / MANIFEST).read_bytes()))
+    manifest = json.loads((directory / MANIFEST).read_bytes())
+    check_json(manifest, KIND, str(directory / MANIFEST))
+    name, dtype = manifest["tokenizer"]["name"], manifest["tokenizer"]["dtype"]
+    for field, value, known in (("name", name, ("bytes", *TOKENIZERS)), ("dtype", dtype, DTYPES)):
+        if value not in known:
+            raise ValueError(f"{directory / MANIFEST}: tokenizer.{field}={shown(value)}: expected "
+                             f"one of {', '.join(known)}")
+    return Prepared(directory, manifest)
 
 
 def problem(directory: pathlib.Path) -> str | None:

@@ -146,7 +146,8 @@ ROBERTA = dataclasses.replace(
         *_fields(LENGTH._replace(read=lambda size: size - PADDING_ROWS,
                                  write=lambda size: size + PADDING_ROWS)),
         TYPES, EPSILON, _has_head("Roberta")),
-    required=BERT.required | {"pad_token_id": PADDING_ROWS - 1},
+    # Its head's activation is this one whatever the layers' is.
+    required=BERT.required | {"pad_token_id": PADDING_ROWS - 1, "hidden_act": "gelu"},
     repeated=("lm_head.decoder.weight", "lm_head.decoder.bias"),
     aside=("roberta.pooler.", "pooler."),
 )

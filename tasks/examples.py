@@ -1,11 +1,11 @@
 """Examples as people write them: a text, perhaps a second, and labels for some of the heads."""
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from batiste.data.json_files import parse_json
 from batiste.tasks.config import HeadConfig, TaskConfig
 
 SHAPES = {
@@ -14,6 +14,7 @@ SHAPES = {
     "span": "a list of [start, end) in characters of text_pair, or of text without it",
     "similarity": "true for two texts that belong together, or false, beside a text_pair",
 }
+KIND = {"text": str, "text_pair": str | None, "labels": dict | None}  # Of a line of JSONL.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +45,9 @@ def read_examples(path: str | pathlib.Path) -> list[Example]:
         if not line.strip():
             continue
         try:
-            found.append(Example(**json.loads(line)))
+            fields = parse_json(line, path.name, KIND)
+            found.append(Example(
+                **{name: value for name, value in fields.items() if value is not None}))
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path}:{number}: expected {{\"text\": ..., \"text_pair\": ..., "
                              f"\"labels\": {{...}}}}, got {line[:60]!r} ({error})") from None

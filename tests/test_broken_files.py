@@ -17,7 +17,11 @@ import pytest
 
 from batiste import command_line, main
 from batiste.configs.experiment import Experiment
+from batiste.data import (
+    DataConfig, SourceConfig, hash_files, load_prepared, prepare, read_signed, write_signed,
+)
 from batiste.data.printable import printable
+from batiste.train import manifest
 from batiste.train.account import read_account
 from batiste.train.diagnosis import diagnose
 from batiste.train.ledger import last_saved, read_ledger
@@ -163,6 +167,37 @@ def test_damaged_bytes_are_one_line(workdir):
         for line in read_everything(workdir, name):
             assert "\n" not in line and str(workdir) in line
         (workdir / name).write_bytes(right)
+
+
+def test_signed_manifests_that_lie_are_one_line(tmp_path):
+    """With a digest that is right: not what a disk does, but what a stranger's directory may hold."""
+    (tmp_path / "text.jsonl").write_text("".join(
+        json.dumps({"text": f"text number {i} " * 9}) + "\n" for i in range(40)))
+    config = DataConfig(sources=(SourceConfig(f"{tmp_path}/text.jsonl"),), tokenizer="bytes",
+                        sequence_length=16, validation_fraction=0.3)
+    prepared = prepare(config, tmp_path / "data").directory
+    step = tmp_path / "1"
+    step.mkdir()
+    (step / "meta.json").write_text("{}")
+    write_signed(step / "manifest.json", {"step": 1, "files": hash_files(step)})
+    draw, refused = random.Random(5), 0
+    for path, read in ((prepared / "manifest.json", lambda: load_prepared(prepared)),
+                       (step / "manifest.json", lambda: manifest.problem(tmp_path, 1))):
+        right = read_signed(path)
+        for _ in range(MUTATIONS // 2):
+            value = copy.deepcopy(right)
+            holder, key = draw.choice(parents(value))
+            holder[key] = draw.choice(STRANGE)
+            write_signed(path, value)
+            try:
+                refused += isinstance(read(), str)
+            except ValueError as error:
+                line = command_line._line(error)
+                assert line is not None and "\n" not in line, (holder, key)
+                refused += 1
+        write_signed(path, right)
+        assert not isinstance(read(), str)
+    assert refused > MUTATIONS / 4
 
 
 def test_a_mistyped_field_of_the_config_is_named_with_its_file(workdir):

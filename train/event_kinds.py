@@ -50,6 +50,8 @@ def check_event(event: dict[str, Any], where: str) -> None:
         event.setdefault(name, None)
     if event.get("action") == "roll_back":
         check_json(event, {"to": int}, where)
+    if event["event"] == "finding":
+        _check_numbers(event["evidence"], where, "evidence")
     for name in ("time", "clock", "alive"):
         if not abs(event.get(name) or 0) < 1e11:
             raise ValueError(f"{where}: {name}={event[name]}: expected seconds")

@@ -17,10 +17,12 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+from batiste.data.json_files import read_json
 from batiste.train.ledger import boot_id
 from batiste.train.lines import complain
 
 LOCK_FILE = "run.lock"
+KIND = {"pid": int, "host": str, "boot": str | None, "started": str}  # What is in it.
 BEAT_SECONDS = 5.0
 # A holder on another machine whose file is unchanged for so long is dead: attributes of files are
 # cached for up to 60 s by NFS and by buckets that are mounted.
@@ -62,9 +64,7 @@ def holder_of(workdir: str | os.PathLike) -> dict[str, Any] | None:
     """Who holds a work directory, or held it when it died: pid, host, boot, started; or None."""
     path = pathlib.Path(workdir, LOCK_FILE)
     with contextlib.suppress(OSError, ValueError):
-        fields = json.loads(path.read_text())
-        if isinstance(fields, dict) and {"pid", "host", "boot", "started"} <= fields.keys():
-            return fields
+        return read_json(path, KIND)
     return None
 
 

@@ -105,6 +105,6 @@ def _manifest(folder: pathlib.Path, step: int) -> dict | str:
     manifest = read_signed(path)
     if manifest is None:
         return f"{path} is damaged"
-    if manifest["step"] != step:
-        return f"{path} is of step {manifest['step']}: a renamed directory"
+    if manifest.get("step") != step:
+        return f"{path} is of step {manifest.get('step')}: a renamed directory"
     return manifest

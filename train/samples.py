@@ -5,9 +5,11 @@ import os
 import pathlib
 from typing import Any
 
+from batiste.data.json_files import parse_json
 from batiste.train.lines import append
 
 SAMPLES_FILE = "samples.jsonl"
+KIND = {"step": int, "prompt": str, "text": str}  # Of a line of it.
 
 
 def write_samples(
@@ -42,10 +44,8 @@ def read_samples(workdir: str | os.PathLike) -> list[dict[str, Any]]:
     found: dict[tuple[int, str], dict[str, Any]] = {}
     for line in path.read_bytes().split(b"\n") if path.is_file() else ():
         try:
-            sample = json.loads(line)
-            step, prompt, text = sample["step"], sample["prompt"], sample["text"]
-        except (ValueError, KeyError, TypeError):
+            sample = parse_json(line, SAMPLES_FILE, KIND)
+        except ValueError:
             continue
-        if isinstance(step, int) and isinstance(prompt, str) and isinstance(text, str):
-            found[step, prompt] = {"step": step, "prompt": prompt, "text": text}
+        found[sample["step"], sample["prompt"]] = {name: sample[name] for name in KIND}
     return [found[key] for key in sorted(found, key=lambda key: key[0])]
