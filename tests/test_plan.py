@@ -383,13 +383,13 @@ def test_a_run_that_cannot_fit_is_refused_with_its_memory_and_a_remedy(little_me
 
 
 def test_force_runs_what_would_be_refused(little_memory, tmp_path, monkeypatch):
-    monkeypatch.setattr(main, "prepare", lambda *_: exit(7))
+    monkeypatch.setattr(main, "_prepare", lambda *_: exit(7))
     with pytest.raises(SystemExit, match="7"):
         command_line.run(["batiste", *TRAIN, f"--workdir={tmp_path}/x", "--force"])
 
 
 def test_a_run_that_fits_is_not_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(main, "prepare", lambda *_: exit(7))
+    monkeypatch.setattr(main, "_prepare", lambda *_: exit(7))
     with pytest.raises(SystemExit, match="7"):
         command_line.run(["batiste", *TRAIN, f"--workdir={tmp_path}/x"])
 
