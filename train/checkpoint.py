@@ -44,6 +44,7 @@ class Checkpoints:
         self._opened = False
         self._save: _Save | None = None
         self._failures = 0
+        self._leftovers: list[pathlib.Path] = []
         silence_orbax()
 
     @property
@@ -191,11 +192,14 @@ class Checkpoints:
             self._save = None
         why = next((f"process {index}: {reason}" if len(reasons) > 1 else reason
                     for index, reason in enumerate(reasons) if reason), None)
+        if why is not None:
+            self._leftovers.append(save.unfinished)
+        if is_first():
+            for path in self._leftovers:  # Each time: writes of a failed save may end late.
+                shutil.rmtree(path, ignore_errors=True)
         if why is None:
             self._failures = 0
             return None
-        if is_first():
-            shutil.rmtree(save.unfinished, ignore_errors=True)
         # The old one raises what is left of this failure amid the next save, after one barrier and
         # before another, in the processes that it was of.
         self._orbax = self._make_orbax()
