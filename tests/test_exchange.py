@@ -188,10 +188,9 @@ def test_training_begins_with_the_imported_weights_and_continues(
     assert tensors(tmp_path / "after") == tensors(exported)
     other = copy.deepcopy(experiment)
     other.model.mlp_dim += 8
-    shutil.rmtree(own / "checkpoints")
-    (own / "ledger.jsonl").unlink()
+    shutil.copytree(workdir, tmp_path / "untrained")
     with pytest.raises(ValueError, match="model.mlp_dim was 40, is 48"):
-        main.train(other, own)
+        main.train(other, tmp_path / "untrained")
 
 
 def test_a_model_that_was_not_imported_finds_its_family(tmp_path):
