@@ -61,7 +61,8 @@ def generate(
     graphdef, params = nnx.split(model, nnx.Param)
     (device, *_) = jax.tree.leaves(params)[0].devices()
     options = compiler_options(device, letters_tree(params))
-    prefill, grow, decode = _programs(graphdef, config, options, whole_prompts)
+    prefill, grow, decode = _programs(
+        graphdef, repr(model.config), config, options, whole_prompts)
     keys_B = jax.random.split(jax.random.key(config.seed), len(prompts))
     start = functools.partial(prefill, params)
     if reads:
@@ -94,15 +95,18 @@ def _room(tokens: int, max_length: int) -> int:
 
 
 def _programs(
-    graphdef: Any, config: SamplingConfig, options: dict[str, bool] | None, whole_prompts: bool
+    graphdef: Any, model: str, config: SamplingConfig, options: dict[str, bool] | None,
+    whole_prompts: bool,
 ) -> tuple[Any, Any, Any]:
-    """Prefill, grow and decode of a model: those of an earlier call, where there was one alike."""
-    wanted = graphdef, config, options, whole_prompts
+    """Prefill, grow and decode of a model: those of an earlier call, where there was one alike.
+
+    model: its config in words, since `graphdef` holds the config itself, which may be changed.
+    """
+    wanted = graphdef, model, copy.deepcopy(config), options, whole_prompts
     for known, programs in list(_RECENT):
         if known == wanted:
             return programs
-    wanted = copy.deepcopy(wanted)
-    programs = _compiled(*wanted)
+    programs = _compiled(graphdef, wanted[2], options, whole_prompts)
     _RECENT.append((wanted, programs))
     return programs
 
