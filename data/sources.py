@@ -189,22 +189,22 @@ def _pieces(stream: BinaryIO) -> Iterator[tuple[int, bytes]]:
 def _short_lines(stream: BinaryIO) -> Iterator[bytes]:
     """Yields lines; one above LARGE_FILE_BYTES in pieces of DOCUMENT_BYTES, cut between characters,
     so that no line is held whole."""
-    rest = b""
+    carried = b""  # The end of a piece, which the next one continues.
     while content := stream.readline(LARGE_FILE_BYTES):
         ends = content.endswith(b"\n")
-        if not rest and (ends or len(content) < LARGE_FILE_BYTES):
+        if not carried and (ends or len(content) < LARGE_FILE_BYTES):
             yield content
             continue
-        content = rest + content
+        content = carried + content
         while len(content) > DOCUMENT_BYTES:
             place = _between_characters(content, DOCUMENT_BYTES)
             yield content[:place]
             content = content[place:]
-        rest = b"" if ends else content
+        carried = b"" if ends else content
         if ends:
             yield content
-    if rest:
-        yield rest
+    if carried:
+        yield carried
 
 
 def _between_characters(content: bytes, place: int) -> int:
