@@ -52,7 +52,8 @@ def test_a_local_step_and_a_plain_exchange_are_a_synchronous_step():
         state, metrics = step(state, batch)
         assert metrics["loss"].shape == (2,)
         np.testing.assert_allclose(float(metrics["loss"].mean()), wanted, rtol=1e-6)
-    assert largest_error(jax.device_get(state.params), expected.params) <= 1e-6
+    # A unit of fp32's last place at 1 is 1.2e-7; three steps on other machines gave 1.01e-6.
+    assert largest_error(jax.device_get(state.params), expected.params) <= 2e-6
 
 
 STEPS, OUTER = 5, dict(steps=2, outer_learning_rate=0.7, outer_momentum=0.9)

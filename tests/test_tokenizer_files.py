@@ -100,7 +100,8 @@ def test_a_run_is_exported_with_its_tokenizer(tmp_path, capfd, monkeypatch):
     capfd.readouterr()
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     assert not capfd.readouterr().err
-    tokenizer = main.load_prepared(next((tmp_path / "run/data").iterdir())).tokenizer
+    manifest = next((tmp_path / "run/data").glob("*/manifest.json"))
+    tokenizer = main.load_prepared(manifest.parent).tokenizer
     assert theirs("def f")["input_ids"] == [1, *tokenizer.encode("def f")]
     assert (tmp_path / "out/tokenizer.model").is_file()
     monkeypatch.setitem(sys.modules, "tokenizers", None)  # As where it is not installed.
